@@ -1,0 +1,1 @@
+"""One program for language models that learn from themselves."""

@@ -1,0 +1,12 @@
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("WANDB_SILENT", "true")
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+# Every annotated tensor shape of the package is checked at run time in the tests.
+install_import_hook("selfdistill", "beartype.beartype")
