@@ -96,9 +96,20 @@ def plan_table(plan: Plan) -> Group:
     total = plan.max_steps * plan.completions
     table.add_row("the run", f"{plan.max_steps:,} steps = {total:,} completions = {epochs:.2f} passes over the data")
     if plan.memory_gib:
-        parts = ", ".join(f"{name} {size(value)}" for name, value in plan.memory_gib.items())
-        table.add_row("memory", f"about {size(sum(plan.memory_gib.values()))} ({parts})")
+        table.add_row("memory", memory_line(plan.memory_gib))
     return _titled("plan", table)
+
+
+def memory_line(memory_gib: Mapping[str, float], available_gib: float | None = None) -> Text:
+    """The estimate by part and in sum, red where it is more than the device has."""
+    if not memory_gib:
+        return Text("unknown before loading: write model.parameters_billion to estimate it")
+    total = sum(memory_gib.values())
+    parts = ", ".join(f"{name} {size(value)}" for name, value in memory_gib.items())
+    text = f"about {size(total)} and activations ({parts})"
+    if available_gib is None:
+        return Text(text)
+    return Text(f"{text}, of {size(available_gib)}", style="red" if total > available_gib else "")
 
 
 def change_table(before: Mapping[str, float | None], after: Mapping[str, float | None]) -> Table:

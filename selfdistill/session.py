@@ -64,7 +64,8 @@ def resumed_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
 def show_plan(cfg: DictConfig) -> None:
     """The composed tree and a memory estimate; nothing is loaded or written."""
     screen = console.make_console()
-    console.print_all(screen, console.config_tree(cfg), console.memory_table(estimate(cfg), cfg.hardware.memory_gib))
+    console.print_all(screen, console.config_tree(cfg))
+    screen.print("memory:", console.memory_line(estimate(cfg), cfg.hardware.memory_gib))
     screen.print("checked: nothing was loaded or written")
 
 
@@ -99,7 +100,7 @@ class Record:
             self.monitor = MonitorCallback(instantiate(self.cfg.monitors), self.folder, self.screen)
             callbacks.append(self.monitor)
         if parts.evaluator is not None and self.cfg.eval.every:
-            callbacks.append(EvalCallback(parts.evaluator, parts.tokenizer, every=self.cfg.eval.every, log=self._log_eval))
+            callbacks.append(EvalCallback(parts.evaluator, parts.tokenizer, every=self.cfg.eval.every, log=self._log_eval_of(trainer)))
         callbacks += [
             CompletionsCallback(record, self.screen, lambda: self._rows),
             ProgressCallback(self.screen),
@@ -121,9 +122,16 @@ class Record:
             metrics = {**metrics, "eval/forgetting": sum(drops) / len(drops)}
         self.folder.log_metrics(step, metrics)
         self.logger.log(step, metrics)
-        if self.monitor is not None:
-            self.monitor.note_evaluation(step, metrics)
         return metrics
+
+    def _log_eval_of(self, trainer: Any) -> Any:
+        """During training the monitors hear of an evaluation too: by its accuracy the best checkpoint is chosen."""
+
+        def log(step: int, metrics: dict[str, float]) -> None:
+            metrics = self._log_eval(step, metrics)
+            trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
+
+        return log
 
     def _plan(self, parts: "build.Parts") -> console.Plan:
         cfg, model = self.cfg, parts.trainer.model

@@ -25,13 +25,15 @@ def run(cfg: DictConfig) -> float | None:
 
     from selfdistill import build, session
 
+    if cfg.resume:
+        cfg = session.resumed_config(cfg, list(hydra_config.overrides.task))
     build.check_targets(cfg)
     if cfg.check:
         return session.show_plan(cfg)
     with session.recorded(cfg, hydra_config) as record:
         parts = build.build(cfg, record.folder)
         record.begin(parts)
-        parts.train(record)
+        session.train(parts, record)
         record.end(parts)
     return record.final_accuracy
 
