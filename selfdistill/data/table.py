@@ -30,6 +30,10 @@ RESERVED = frozenset(
 SKIP_HINT = "(data.on_bad_row=skip leaves such rows out.)"
 
 
+def _sentence(reason: str) -> str:
+    return reason if reason.endswith(("?", ".")) else f"{reason}."
+
+
 @dataclass(frozen=True)
 class Table:
     """Accepted rows of one source."""
@@ -113,13 +117,13 @@ class TableReader:
             bad = self.bad_rows[before]
             raise UserError(
                 f"{source.name}: all {len(self.bad_rows) - before} rows are bad, so nothing is left. "
-                f"The first: {source.unit} {bad['line']}: {bad['reason']}."
+                f"The first: {source.unit} {bad['line']}: {_sentence(bad['reason'])}"
             )
         return Table(source, rows)
 
     def _refuse(self, source: Source, line: int, reason: str) -> None:
         if not self.skip:
-            raise UserError(f"{source.place(line)}: {reason}. {SKIP_HINT}")
+            raise UserError(f"{source.place(line)}: {_sentence(reason)} {SKIP_HINT}")
         self.bad_rows.append({"file": source.name, "line": line, "reason": reason})
 
     def _refuse_duplicate(self, row: Row, seen: dict[str, int], unit: str) -> None:

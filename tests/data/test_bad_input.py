@@ -18,7 +18,7 @@ def refused(path, **settings):
     with pytest.raises(UserError) as error:
         load(path, **settings)
     message = str(error.value)
-    assert "\n" not in message
+    assert "\n" not in message and "?." not in message and ".." not in message
     return message
 
 
