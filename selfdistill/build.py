@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from selfdistill.config import closest, targets
 from selfdistill.data import load_data
 from selfdistill.errors import UserError
-from selfdistill.models import load_model, lora_config, resolve
+from selfdistill.models import load_model, lora_config
 from selfdistill.trainer import Distillation, RolloutSource, SelfDistillConfig, SelfDistillTrainer
 
 PASSED_LATER = {"tokenizer"}  # arguments that a `_target_` gets when it is built, not from the configuration
@@ -157,6 +157,9 @@ def build(cfg: DictConfig, folder: Any) -> Parts:
     """
     if cfg.hardware.vllm.standby:
         os.environ.setdefault("UNSLOTH_VLLM_STANDBY", "1")  # read when unsloth is imported
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # loading and writing a model; the run has a bar of its own
     if cfg.hardware.threads:
         torch.set_num_threads(cfg.hardware.threads)
     rewards = instantiate(cfg.reward)  # before the model: a wrong argument should not cost the loading
@@ -185,13 +188,13 @@ def build(cfg: DictConfig, folder: Any) -> Parts:
     )
     evaluator = None
     if settings is not None:
-        chat = not isinstance(data.train[0]["prompt"], str)
+        judged = [row for row in data.eval if not needs_answer(settings.scorer) or row["answer"] or row["golden_response"]]
         evaluator = settings.evaluator(
-            data.eval, chat=chat, seed=cfg.seed, chat_template_kwargs=model_config["chat_template_kwargs"]
+            judged, chat=bool(tokenizer.chat_template), seed=cfg.seed, chat_template_kwargs=model_config["chat_template_kwargs"]
         )
     return Parts(cfg, folder, tokenizer, data, trainer, evaluator, exporter)
 
 
-def start_name(cfg: DictConfig) -> str:
-    """Where the run's model starts from, resolved."""
-    return resolve(cfg.model.name)
+def needs_answer(scorer: Any) -> bool:
+    """Whether a scorer compares with a reference: raw text has none, and is then not asked for its accuracy."""
+    return hasattr(scorer, "answer_field")

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from selfdistill.data.rows import BadRow, Fields, RowReader
+from selfdistill.data.sources import open_source
 from selfdistill.errors import UserError
 from selfdistill.generation import completion_logits, evaluation_mode, generate, tokenize
 from selfdistill.rollout import Prompt
@@ -217,40 +219,27 @@ def reference_kl(
     return total / tokens
 
 
-def load_retention(path: str | Path, *, max_rows_per_suite: int, chat: bool = True) -> dict[str, list[dict[str, Any]]]:
-    """Rows by suite from a JSONL file whose rows have `suite` and `prompt`; of each suite the first `max_rows_per_suite`.
-
-    With `chat`, a prompt that is a string becomes a user message, after a `system` message where the row has one.
+def load_retention(path: str, *, max_rows_per_suite: int, chat: bool = True) -> dict[str, list[dict[str, Any]]]:
+    """Rows by suite from a file of any format that the data may have, with a column `suite`; of each suite the first rows.
 
     Raises:
-        UserError: no such file, a line that is not a JSON object, or a row without suite or prompt.
+        UserError: no such file, a row that cannot be read, or one without a suite; with file and line.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"eval.retention_path: there is no file {path}.")
+    source = open_source(path, key="eval.retention_path")
+    reader = RowReader(Fields(), None, conversational=chat)
     suites: dict[str, list[dict[str, Any]]] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"eval.retention_path: {path} is not UTF-8 (byte {error.start}).") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for record in source.records:
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"eval.retention_path: {path}:{number} is not JSON: {error.msg}.") from error
-        for name in ("suite", "prompt"):
-            if not isinstance(row, dict) or not row.get(name):
-                raise UserError(
-                    f"eval.retention_path: {path}:{number} has no '{name}': each row needs suite and prompt."
-                )
-        if chat and isinstance(row["prompt"], str):
-            system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-            row["prompt"] = [*system, {"role": "user", "content": row["prompt"]}]
-        rows = suites.setdefault(str(row["suite"]), [])
+            if record.error:
+                raise BadRow(record.error)
+            columns = reader.read(record.line, record.value).columns
+            if not columns.get("suite"):
+                raise BadRow("the field 'suite' is missing: it names the old skill that the row asks for")
+        except BadRow as error:
+            raise UserError(f"eval.retention_path: {source.place(record.line)}: {error}") from None
+        rows = suites.setdefault(str(columns["suite"]), [])
         if len(rows) < max_rows_per_suite:
-            rows.append(row)
+            rows.append(columns)
     if not suites:
         raise UserError(f"eval.retention_path: {path} is empty: it needs rows with suite, prompt and answer.")
     return suites
