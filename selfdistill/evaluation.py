@@ -63,7 +63,7 @@ class Evaluation:
 
 
 def forgetting(before: Evaluation, after: Evaluation) -> float | None:
-    """How much of the old skills is lost: mean over suites s of max(0, before_s − after_s), in [0, 1]; None without suites.
+    """How much is lost of the old skills: mean over suites s of max(0, before_s − after_s); None without suites.
 
     The forgetting measure of Chaudhry et al. (Riemannian Walk, arXiv:1801.10112, section 5) with a single earlier
     checkpoint, and cut off at zero, so that a gain on one skill does not hide a loss on another.
@@ -218,7 +218,7 @@ def reference_kl(
 
 
 def load_retention(path: str | Path, *, max_rows_per_suite: int, chat: bool = True) -> dict[str, list[dict[str, Any]]]:
-    """Rows by suite from a JSONL file whose rows have `suite` and `prompt`; of each suite the first `max_rows_per_suite`.
+    """Rows by suite from a JSONL file with the fields `suite` and `prompt`; of each its first `max_rows_per_suite`.
 
     With `chat`, a prompt that is a string becomes a user message, after a `system` message where the row has one.
 
@@ -296,7 +296,7 @@ class EvalSettings:
         seed: int = 0,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Evaluator:
-        """The evaluator of a run; `task` are the rows of the evaluation split, `chat` says whether prompts are messages."""
+        """The evaluator of a run; `task` is the evaluation split, `chat` says whether prompts are messages."""
         retention = {}
         if self.retention_path is not None:
             retention = load_retention(self.retention_path, max_rows_per_suite=self.max_rows_per_suite, chat=chat)
