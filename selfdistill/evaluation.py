@@ -1,11 +1,9 @@
 """What a model can do: accuracy on the new task, retention of the old skills, and how much was forgotten."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch

@@ -107,7 +107,7 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _generation_config(base: Any, config: GenerationConfig) -> Iterator[None]:
-    # transformers fills what a call leaves open from the model's own generation config, so that one has to go meanwhile.
+    # transformers fills what a call leaves open from the model's own generation config, so it has to go meanwhile.
     own = base.generation_config
     base.generation_config = config
     try:

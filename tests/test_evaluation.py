@@ -8,8 +8,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
 from selfdistill.errors import UserError
-from selfdistill.evaluation import EvalCallback, EvalSettings, Evaluation, Evaluator, forgetting, load_retention
-from selfdistill.evaluation import reference_kl
+from selfdistill.evaluation import (
+    EvalCallback,
+    EvalSettings,
+    Evaluation,
+    Evaluator,
+    forgetting,
+    load_retention,
+    reference_kl,
+)
 from selfdistill.generation import completion_logits, generate, tokenize
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -272,7 +279,7 @@ def test_the_callback_evaluates_every_so_many_steps():
     logged = []
     evaluator = Evaluator(task=rows("a", "b"), retention={"old": rows("x")}, scorer=equals_answer,
                           retention_scorer=equals_answer, max_new_tokens=2)  # fmt: skip
-    callback = EvalCallback(evaluator, tiny_tokenizer(), every=2, log=lambda step, metrics: logged.append((step, metrics)),
+    callback = EvalCallback(evaluator, tiny_tokenizer(), every=2, log=lambda *entry: logged.append(entry),
                             before=Evaluation(0.0, {"old": 1.0}, 1.0, []))  # fmt: skip
     for step in range(1, 6):
         state = SimpleNamespace(global_step=step, is_world_process_zero=True)

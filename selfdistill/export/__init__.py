@@ -1,7 +1,7 @@
 """Exports of a trained model, each loaded again from disk and compared with the model in memory.
 
-The classes here are the configuration group `export`; what they do lives in `lora`, `merged_16bit` and `verify`, imported
-when they run, so that a wrong command is answered without waiting for torch.
+The classes here are the configuration group `export`; what they do lives in `lora`, `merged_16bit` and `verify`,
+imported when they run, so that a wrong command is answered without waiting for torch.
 """
 
 from collections.abc import Sequence

@@ -61,11 +61,17 @@ def main(arguments: list[str]) -> Path:
     given, config = parse(arguments)
     run = read_run(given["run"], force=given["force"] == "true")
 
+    from hydra.errors import InstantiationException
     from hydra.utils import instantiate
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    export = instantiate(config)
+    try:
+        export = instantiate(config)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
     model, tokenizer = load_policy(run)
     return export.run(model, tokenizer, run.folder / "export" / given["export"], run.prompts)
 

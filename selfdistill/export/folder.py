@@ -1,4 +1,4 @@
-"""What every export folder has in common: it appears whole or not at all, and a person can load it from its own page."""
+"""What every export folder has in common: it appears whole or not at all, and its page says how to load it."""
 
 import copy
 import json

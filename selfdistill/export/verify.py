@@ -1,4 +1,4 @@
-"""Load an export again from disk and compare it with the model in memory: weights, tokenizer, logits, greedy answers."""
+"""Load an export again from disk and compare with the model in memory: weights, tokenizer, logits, greedy answers."""
 
 import json
 import logging
@@ -40,8 +40,8 @@ class Tolerance:
 
 # By the coarser of the two dtypes. float32: the order of additions is all that differs. float16 keeps 11 bits of each
 # weight and activation, bfloat16 8, so their rounding is 0.0005 and 0.004 of a value, and it adds up over the layers.
-# Seen on the embedded model (4 layers, from float32): mean KL 5e-6 and 4e-4, logits 0.0016 and 0.013 of the largest; the
-# limits leave room for deeper models. That the weights are the right ones is checked exactly, apart from this.
+# Seen on the embedded model (4 layers, from float32): mean KL 5e-6 and 4e-4, logits 0.0016 and 0.013 of the largest;
+# the limits leave room for deeper models. That the weights are the right ones is checked exactly, apart from this.
 TOLERANCES = {
     torch.float32: Tolerance(mean_kl=1e-6, relative_logit_difference=1e-4),
     torch.float16: Tolerance(mean_kl=2e-3, relative_logit_difference=0.05),
@@ -161,7 +161,7 @@ def verify(
         )
     if training_kl is not None and result.mean_kl > training_kl:
         log.warning(
-            "Rounding to %s changes the answers by %.2g nats a token, the training by %.2g: the export keeps little of it.",
+            "Rounding to %s changes the answers by %.2g nats a token, training by %.2g: the export keeps little of it.",
             result.dtype_written, result.mean_kl, training_kl,
         )  # fmt: skip
     return result

@@ -23,7 +23,9 @@ def base_folder(tmp_path):
 def with_adapter(model, adapter_name="default", scale=0.1, **settings):
     """The model with an adapter that has learned something: B is not zero."""
     torch.manual_seed(1)
-    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings)
+    config = LoraConfig(
+        **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | settings
+    )
     model = get_peft_model(model, config, adapter_name=adapter_name)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -264,9 +264,7 @@ def test_a_4_bit_base(base_folder, tmp_path, export):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     from transformers import BitsAndBytesConfig
 
-    quantised = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-    )
+    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
     model = with_adapter(load_base(base_folder, quantization_config=quantised))
     layer = model.get_base_model().model.layers[1].self_attn.q_proj
     stored, weight = layer.base_layer.weight.data.clone(), layer.base_layer.weight
