@@ -114,8 +114,7 @@ class AnswerLikelihood(PolicyReward):
                 return math.exp(total)
             case "geo_mean":
                 return math.exp(total / len(logprobs))
-            case "mean_logp":
-                return total / len(logprobs)
+        return total / len(logprobs)
 
     def _debiased(self, value: float, baseline: float) -> float:
         gain = value - baseline

@@ -17,13 +17,16 @@ Result = float | None | dict[str, Any]
 
 
 class Reward:
-    """A callable that judges completions. Its `__name__` is what logs call it (`ExactMatch` → `exact_match`)."""
+    """A callable that judges completions: `reward(prompts=…, completions=…, completion_ids=…, **columns)`.
+
+    Its `__name__` is what logs call it (`ExactMatch` → `exact_match`).
+    """
 
     @property
-    def __name__(self) -> str:
-        return re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+    def __name__(self) -> str:  # type: ignore[override]
+        return re.sub(r"(?<!^)(?=[A-Z])", "_", str(type(self).__name__)).lower()
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> Sequence[Result]:
+    def __call__(self, *args: Any, **columns: Any) -> Sequence[Result]:
         raise NotImplementedError
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from selfdistill.errors import UserError
 from selfdistill.rewards.base import Result, Reward, shorten

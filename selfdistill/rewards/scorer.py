@@ -77,9 +77,12 @@ class PolicyScorer:
 
     @property
     def vocabulary_size(self) -> int:
-        config = getattr(self.model, "config", None)
-        size = getattr(config.get_text_config(), "vocab_size", None) if hasattr(config, "get_text_config") else None
-        return size or len(self.tokenizer)
+        return getattr(self._text_config(), "vocab_size", None) or len(self.tokenizer)
+
+    def _text_config(self) -> Any:
+        """The part of the model's configuration that is about text; None where there is none."""
+        find = getattr(getattr(self.model, "config", None), "get_text_config", None)
+        return find() if find else None
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text without special tokens."""
@@ -243,8 +246,7 @@ class PolicyScorer:
 
     def _finish(self, logits: Tensor) -> Tensor:
         """What some architectures do after the head: Cohere and Granite scale, Gemma caps."""
-        config = getattr(self.model, "config", None)
-        text = config.get_text_config() if hasattr(config, "get_text_config") else None
+        text = self._text_config()
         if scale := getattr(text, "logit_scale", None):
             logits = logits * scale
         if divisor := getattr(text, "logits_scaling", None):

@@ -197,7 +197,9 @@ def test_prompts_are_encoded_as_the_trainer_does():
     chat = [{"role": "user", "content": "hi"}]
     assert tokenizer.decode(scorer.encode_prompts([chat])[0]) == "<|user|>hi<|end|><|assistant|>"
     assert scorer.encode_prompts(["hi"]) == [tokenizer("hi")["input_ids"]]
-    assert scorer.encode_completions(["hi", [{"role": "assistant", "content": "hi"}]]) == [tokenizer("hi").input_ids] * 2
+    assert (
+        scorer.encode_completions(["hi", [{"role": "assistant", "content": "hi"}]]) == [tokenizer("hi").input_ids] * 2
+    )
 
 
 def test_to_lists_keeps_rows_apart():

@@ -82,7 +82,9 @@ def test_cutting_a_completion_short_never_pays(nats, wanted, mode, coverage, dat
 def test_cutting_short_never_pays_through_the_model(coverage, mode):
     # Every token costs the same under this table, whatever stands before it.
     table = torch.full((28, 28), 0.0)
-    found = score(supervised(TableModel(table), coverage=coverage, mode=mode), "q", ["a", "ab", "abcd", "abcde"], "abcde")
+    found = score(
+        supervised(TableModel(table), coverage=coverage, mode=mode), "q", ["a", "ab", "abcd", "abcde"], "abcde"
+    )
     assert all(a < b + 1e-9 for a, b in zip(found, found[1:], strict=False))
     assert found[0] < found[-1] or coverage == "pad"  # ln V is what each token costs anyway
 
