@@ -1,0 +1,64 @@
+"""The addresses of a served model, and what HTTP says about trying again."""
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+import httpx
+
+from selfdistill.errors import UserError
+
+RETRIED_STATUS = frozenset({408, 429, *range(500, 600)})
+
+
+@dataclass(eq=False)
+class Server:
+    """One base URL and what is known of it. Times are those of `time.monotonic`."""
+
+    url: httpx.URL
+    sent: int = 0
+    in_flight: int = 0
+    last_used_s: float = 0.0
+    failures: int = 0
+    last_failure_s: float = 0.0
+    not_before_s: float = 0.0
+    up: bool = True
+
+    @property
+    def name(self) -> str:
+        """The URL without a user name or password in it."""
+        return str(self.url.copy_with(userinfo=b""))
+
+
+def parse_base_url(text: str, key: str = "base_url") -> httpx.URL:
+    """The URL whose path ends where `/completions` begins; `/v1` is added to a URL without a path.
+
+    Raises:
+        UserError: not an http or https URL.
+    """
+    try:
+        url = httpx.URL(text.strip().rstrip("/"))
+    except (httpx.InvalidURL, AttributeError, TypeError) as error:
+        raise UserError(
+            f"{key}={text}: not a URL ({error}). Write for example {key}=http://localhost:8000/v1"
+        ) from None
+    if url.scheme not in ("http", "https") or not url.host:
+        raise UserError(f"{key}={text}: not an http URL. Write for example {key}=http://localhost:8000/v1")
+    return url if url.path.strip("/") else url.copy_with(path="/v1")
+
+
+def retry_after_s(header: str) -> float:
+    """Seconds a `Retry-After` header asks to wait: a number of seconds or a date; 0 where there is none."""
+    header = header.strip()
+    if not header:
+        return 0.0
+    try:
+        return max(0.0, float(header)) if float(header) < float("inf") else 0.0
+    except ValueError:
+        pass
+    try:
+        when = parsedate_to_datetime(header)
+    except ValueError:
+        return 0.0
+    when = when if when.tzinfo else when.replace(tzinfo=UTC)
+    return max(0.0, (when - datetime.now(UTC)).total_seconds())
