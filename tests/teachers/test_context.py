@@ -92,6 +92,8 @@ def test_who_is_shown_what_in_all_combinations(success):
             feedback_with_solution=beside,
             use_solution=bool(use_solution),
             use_feedback=bool(use_feedback),
+            max_solution_tokens=None,
+            max_feedback_tokens=None,
         )
         for notes in itertools.product([0, 1], repeat=4):
             batch = rollouts(
@@ -261,7 +263,7 @@ def test_only_the_last_user_turn_is_replaced():
     before = [dict(message) for message in CONVERSATION]
     (prompt,) = seen(Answer(template="{prompt} ({answer})"), batch)
     assert prompt == [*CONVERSATION[:3], {"role": "user", "content": "add: 1 + 2 (3)"}]
-    assert CONVERSATION == before, "the student's prompt was changed"
+    assert before == CONVERSATION, "the student's prompt was changed"
 
 
 def test_turns_after_the_last_user_turn_stay():
@@ -272,7 +274,7 @@ def test_turns_after_the_last_user_turn_stay():
 
 def test_a_prompt_without_a_user_turn_is_refused():
     batch = rollouts([0.0], group=1, prompts=[CONVERSATION[:1]], answer=["3"])
-    with pytest.raises(UserError, match="no user turn.*its turns: system"):
+    with pytest.raises(UserError, match=r"no user turn.*its turns: system"):
         seen(Answer(), batch)
 
 

@@ -26,8 +26,10 @@ def test_the_page_shows_what_both_saw_and_that_the_completion_is_the_same():
     assert "**Teacher**: no signal for this rollout" in page.split("## Rollout 1")[0]
     assert "````text\nc ``` d\n````" in page
     assert " ".join(map(str, rollouts.completion_ids[1])) in page
-    assert "**Score**: 0\n" in page and "**Feedback**\n\n```text\nNo.\n```" in page
-    assert page.count("yes") == 6 and "NO" not in page
+    assert "**Score**: 0\n" in page
+    assert "**Feedback**\n\n```text\nNo.\n```" in page
+    assert page.count("yes") == 6
+    assert "NO" not in page
 
 
 def test_it_says_where_the_real_sequences_differ():
@@ -42,7 +44,8 @@ def test_it_says_where_the_real_sequences_differ():
     assert "teacher: ends in the completion's ids: yes" in first
     assert "teacher: begins with the ids of this prompt: yes" in second
     assert "teacher: ends in the completion's ids: **NO**" in second
-    assert first.count("student: ") == 2 and "student: begins with the ids of this prompt: yes" in first
+    assert first.count("student: ") == 2
+    assert "student: begins with the ids of this prompt: yes" in first
 
 
 def test_the_first_distilled_rollout_is_shown_even_where_it_comes_late():
@@ -59,7 +62,8 @@ def test_the_first_distilled_rollout_is_shown_even_where_it_comes_late():
 def test_an_empty_completion_without_score_and_feedback():
     rollouts = Rollouts(prompts=["go"], completions=[""], completion_ids=[[]])
     page = render(rollouts, ["go"], TOKENIZER)
-    assert "**Score**: none" in page and "**Feedback**: none" in page
+    assert "**Score**: none" in page
+    assert "**Feedback**: none" in page
     assert page.count(": yes") == 4
 
 
@@ -71,4 +75,5 @@ def test_chat_template_arguments_reach_the_template():
 
     seen: list[dict] = []
     render(batch([{"role": "user", "content": "go"}]), [None] * 2, Recorder(), {"enable_thinking": False})
-    assert seen and all(options["enable_thinking"] is False and options["add_generation_prompt"] for options in seen)
+    assert seen
+    assert all(options["enable_thinking"] is False and options["add_generation_prompt"] for options in seen)
