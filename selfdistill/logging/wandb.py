@@ -87,7 +87,7 @@ class WandbLogger:
         import wandb
 
         columns, data = columns_of(rows)
-        self._active().log({name: wandb.Table(columns=columns, data=data)}, step=self._step)
+        self._active().log({name: wandb.Table(columns=[*columns], data=data)}, step=self._step)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self._active().summary.update(flat(values))

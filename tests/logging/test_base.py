@@ -36,13 +36,8 @@ def test_jobs_of_a_multirun_share_a_group(tmp_path):
         "main()\n"
     )
     root = Path(__file__).parents[2]
-    command = [
-        sys.executable,
-        str(tmp_path / "app.py"),
-        "+x=1,2",
-        "--multirun",
-        "hydra.sweep.dir=sweeps/2026-11-21/06-15-02",
-    ]
+    sweep = ["--multirun", "+x=1,2", "hydra.sweep.dir=sweeps/2026-11-21/06-15-02"]
+    command = [sys.executable, str(tmp_path / "app.py"), *sweep]
     for arguments, expected in ((command, ["group 2026-11-21-06-15-02"] * 2), (command[:2], ["group None"])):
         done = subprocess.run(
             arguments, capture_output=True, text=True, check=True, cwd=tmp_path, env={"PYTHONPATH": str(root)}
