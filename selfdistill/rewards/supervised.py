@@ -23,7 +23,7 @@ SEED_WARNING = (
 
 
 class Supervised(PolicyReward):
-    """Coverage-weighted fit to the answer a; y is the completion, cov = min(1, |y| / |a|), m = min(|y|, |a|).
+    """Coverage-weighted fit to the answer a; y is the completion with its EOS, cov = min(1, |y| / |a|), m = min(|y|, |a|).
 
     Modes:
         completion_cross_entropy: CE = mean over i < m of −log π(a_i | x, y_<i), the answer's tokens scored where the
@@ -45,8 +45,8 @@ class Supervised(PolicyReward):
         answer_field: the column with the answer; where its value is None, the first of `golden_response` counts.
         missing_nats: price of a missing token under `pad`; None = ln V, what a uniform guess costs.
         coverage_weight: nats that a wholly missing answer costs under `additive`.
-        include_eos: the answer ends with EOS, and so does a completion that was not truncated. Without it an answer of
-            one token scores the same whatever the completion says.
+        include_eos: the answer ends with EOS too. Without it an answer of one token scores the same whatever the
+            completion says.
         overlong_weight: subtracts overlong_weight · max(0, |y| / |a| − overlong_ratio); 0 = off.
         overlong_ratio: length relative to the answer from which a completion is too long.
 
@@ -93,11 +93,12 @@ class Supervised(PolicyReward):
         prompt_ids, sampled = self._token_ids(prompts, completions, prompt_ids, completion_ids)
         accepted = answers_of(columns, self.answer_field, len(sampled), self.__name__)
         answers = [self.scorer.encode(texts[0]) if texts else [] for texts in accepted]
-        written = [self.scorer.without_eos(ids) for ids in sampled]
-        scorable = [bool(y and a) for y, a in zip(written, answers, strict=True)]
+        texts = [self.scorer.without_eos(ids) for ids in sampled]
+        scorable = [bool(y and a) for y, a in zip(texts, answers, strict=True)]
+        # EOS counts where it was emitted: a policy that stops too early then pays for what it should have written there.
+        written = texts if self.coverage == "seed" else sampled
         if self.include_eos and self.coverage != "seed":
-            eos = self.scorer.tokenizer.eos_token_id
-            answers, written = [[*a, eos] for a in answers], sampled
+            answers = [[*a, self.scorer.tokenizer.eos_token_id] for a in answers]
         if policy_logprobs is not None:
             check_policy_logprobs(policy_logprobs, sampled)
 
