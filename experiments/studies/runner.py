@@ -9,6 +9,7 @@ kept in `--runs` and not repeated; the results go to `results.csv` in the study'
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -23,15 +24,15 @@ from rich.progress import track
 def run(job: tuple[str, int, list[str], Path]) -> dict:
     """One row and seed; returns its line of results."""
     name, seed, overrides, folder = job
-    key = f"{name}-seed{seed}"
-    done = [p.parent for p in folder.glob(f"*-{key}-*/summary.json") if json.loads(p.read_text())["status"] in ("finished", "stopped")]
+    key = re.sub(r"[^A-Za-z0-9.]+", "-", f"{name}-seed{seed}")
+    done = [p.parent for p in folder.glob(f"*[0-9]-{key}-*/summary.json") if json.loads(p.read_text())["status"] in ("finished", "stopped")]
     if not done:
         command = [sys.executable, "-m", "selfdistill.train", *overrides, f"seed={seed}", f"name={key}", f"output_dir={folder}"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
         if result.returncode:
             return {"row": name, "seed": seed, "status": f"failed: {result.stderr.strip().splitlines()[-1]}"}
-        done = sorted(folder.glob(f"*-{key}-*"))
+        done = sorted(folder.glob(f"*[0-9]-{key}-*"))
     summary = json.loads((done[-1] / "summary.json").read_text())
     metrics = [json.loads(line) for line in (done[-1] / "metrics.jsonl").read_text().splitlines()]
     before, after = summary["eval"]["before"], summary["eval"]["after"]
