@@ -173,7 +173,7 @@ class StubServer:
                         return
                 finally:
                     self.under_way -= 1
-        except (ConnectionError, asyncio.IncompleteReadError):
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
             self._writers.discard(writer)

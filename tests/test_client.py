@@ -275,6 +275,21 @@ def test_work_goes_on_while_the_caller_does_something_else() -> None:
         assert all(future.done() for future in futures)
 
 
+@pytest.mark.parametrize("fault", ["hang", "drip"])
+def test_requests_broken_off_use_up_no_connections(fault: str) -> None:
+    """A pool that loses a connection with every cancelled request would stand still after a few."""
+    with StubServer() as stub, Client(stub.url, max_concurrency=2, **QUICK) as client:
+        stub.answer = failing(30, Reply(body={}, fault=fault))
+        for n in range(30):
+            future = client.submit(ask(client, n))
+            deadline = time.monotonic() + 20
+            while len(stub.asked("echo")) <= n and time.monotonic() < deadline:
+                time.sleep(0.005)
+            future.cancel()
+        assert ask_all(client, 10) == list(range(10))
+    assert stub.under_way == 0
+
+
 def test_a_closed_client_starts_anew() -> None:
     with StubServer() as stub:
         stub.answer = echo
