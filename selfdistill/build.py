@@ -1,0 +1,200 @@
+"""From a checked configuration to the parts of a run: model, data, rewards, teacher, trainer."""
+
+import inspect
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import get_method, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from selfdistill.config import closest, targets
+from selfdistill.data import load_data
+from selfdistill.errors import UserError
+from selfdistill.models import load_model, lora_config
+from selfdistill.trainer import Distillation, RolloutSource, SelfDistillConfig, SelfDistillTrainer
+
+PASSED_LATER = {"tokenizer"}  # arguments that a `_target_` gets when it is built, not from the configuration
+CHECKPOINTS = "checkpoints"
+
+
+def check_targets(cfg: DictConfig) -> None:
+    """Finds every `_target_` and binds its arguments, without calling it.
+
+    Raises:
+        UserError: the key, what is wrong with it, and the closest argument there is.
+    """
+    for key, node in targets(cfg):
+        name = node["_target_"]
+        try:
+            target = get_method(name) if not inspect.isclass(found := _locate(name)) else found
+        except Exception as error:  # whatever the import of a user's module raises
+            raise UserError(f"{key}._target_={name} cannot be imported: {str(error).strip().splitlines()[0]}") from None
+        arguments = {str(k) for k in node if not str(k).startswith("_")}
+        try:
+            parameters = inspect.signature(target).parameters
+        except (TypeError, ValueError):
+            continue  # builtins without a signature
+        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            continue
+        for argument in arguments - parameters.keys():
+            raise UserError(f"{key}.{argument}: {name} takes no such argument; {closest(argument, parameters)}")
+        if node.get("_partial_") or "_args_" in node:
+            continue
+        required = {n for n, p in parameters.items() if p.default is p.empty and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+        for argument in sorted(required - arguments - PASSED_LATER):
+            raise UserError(f"{key}.{argument} is missing: {name} needs it; write {key}.{argument}=…")
+    known = {f.name for f in fields(SelfDistillConfig)}
+    for argument in cfg.training.arguments:
+        if argument not in known:
+            raise UserError(f"training.arguments.{argument}: trl.GRPOConfig takes no such argument; {closest(str(argument), known)}")
+
+
+def _locate(name: str) -> Any:
+    from hydra.utils import get_object
+
+    return get_object(name)
+
+
+@dataclass
+class Parts:
+    """A run that is ready to start."""
+
+    cfg: DictConfig
+    folder: Any
+    tokenizer: Any
+    data: Any
+    trainer: SelfDistillTrainer
+    evaluator: Any
+    exporter: Any
+
+
+def use_cuda(cfg: DictConfig) -> bool:
+    """Whether this run is on a GPU: as configured, or as there is one.
+
+    Raises:
+        UserError: a GPU is asked for and there is none.
+    """
+    if cfg.hardware.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("hardware.device=cuda: torch sees no GPU here. Write hardware=cpu, or hardware=auto to take what there is.")
+    return cfg.hardware.device != "cpu" and torch.cuda.is_available()
+
+
+def precision(cfg: DictConfig) -> str:
+    """bf16, fp16 or fp32."""
+    if cfg.hardware.precision != "auto":
+        return str(cfg.hardware.precision)
+    return "bf16" if use_cuda(cfg) and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def trainer_arguments(cfg: DictConfig, output_dir: Path) -> SelfDistillConfig:
+    """TRL's arguments from our groups; `training.arguments` has the last word."""
+    hardware, training, vllm = cfg.hardware, cfg.training, cfg.hardware.vllm
+    kind = precision(cfg)
+    arguments: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "seed": cfg.seed,
+        "beta": cfg.beta,
+        "num_generations": cfg.num_generations,
+        "max_steps": 1 if cfg.dry_run else cfg.max_steps,
+        "learning_rate": cfg.learning_rate,
+        "per_device_train_batch_size": hardware.per_device_batch_size,
+        "gradient_accumulation_steps": hardware.accumulation_steps,
+        "gradient_checkpointing": hardware.gradient_checkpointing,
+        "use_cpu": not use_cuda(cfg),
+        "bf16": kind == "bf16",
+        "fp16": kind == "fp16",
+        "temperature": cfg.rollout.temperature,
+        "top_p": cfg.rollout.top_p,
+        "top_k": cfg.rollout.top_k,
+        "min_p": cfg.rollout.min_p,
+        "max_completion_length": cfg.rollout.max_completion_tokens,
+        "chat_template_kwargs": OmegaConf.to_container(cfg.model.chat_template_kwargs) or None,
+        "loss_type": training.loss_type,
+        "scale_rewards": training.scale_rewards,
+        "num_iterations": training.num_iterations,
+        "epsilon": training.epsilon,
+        "epsilon_high": training.epsilon_high,
+        "mask_truncated_completions": training.mask_truncated_completions,
+        "lr_scheduler_type": training.lr_scheduler_type,
+        "warmup_steps": training.warmup_steps,
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "logging_steps": training.logging_steps,
+        "save_strategy": "steps" if training.checkpoint_every else "no",
+        "save_steps": training.checkpoint_every or 500,
+        "save_total_limit": training.keep_checkpoints,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": use_cuda(cfg),
+        "remove_unused_columns": False,
+    }
+    if vllm.mode:
+        arguments |= {
+            "use_vllm": True,
+            "vllm_mode": vllm.mode,
+            "vllm_enable_sleep_mode": vllm.standby,
+            "vllm_gpu_memory_utilization": vllm.gpu_memory_utilization,
+            "vllm_tensor_parallel_size": vllm.tensor_parallel_size,
+            "vllm_max_model_length": vllm.max_model_tokens,
+        }
+        if vllm.server_base_url:
+            arguments["vllm_server_base_url"] = vllm.server_base_url
+    arguments |= OmegaConf.to_container(training.arguments)
+    try:
+        return SelfDistillConfig(**arguments)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"training: trl.GRPOConfig refuses this combination: {str(error).strip().splitlines()[0]}") from error
+
+
+def build(cfg: DictConfig, folder: Any) -> Parts:
+    """Loads and connects everything; nothing is trained yet.
+
+    Raises:
+        UserError: a file, model or server that the configuration names cannot be used.
+    """
+    if cfg.hardware.vllm.standby:
+        os.environ.setdefault("UNSLOTH_VLLM_STANDBY", "1")  # read when unsloth is imported
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # loading and writing a model; the run has a bar of its own
+    if cfg.hardware.threads:
+        torch.set_num_threads(cfg.hardware.threads)
+    rewards = instantiate(cfg.reward)  # before the model: a wrong argument should not cost the loading
+    teacher = instantiate(cfg.teacher)
+    settings = instantiate(cfg.eval)
+    exporter = instantiate(cfg.export)
+    model_config = OmegaConf.to_container(cfg.model)
+    model, tokenizer = load_model(**model_config)
+    data = load_data(tokenizer=tokenizer, **{k: v for k, v in OmegaConf.to_container(cfg.data, resolve=True).items() if k != "_target_"})
+    peft = None
+    if cfg.model.tuning == "lora" and not hasattr(model, "peft_config"):
+        peft = lora_config(**model_config["lora"])
+    if teacher is not None and hasattr(teacher, "check"):
+        teacher.check(tokenizer)
+    rollout = {f.name: cfg.rollout[f.name] for f in fields(RolloutSource)}
+    trainer = SelfDistillTrainer(
+        model=model,
+        reward_funcs=rewards,
+        args=trainer_arguments(cfg, folder.path / CHECKPOINTS),
+        teacher=teacher,
+        distillation=Distillation(**OmegaConf.to_container(cfg.distillation, resolve=True)) if teacher is not None else None,
+        rollout=RolloutSource(**rollout),
+        train_dataset=data.train,
+        processing_class=tokenizer,
+        peft_config=peft,
+    )
+    evaluator = None
+    if settings is not None:
+        judged = [row for row in data.eval if not needs_answer(settings.scorer) or row["answer"] or row["golden_response"]]
+        evaluator = settings.evaluator(
+            judged, chat=bool(tokenizer.chat_template), seed=cfg.seed, chat_template_kwargs=model_config["chat_template_kwargs"]
+        )
+    return Parts(cfg, folder, tokenizer, data, trainer, evaluator, exporter)
+
+
+def needs_answer(scorer: Any) -> bool:
+    """Whether a scorer compares with a reference: raw text has none, and is then not asked for its accuracy."""
+    return hasattr(scorer, "answer_field")

@@ -1,0 +1,248 @@
+"""One row of a file becomes one row of the dataset: prompt, answer, golden_response, id, and its other columns."""
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from selfdistill.data import chat
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+class BadRow(Exception):
+    """What is wrong with this row, as the end of a sentence that begins with its place."""
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The names of the fields in the file. A dot goes into nested objects; None: not looked for."""
+
+    prompt: str | None = "prompt"
+    text: str | None = "text"
+    answer: str | None = "answer"
+    demonstration: str | None = "golden_response"
+    system: str | None = "system"
+    messages: str | None = "messages"
+    id: str | None = "id"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row in the dataset's shape, and which of the optional fields the file had for it."""
+
+    line: int
+    columns: dict[str, Any]
+    present: frozenset[str]
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Turns raw rows into the dataset's; raises BadRow.
+
+    Attributes:
+        conversational: prompts are lists of messages, else strings.
+        system: a system message that replaces the rows' own.
+        prompt_tokens: the prompt is the beginning of the text, and the rest goes to `continuation`.
+    """
+
+    fields: Fields
+    tokenizer: Any
+    conversational: bool
+    system: str | None = None
+    prompt_tokens: int | None = None
+
+    def read(self, line: int, raw: Any) -> Row:
+        if not isinstance(raw, dict):
+            raise BadRow(f'a row must be an object such as {{"prompt": "…"}}, this is {_kind(raw)}')
+        columns: dict[str, Any] = {}
+        followed: list[str] = []
+        used = {self.fields.answer, self.fields.demonstration, self.fields.id}
+        if self.prompt_tokens:
+            field = self._raw_text_field(raw)
+            columns["prompt"], columns["continuation"] = chat.cut(
+                self.tokenizer, self._text(raw, field), self.prompt_tokens
+            )
+            used.add(field)
+        else:
+            field = self._prompt_field(raw)
+            columns["prompt"], followed = self._prompt(raw, field)
+            used |= {field, self.fields.system}
+        present = {name for name in ("answer", "demonstration", "id") if _find(raw, getattr(self.fields, name))[0]}
+        columns["answer"] = self._answer(raw)
+        columns["golden_response"] = self._demonstrations(raw) or followed
+        columns["id"] = self._id(raw, line)
+        columns.update({key: value for key, value in raw.items() if key not in used and key not in columns})
+        return Row(line, columns, frozenset(present))
+
+    def _raw_text_field(self, raw: dict[str, Any]) -> str:
+        field = self.fields.text or ""
+        if not _find(raw, field)[0]:
+            instead = f" (write data.text_field={self.fields.prompt})" if _find(raw, self.fields.prompt)[0] else ""
+            raise BadRow(
+                f"data.prompt_tokens cuts raw text, and there is no field '{field}'{instead}"
+                + _available(raw, {"text_field": field})
+            )
+        return field
+
+    def _prompt_field(self, raw: dict[str, Any]) -> str:
+        """The field that the prompt is made of: the first one that the row has, one with a value before one without."""
+        names = {
+            "prompt_field": self.fields.prompt,
+            "messages_field": self.fields.messages,
+            "text_field": self.fields.text,
+        }
+        candidates = {key: field for key, field in names.items() if field}
+        found = [field for field in candidates.values() if _find(raw, field)[0]]
+        if not found:
+            wanted = " or ".join(f"'{field}'" for field in candidates.values())
+            raise BadRow(f"no field {wanted}{_available(raw, candidates)}")
+        return next((field for field in found if _find(raw, field)[1] is not None), found[0])
+
+    def _prompt(self, raw: dict[str, Any], field: str) -> tuple[Any, list[str]]:
+        """The prompt, and the assistant's answer where a conversation goes on."""
+        value = _find(raw, field)[1]
+        if field == self.fields.messages or (field == self.fields.prompt and isinstance(value, list)):
+            return self._conversation(raw, field, value)
+        text, system = self._text(raw, field), self._system(raw)
+        if not self.conversational:
+            return (f"{system}\n\n{text}" if system else text), []
+        return [*_system_message(system), {"role": "user", "content": text}], []
+
+    def _conversation(self, raw: dict[str, Any], field: str, value: Any) -> tuple[list[dict[str, str]], list[str]]:
+        if not self.conversational:
+            raise BadRow(
+                f"field '{field}' holds messages, which need a chat template: write data.chat_template=default"
+            )
+        if not isinstance(value, list):
+            raise BadRow(f"field '{field}' must be a list of messages {_MESSAGE}, this is {_kind(value)}")
+        messages = [self._message(field, number, message) for number, message in enumerate(value, start=1)]
+        last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+        if last is None:
+            raise BadRow(f"field '{field}' has no message with the role 'user'")
+        prompt, rest = messages[: last + 1], messages[last + 1 :]
+        system = self._system(raw)
+        if system and (self.system or prompt[0]["role"] != "system"):
+            prompt = [*_system_message(system), *(message for message in prompt if message["role"] != "system")]
+        return prompt, [rest[0]["content"]] if rest and rest[0]["role"] == "assistant" else []
+
+    def _message(self, field: str, number: int, message: Any) -> dict[str, str]:
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise BadRow(f"field '{field}', message {number} must be {_MESSAGE}, this is {_kind(message)}")
+        if message["role"] not in ROLES:
+            raise BadRow(
+                f"field '{field}', message {number}: the role {message['role']!r} is not one of {', '.join(ROLES)}"
+            )
+        if not isinstance(message["content"], str) or not message["content"].strip():
+            kind = _kind(message["content"])
+            raise BadRow(
+                f"field '{field}', message {number}: the content must be text that is not empty, this is {kind}"
+            )
+        _refuse_surrogates(field, message["content"])
+        return {"role": message["role"], "content": message["content"]}
+
+    def _text(self, raw: dict[str, Any], field: str) -> str:
+        value = _find(raw, field)[1]
+        if value is None or (isinstance(value, str) and not value.strip()):
+            raise BadRow(f"field '{field}' is empty")
+        if not isinstance(value, str):
+            raise BadRow(f"field '{field}' must be text, this is {_kind(value)}")
+        _refuse_surrogates(field, value)
+        return value
+
+    def _system(self, raw: dict[str, Any]) -> str | None:
+        if self.system:
+            return self.system
+        value = _find(raw, self.fields.system)[1]
+        if not (value is None or isinstance(value, str)):
+            raise BadRow(f"field '{self.fields.system}' must be text or null, this is {_kind(value)}")
+        _refuse_surrogates(self.fields.system or "", value or "")
+        return value or None
+
+    def _answer(self, raw: dict[str, Any]) -> str | None:
+        field = self.fields.answer
+        value = _find(raw, field)[1]
+        if value is None:
+            return None
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return str(value)
+        return self._text(raw, field or "")
+
+    def _demonstrations(self, raw: dict[str, Any]) -> list[str]:
+        field = self.fields.demonstration
+        value = _find(raw, field)[1]
+        if value is None:
+            return []
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list) or not all(isinstance(item, str) for item in values):
+            wrong = (
+                next((item for item in values if not isinstance(item, str)), value)
+                if isinstance(values, list)
+                else value
+            )
+            raise BadRow(f"field '{field}' must be a list of texts, [\"…\"], this has {_kind(wrong)}")
+        if not values or not all(item.strip() for item in values):
+            raise BadRow(f"field '{field}' is empty")
+        for item in values:
+            _refuse_surrogates(field or "", item)
+        return values
+
+    def _id(self, raw: dict[str, Any], line: int) -> str:
+        field = self.fields.id
+        present, value = _find(raw, field)
+        if not present:
+            return str(line)
+        if value is None or value == "":
+            raise BadRow(f"field '{field}' is empty")
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise BadRow(f"field '{field}' must be text or a whole number, this is {_kind(value)}")
+        return str(value)
+
+
+_MESSAGE = '{"role": "user", "content": "…"}'
+
+
+def _system_message(system: str | None) -> list[dict[str, str]]:
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _find(raw: Mapping[str, Any], field: str | None) -> tuple[bool, Any]:
+    """Whether the row has the field, and its value. A name with dots that is no key goes into nested objects."""
+    if field is None:
+        return False, None
+    if field in raw:
+        return True, raw[field]
+    value: Any = raw
+    for part in field.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return False, None
+        value = value[part]
+    return True, value
+
+
+def _available(raw: Mapping[str, Any], wanted: Mapping[str, str]) -> str:
+    """The fields that the row has, and which one may be meant. `wanted`: configuration key → name of the field."""
+    names = [str(name) for name in raw]
+    for key, field in wanted.items():
+        if found := difflib.get_close_matches(field, names, n=1, cutoff=0.6):
+            close = found[0]
+            return f"; the row has {', '.join(names)}. Did you mean '{close}'? Rename it, or write data.{key}={close}"
+    key = next(iter(wanted), "prompt_field")
+    return f"; the row has {', '.join(names) or 'no fields'}. Say which one it is with data.{key}=NAME"
+
+
+def _refuse_surrogates(field: str, text: str) -> None:
+    if wrong := SURROGATE.search(text):
+        code = f"\\u{ord(wrong.group()):04x}"
+        raise BadRow(
+            f"field '{field}' has half a character, {code}, which no tokenizer takes. Write the whole character"
+        )
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    name = "null" if value is None else names.get(type(value), type(value).__name__)
+    shown = repr(value)
+    return f"{name}: {shown[:60] + '…' if len(shown) > 60 else shown}" if value is not None else name

@@ -1,0 +1,124 @@
+"""Where rows come from: what a path means, and the source that it opens."""
+
+import difflib
+import importlib.resources
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from selfdistill.data.readers import Record, csv_records, hub_records, json_records, jsonl_records, parquet_records
+from selfdistill.errors import UserError
+
+FORMATS = ("jsonl", "json", "parquet", "csv", "hub")
+EXTENSIONS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+EMBEDDED_PREFIX = "embedded:"
+# File types that people try and that are not read; without this list `folder/file.txt` would look like a hub name.
+OTHER_EXTENSIONS = {
+    ".txt", ".tsv", ".md", ".yaml", ".yml", ".xml", ".xlsx", ".xls", ".arrow", ".pkl",
+    ".gz", ".zip", ".zst", ".bz2", ".xz", ".tar",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows of one file or hub dataset. `unit` is what the number in a record counts: lines, or rows without lines."""
+
+    name: str
+    unit: str
+    records: Iterator[Record]
+
+    def place(self, line: int) -> str:
+        return f"{self.name}, {self.unit} {line}"
+
+
+def closest(word: str, options: Iterable[str]) -> str:
+    """Did you mean 'x'? with a leading space, or nothing."""
+    found = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
+    return f" Did you mean '{found[0]}'?" if found else ""
+
+
+def open_source(
+    path: str,
+    *,
+    key: str,
+    format: str | None = None,
+    split: str | None = None,
+    subset: str | None = None,
+    local_files_only: bool = False,
+) -> Source:
+    """Find out what `path` is and open it.
+
+    Args:
+        path: a file, `embedded:NAME`, or a hub dataset `owner/name` or `owner/name:split`.
+        key: the configuration key that `path` came from, for messages.
+        format: one of FORMATS; None goes by the extension, and takes `owner/name` for the hub.
+
+    Raises:
+        UserError: nothing readable is there.
+    """
+    if path.startswith(EMBEDDED_PREFIX):
+        return _file_source(_embedded_file(path.removeprefix(EMBEDDED_PREFIX), key), path, "jsonl")
+    file = Path(path).expanduser()
+    format = format or _guess_format(path, file, key)
+    if format == "hub":
+        return Source(path, "row", hub_records(path, key, split, subset, local_files_only))
+    if file.is_dir():
+        raise UserError(
+            f"{key}={path} is a folder. Write the file: {_listing(file)} "
+            "(or data.format=hub for a folder that datasets.load_dataset reads)."
+        )
+    if not file.is_file():
+        raise UserError(f"{key}={path}: there is no such file. {_near_file(file)}")
+    return _file_source(file, path, format)
+
+
+def _guess_format(path: str, file: Path, key: str) -> str:
+    extension = file.suffix.lower()
+    if extension in EXTENSIONS:
+        return EXTENSIONS[extension]
+    if file.is_dir():
+        return "jsonl"  # refused by the caller, which says what the folder holds
+    if file.is_file() or extension in OTHER_EXTENSIONS:
+        raise UserError(
+            f"{key}={path}: the extension '{extension}' is not one of {', '.join(EXTENSIONS)}. "
+            f"Convert the file, or say what it holds with data.format={'|'.join(FORMATS)}."
+        )
+    # A name whose folder exists here is a mistyped file rather than a hub dataset.
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(:.+)?", path) and not file.parent.is_dir():
+        return "hub"
+    raise UserError(
+        f"{key}={path}: there is no such file, and it is no hub dataset either (owner/name; for one without an owner, "
+        f"data.format=hub). {_near_file(file)}"
+    )
+
+
+def _listing(folder: Path, limit: int = 5) -> str:
+    names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in EXTENSIONS)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return f"it holds {', '.join(names[:limit])}{more}" if names else f"it holds no {', '.join(EXTENSIONS)} file"
+
+
+def _near_file(file: Path) -> str:
+    if not file.parent.is_dir():
+        return f"The folder {file.parent.absolute()} does not exist."
+    names = [p.name for p in file.parent.iterdir() if p.is_file()]
+    return closest(file.name, names).strip() or f"In {file.parent.absolute()}: {_listing(file.parent)}."
+
+
+def _embedded_file(name: str, key: str) -> Path:
+    folder = Path(str(importlib.resources.files("selfdistill.data"))) / "embedded"
+    names = sorted(p.stem for p in folder.glob("*.jsonl"))
+    if name not in names:
+        raise UserError(
+            f"{key}={EMBEDDED_PREFIX}{name}: the package has no such data.{closest(name, names)} "
+            f"There are: {', '.join(names)}."
+        )
+    return folder / f"{name}.jsonl"
+
+
+def _file_source(file: Path, name: str, format: str) -> Source:
+    if file.stat().st_size == 0:
+        raise UserError(f"{name} is empty: it has no rows.")
+    readers = {"jsonl": jsonl_records, "json": json_records, "csv": csv_records, "parquet": parquet_records}
+    return Source(name, "row" if format == "parquet" else "line", readers[format](file, name))

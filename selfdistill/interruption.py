@@ -1,0 +1,85 @@
+"""Stopping in good order: Ctrl-C and SIGTERM."""
+
+import os
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class Interruption(TrainerCallback):
+    """Stops in good order on SIGINT (Ctrl-C) and SIGTERM: a context manager that is also a callback.
+
+    While the trainer trains, the first signal lets it end its step, save a checkpoint and stop. Outside of the training
+    there is nothing to save and the first signal raises KeyboardInterrupt. A second Ctrl-C raises KeyboardInterrupt at
+    once, a third ends the process; further SIGTERMs change nothing. Handlers that were there before are put back.
+
+    Where several processes train, one signalled process stops them all at the same step.
+
+    Attributes:
+        requested: whether a signal has come.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._training = False
+        self._interrupts = 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Interruption":  # noqa: PYI034 - beartype, which checks types in the tests, refuses Self here
+        # Python delivers signals to the main thread, and lets only that one set handlers.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._training = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if _any_process(self.requested, args):
+            self.requested = True
+            # The last step ends the training and saves by itself.
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._training = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 2:
+            os._exit(130)
+        first = not self.requested
+        self.requested = True
+        if not self._training or (self._interrupts > 1 and number == signal.SIGINT):
+            raise KeyboardInterrupt
+        if first:
+            name = signal.Signals(number).name
+            message = f"{name}: saving a checkpoint after this step, then stopping. Ctrl-C again to stop at once.\n"
+            # A signal may come in the middle of a print; os.write is safe there, the console is not.
+            os.write(2, message.encode())
+
+
+def _any_process(flag: bool, args: TrainingArguments) -> bool:
+    """Whether the flag is set in any of the processes that train together."""
+    if args.world_size < 2:
+        return flag
+    import torch
+
+    flags = torch.tensor([int(flag)], device=args.device)
+    torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
+    return bool(flags.item())

@@ -1,0 +1,134 @@
+"""A file of JSON lines that carry a step: each line written at once, the last one repaired after a kill."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from selfdistill.errors import UserError
+
+
+def jsonable(value: Any) -> Any:
+    """`value` as plain JSON values: NaN and infinities become None, arrays and tensors numbers, the rest text."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [jsonable(item) for item in value]
+    if hasattr(value, "tolist"):
+        return jsonable(value.tolist())
+    return str(value)
+
+
+class StepLog:
+    """Append-only JSON lines with `step`.
+
+    A line goes to the kernel in one call, so that a killed process tears at most the line in writing. Opened for
+    writing, lines at the end that are not JSON are cut off. Lines are written in the order of their steps.
+
+    Raises:
+        UserError: on reading, a line before the last that is not a JSON object.
+    """
+
+    def __init__(self, path: Path, write: bool) -> None:
+        self.path = path
+        self._file: IO[bytes] | None = None
+        self._last_start = 0
+        self._last: dict[str, Any] | None = None
+        if write:
+            self._file = self.path.open("r+b" if path.exists() else "x+b", buffering=0)
+            self._repair()
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole lines; a torn last line is left out."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_bytes().split(b"\n")
+        records = []
+        for number, line in enumerate(lines, start=1):
+            record = _parse(line)
+            if record is not None:
+                records.append(record)
+            elif any(_parse(later) is not None for later in lines[number:]):
+                raise UserError(f"{self.path}, line {number}: this is not a JSON object.")
+        return records
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add a line."""
+        self._write_at(self._end(), jsonable(record))
+
+    def merge(self, step: int, values: Mapping[str, Any]) -> None:
+        """Add values to the last line if it is that of `step`, otherwise add a line."""
+        if self._last is not None and self._last["step"] == step:
+            self._write_at(self._last_start, {**self._last, **jsonable(values), "step": step})
+        else:
+            self.append({"step": step, **values})
+
+    def truncate(self, step: int) -> int:
+        """Drop lines of later steps; returns how many."""
+        records = self.read()
+        kept = [record for record in records if record["step"] <= step]
+        if len(kept) < len(records):
+            draft = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+            draft.write_bytes(b"".join(_encode(record) for record in kept))
+            self.close()
+            draft.replace(self.path)
+            self._file = self.path.open("r+b", buffering=0)
+            self._repair()
+        return len(records) - len(kept)
+
+    def close(self) -> None:
+        """Close the file; nothing is lost without it."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _open_file(self) -> IO[bytes]:
+        if self._file is None:
+            raise ValueError(f"{self.path} is not open for writing.")
+        return self._file
+
+    def _end(self) -> int:
+        return self._open_file().seek(0, os.SEEK_END)
+
+    def _write_at(self, start: int, record: dict[str, Any]) -> None:
+        file = self._open_file()
+        line = _encode(record)
+        file.seek(start)
+        file.write(line)
+        # A merged line can be shorter than the one it replaces.
+        file.truncate(start + len(line))
+        self._last_start, self._last = start, record
+
+    def _repair(self) -> None:
+        """Cut off what follows the last whole line, and remember that line."""
+        file = self._open_file()
+        content = self.path.read_bytes()
+        end = len(content)
+        self._last, self._last_start = None, 0
+        while end > 0:
+            stripped = content[:end].removesuffix(b"\n")
+            start = stripped.rfind(b"\n") + 1
+            record = _parse(stripped[start:])
+            if record is not None:
+                self._write_at(start, record)
+                return
+            end = start
+        file.truncate(0)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "step" in record else None
+
+
+def _encode(record: Mapping[str, Any]) -> bytes:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"

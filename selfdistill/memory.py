@@ -1,0 +1,46 @@
+"""Peak memory of this process and of its GPU."""
+
+import re
+import sys
+from pathlib import Path
+
+_GIB = 1024**3
+
+
+def reset_peak_memory() -> None:
+    """Start measuring anew, as the jobs of one sweep share a process. Where the system cannot, the peak stays."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        for device in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_gib() -> dict[str, float]:
+    """`rss`: the most that the process had in memory; `cuda`, where CUDA is used: the most allocated on one GPU.
+
+    Units are GiB. Memory that another process uses, such as a vLLM server, is not in it.
+    """
+    peak = {"rss": round(_peak_rss_bytes() / _GIB, 3)}
+    # Without the import nothing of ours used a GPU, and torch takes seconds to import.
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        devices = range(torch.cuda.device_count())
+        peak["cuda"] = round(max(torch.cuda.max_memory_allocated(device) for device in devices) / _GIB, 3)
+    return peak
+
+
+def _peak_rss_bytes() -> int:
+    try:
+        found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    if found:
+        return int(found[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,101 @@
+"""Where a causal language model keeps what the losses need: its backbone, its output head, and how logits are scaled."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def inner_model(model: nn.Module) -> Any:
+    """The transformers model below a PEFT or distributed wrapper."""
+    while hasattr(model, "module") and isinstance(model.module, nn.Module):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@dataclass(frozen=True)
+class Head:
+    """How hidden states become logits: soft_cap * tanh(scale * (W h + b) / soft_cap)."""
+
+    weight: Tensor
+    bias: Tensor | None
+    logit_scale: float
+    soft_cap: float | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(N, H) -> (N, V) in float32."""
+        logits = nn.functional.linear(hidden, self.weight.to(hidden.dtype), self.bias).float() * self.logit_scale
+        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+
+def head_of(model: nn.Module) -> Head:
+    """The output head; a LoRA adapter on the head is folded into its weight, with gradient."""
+    inner = inner_model(model)
+    module = inner.get_output_embeddings()
+    config = inner.config.get_text_config()
+    scale = 1.0
+    if getattr(config, "logits_scaling", None):  # Granite divides
+        scale = 1.0 / config.logits_scaling
+    elif getattr(config, "logit_scale", None):  # Cohere multiplies
+        scale = float(config.logit_scale)
+    weight = module.weight
+    if hasattr(module, "get_delta_weight") and not module.disable_adapters:
+        weight = weight + sum(module.get_delta_weight(name) for name in module.active_adapters)
+    return Head(weight, getattr(module, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+
+
+@contextmanager
+def captured_hidden(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects the backbone's last hidden state (B, T, H) of every forward pass inside, with its graph.
+
+    A hook, so that the pass may go through any wrapper: distributed training sees an ordinary call.
+    """
+    collected: list[Tensor] = []
+    hook = inner_model(model).get_decoder().register_forward_hook(
+        lambda module, inputs, output: collected.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+    )
+    try:
+        yield collected
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradient inside; every module's own mode is restored."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def completion_hidden(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Hidden states (B, T, H) that predict the completion's tokens.
+
+    Args:
+        prompt_ids, prompt_mask: (B, P), padded on the left; columns that are padding in every row are left out.
+        ids, mask: the completion's (B, T), padded on the right.
+    """
+    start = int(prompt_mask.argmax(dim=1).min())
+    prompt_ids, prompt_mask = prompt_ids[:, start:], prompt_mask[:, start:]
+    with captured_hidden(model) as collected:
+        # logits of one position only: the head is applied by the loss, to the tokens that count
+        model(
+            input_ids=torch.cat([prompt_ids, ids], dim=1),
+            attention_mask=torch.cat([prompt_mask, mask], dim=1),
+            logits_to_keep=1,
+            use_cache=False,
+        )
+    return aligned(collected[-1], prompt_ids.size(1), ids.size(1))
+
+
+def aligned(hidden: Tensor, prompt_tokens: int, completion_tokens: int) -> Tensor:
+    """The states at positions P-1 … P+T-2: the state before a token is the one that predicts it."""
+    return hidden[:, prompt_tokens - 1 : prompt_tokens - 1 + completion_tokens]

@@ -1,0 +1,295 @@
+"""Alarms for runs that collapse, and for runs that learn from nothing.
+
+Rewards taken from the policy itself (likelihood, certainty) can be driven up by repetition, and entropy falls as they
+rise: He et al. 2025, arXiv 2506.17219; Shafayat et al. 2025, arXiv 2505.21444. A run whose rewards do not differ within
+a group, and whose teacher has nothing to say, shows a loss that looks normal and learns nothing.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from selfdistill.errors import UserError
+
+ACTIONS = ("warn", "stop", "off")
+
+# Standard name of a metric <- the name under which TRL logs it.
+TRL_NAMES = {
+    "monitor/entropy": "entropy",
+    "monitor/length_tokens": "completions/mean_length",
+    "monitor/grad_norm": "grad_norm",
+    "monitor/sampler_gap": "sampling/sampling_logp_difference/mean",
+    "time/step_s": "step_time",
+}
+
+_HINTS = {
+    "entropy": "the policy is nearly deterministic; raise beta or the temperature, or lower the learning rate",
+    "repetition": "completions repeat themselves; raise beta, lower the learning rate, or stop earlier",
+    "distinct_2": "completions hardly differ from each other; raise beta or the temperature",
+    "length": "completions have become very short or very long; check what the reward pays for",
+    "reward_spread": "completions of one prompt all get the same reward, so the policy gradient is zero; "
+    "the prompts are too easy or too hard, or the reward is constant",
+    "grad_norm": "the update is unstable; lower the learning rate or max_grad_norm",
+    "sampler_gap": "the sampler's log-probabilities differ from the trainer's; its weights or its precision are others",
+    "no_signal": "nothing is learnt; check the reward on a few completions and what the teacher sees (prompts.md)",
+}
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """When a monitored value is alarming.
+
+    Attributes:
+        below: alarming under this value.
+        above: alarming over this value.
+        below_initial: alarming under this fraction of the mean of the run's first values.
+        for_steps: training steps in a row that have to be alarming.
+        action: "warn" says so, "stop" ends the training, "off" looks away.
+    """
+
+    below: float | None = None
+    above: float | None = None
+    below_initial: float | None = None
+    for_steps: int = 1
+    action: str = "warn"
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A threshold was passed for long enough.
+
+    Attributes:
+        monitor: name of the monitor, as in the configuration.
+        value: the last value.
+        step: the training step; None where the metrics carry none.
+        message: one sentence for the user.
+        action: "warn" or "stop".
+    """
+
+    monitor: str
+    value: float
+    step: int | None
+    message: str
+    action: str
+
+
+@dataclass
+class _Watch:
+    """What one monitor remembers."""
+
+    initial: list[float] = field(default_factory=list)
+    steps_in_breach: int = 0
+    last_step: int = 0
+    raised: bool = False
+
+
+class Monitors:
+    """Watches the logged metrics.
+
+    Args:
+        entropy: mean entropy of the policy's next-token distribution, nats.
+        repetition: mean share of a completion's 4-grams that repeat an earlier one, 0 to 1.
+        distinct_2: distinct 2-grams over all 2-grams of a batch, 0 to 1. With G equal completions a prompt it is
+            about 1/G, also when all are right.
+        length: mean length of completions, tokens.
+        reward_spread: mean over prompts of the standard deviation of the rewards of its completions. Not judged while
+            a teacher gives signal (distill/active_fraction above 0).
+        grad_norm: norm of the gradient before clipping; NaN is alarming.
+        sampler_gap: mean absolute difference of the sampler's and the trainer's token log-probabilities, nats.
+        no_signal: alarming when no row has a teacher's signal and no prompt's rewards differ, or when the gradient's
+            norm is under `below`.
+        initial_values: how many values make up the mean that `below_initial` refers to.
+
+    Raises:
+        UserError: a threshold has unknown keys, wrong types, or an unknown action.
+    """
+
+    def __init__(
+        self,
+        entropy: Threshold | Mapping[str, Any] | None = None,
+        repetition: Threshold | Mapping[str, Any] | None = None,
+        distinct_2: Threshold | Mapping[str, Any] | None = None,
+        length: Threshold | Mapping[str, Any] | None = None,
+        reward_spread: Threshold | Mapping[str, Any] | None = None,
+        grad_norm: Threshold | Mapping[str, Any] | None = None,
+        sampler_gap: Threshold | Mapping[str, Any] | None = None,
+        no_signal: Threshold | Mapping[str, Any] | None = None,
+        initial_values: int = 5,
+    ) -> None:
+        given = {
+            "entropy": entropy,
+            "repetition": repetition,
+            "distinct_2": distinct_2,
+            "length": length,
+            "reward_spread": reward_spread,
+            "grad_norm": grad_norm,
+            "sampler_gap": sampler_gap,
+            "no_signal": no_signal,
+        }
+        thresholds = {name: _threshold(name, value) for name, value in given.items() if value is not None}
+        self.thresholds = {name: threshold for name, threshold in thresholds.items() if threshold.action != "off"}
+        if initial_values < 1:
+            raise UserError(f"monitors.initial_values is {initial_values}; it must be at least 1.")
+        self.initial_values = initial_values
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything that was observed."""
+        self._watches = {name: _Watch() for name in self.thresholds}
+
+    @property
+    def can_stop(self) -> bool:
+        """Whether any monitor may end the training."""
+        return any(threshold.action == "stop" for threshold in self.thresholds.values())
+
+    @property
+    def alarming(self) -> list[str]:
+        """Monitors whose last value was alarming, whether long enough for an alarm or not."""
+        return [name for name, watch in self._watches.items() if watch.steps_in_breach > 0]
+
+    def observe(self, metrics: Mapping[str, Any]) -> list[Alarm]:
+        """Look at the metrics of one logged step; deterministic, so that a resumed run can replay its past.
+
+        Args:
+            metrics: by name, TRL's or the standard ones, and `step`; without `step` each call counts as one step.
+                A metric that is missing or None leaves its monitor as it was.
+
+        Returns:
+            alarms that begin now. One that goes on is not repeated; one that ends can begin again.
+        """
+        named = standard_names(metrics)
+        step = named.get("step")
+        alarms = []
+        for name, threshold in self.thresholds.items():
+            watch = self._watches[name]
+            verdict = self._judge(name, threshold, watch, named)
+            if verdict is None:
+                continue
+            value, reason = verdict
+            elapsed = 1 if step is None else max(step - watch.last_step, 0)
+            watch.last_step = watch.last_step + 1 if step is None else step
+            if not reason:
+                watch.steps_in_breach, watch.raised = 0, False
+                continue
+            watch.steps_in_breach += elapsed
+            if watch.steps_in_breach >= threshold.for_steps and not watch.raised:
+                watch.raised = True
+                since = f" for {watch.steps_in_breach} steps" if watch.steps_in_breach > 1 else ""
+                message = f"{name}: {reason}{since}: {_HINTS[name]}."
+                alarms.append(Alarm(name, value, step, message, threshold.action))
+        return alarms
+
+    def _judge(
+        self, name: str, threshold: Threshold, watch: _Watch, named: Mapping[str, Any]
+    ) -> tuple[float, str] | None:
+        """The value and why it is alarming ("" if it is not); None where there is nothing to judge."""
+        if name == "no_signal":
+            return _judge_signal(threshold, named)
+        value = named.get("monitor/length_tokens" if name == "length" else f"monitor/{name}")
+        if value is None:
+            return None
+        if name == "reward_spread" and (named.get("distill/active_fraction") or 0.0) > 0.0:
+            return value, ""
+        if math.isnan(value):
+            return (value, "it is not a number") if name == "grad_norm" else None
+        reason = ""
+        if threshold.below is not None and value < threshold.below:
+            reason = f"{value:.3g} is below {threshold.below:g}"
+        elif threshold.above is not None and value > threshold.above:
+            reason = f"{value:.3g} is above {threshold.above:g}"
+        if threshold.below_initial is not None:
+            if len(watch.initial) < self.initial_values:
+                watch.initial.append(value)
+            else:
+                initial = sum(watch.initial) / len(watch.initial)
+                if not reason and value < threshold.below_initial * initial:
+                    reason = f"{value:.3g} is below {threshold.below_initial:g} of its first {initial:.3g}"
+        return value, reason
+
+
+def _judge_signal(threshold: Threshold, named: Mapping[str, Any]) -> tuple[float, str] | None:
+    sources = [named.get(name) for name in ("distill/active_fraction", "monitor/reward_spread")]
+    known = [source for source in sources if source is not None]
+    grad_norm = named.get("monitor/grad_norm")
+    if known and all(source < 1e-8 for source in known):
+        return 0.0, "rewards do not differ within any prompt and no row has a teacher's signal"
+    if grad_norm is not None and grad_norm < (1e-8 if threshold.below is None else threshold.below):
+        return grad_norm, f"the gradient's norm is {grad_norm:.1g}"
+    return (0.0, "") if known or grad_norm is not None else None
+
+
+def _threshold(name: str, value: Threshold | Mapping[str, Any]) -> Threshold:
+    """A checked threshold; YAML reads a bare `off` as false, which is taken as it was meant."""
+    key = f"monitors.{name}"
+    values = {f.name: getattr(value, f.name) for f in fields(value)} if isinstance(value, Threshold) else dict(value)
+    known = {f.name for f in fields(Threshold)}
+    if unknown := sorted(set(values) - known):
+        raise UserError(f"{key}.{unknown[0]} is unknown; a monitor takes {', '.join(sorted(known))}.")
+    if values.get("action") is False:
+        values["action"] = "off"
+    if values.get("action", "warn") not in ACTIONS:
+        raise UserError(f"{key}.action is {values['action']!r}; write one of {', '.join(ACTIONS)}.")
+    for limit in ("below", "above", "below_initial"):
+        number = values.get(limit)
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
+            raise UserError(f"{key}.{limit} is {number!r}; write a number, or null for no such limit.")
+        values[limit] = None if number is None else float(number)
+    for_steps = values.get("for_steps", 1)
+    if isinstance(for_steps, bool) or not isinstance(for_steps, int) or for_steps < 1:
+        raise UserError(f"{key}.for_steps is {for_steps!r}; write a whole number of at least 1.")
+    return Threshold(**values)
+
+
+def standard_names(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """`metrics` with the standard names added where TRL uses others; what is there already stays."""
+    named = dict(metrics)
+    for standard, trl in TRL_NAMES.items():
+        if trl in metrics:
+            named.setdefault(standard, metrics[trl])
+    # TRL's reward_std is over the whole batch: also differences between prompts, which teach nothing.
+    if metrics.get("reward_std") is not None:
+        spread = 0.0 if metrics.get("frac_reward_zero_std") == 1.0 else metrics["reward_std"]
+        named.setdefault("monitor/reward_spread", spread)
+    return named
+
+
+def repetition(ids: Sequence[int], n: int = 4) -> float:
+    """Share of the n-grams of one completion that repeat an earlier one, 0 to 1; 0 for fewer than n tokens."""
+    total = len(ids) - n + 1
+    if total < 1:
+        return 0.0
+    return 1.0 - len({tuple(ids[start : start + n]) for start in range(total)}) / total
+
+
+def distinct_n(completions: Sequence[Sequence[int]], n: int) -> float:
+    """Distinct n-grams over all n-grams of several completions, 0 to 1; 1 where there are none.
+
+    Source: Li et al. 2016, "A diversity-promoting objective function", arXiv 1510.03055, section 5.
+    """
+    grams = [tuple(ids[start : start + n]) for ids in completions for start in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def reward_spread(scores: Sequence[float | None], num_generations: int) -> float | None:
+    """Mean over prompts of the standard deviation (over G, not G - 1) of the scores of its completions.
+
+    Scores that are None or NaN are left out; None if no prompt has a score left.
+    """
+    deviations = []
+    for start in range(0, len(scores), num_generations):
+        group = [s for s in scores[start : start + num_generations] if s is not None and not math.isnan(s)]
+        if group:
+            mean = sum(group) / len(group)
+            deviations.append(math.sqrt(sum((score - mean) ** 2 for score in group) / len(group)))
+    return sum(deviations) / len(deviations) if deviations else None
+
+
+def completion_metrics(completion_ids: Sequence[Sequence[int]]) -> dict[str, float]:
+    """`monitor/repetition`, `monitor/distinct_2` and `monitor/length_tokens` of a batch of completions."""
+    count = max(len(completion_ids), 1)
+    return {
+        "monitor/repetition": sum(repetition(ids) for ids in completion_ids) / count,
+        "monitor/distinct_2": distinct_n(completion_ids, 2),
+        "monitor/length_tokens": sum(len(ids) for ids in completion_ids) / count,
+    }

@@ -1,0 +1,117 @@
+"""The policy's own confidence as the reward: nothing but prompts is needed.
+
+All three drive the policy's entropy down, and all three are known to end in overconfidence or repetition when pushed
+(arXiv 2506.17219; Intuitor's repository, thread 23): keep a KL penalty, watch the monitors, see `penalties.py`.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from selfdistill.errors import UserError
+from selfdistill.rewards.base import PolicyReward, check_policy_logprobs
+from selfdistill.rewards.scorer import to_lists
+
+
+class _Confidence(PolicyReward):
+    """Mean over the completion's tokens of a value in nats; higher = surer.
+
+    Args:
+        score_eos: whether the closing EOS counts as a token of the completion.
+        truncated: `keep` scores completions that hit the length limit like any other, `exclude` gives them None.
+
+    A completion without a token besides EOS is not scorable (None): a mean over nothing is not a reward, and 0
+    would be the highest there is.
+    """
+
+    def __init__(self, score_eos: bool = True, truncated: str = "keep") -> None:
+        if truncated not in ("keep", "exclude"):
+            raise UserError(f"reward.truncated is {truncated!r}; write keep or exclude")
+        self.score_eos = score_eos
+        self.truncated = truncated
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Sequence[int]] | None = None,
+        prompt_ids: Sequence[Sequence[int]] | None = None,
+        policy_logprobs: Sequence[Tensor] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        prompt_ids, completion_ids = self._token_ids(prompts, completions, prompt_ids, completion_ids)
+        values = to_lists(self._values(prompt_ids, completion_ids, policy_logprobs))
+        return [self._mean(ids, row) for ids, row in zip(completion_ids, values, strict=True)]
+
+    def _mean(self, ids: list[int], values: list[float]) -> float | None:
+        content = self.scorer.without_eos(ids)
+        ended = len(content) < len(ids)
+        if not content or (self.truncated == "exclude" and not ended):
+            return None
+        kept = values if self.score_eos else values[: len(content)]
+        return math.fsum(self._token(value) for value in kept) / len(kept)
+
+    def _token(self, value: float) -> float:
+        return value
+
+    def _values(
+        self, prompt_ids: list[list[int]], completion_ids: list[list[int]], policy_logprobs: Sequence[Tensor] | None
+    ) -> Sequence[Tensor]:
+        raise NotImplementedError
+
+
+class InverseLoss(_Confidence):
+    """r = (1/|y|) Σ_t log π(y_t | x, y_<t): minus the loss on the completion's own tokens.
+
+    In expectation minus the policy's entropy. With `policy_logprobs` in the call no forward pass is made.
+
+    Args:
+        score_eos, truncated: see the parent.
+        clip_logp: tokens surer than this (a log-probability, at most 0) count as this, so that a near-deterministic
+            repetition earns nothing more; log 0.95 = −0.0513 is a usual choice.
+    """
+
+    def __init__(
+        self,
+        score_eos: bool = True,
+        truncated: str = "keep",
+        clip_logp: float | None = None,
+    ) -> None:
+        super().__init__(score_eos, truncated)
+        if clip_logp is not None and clip_logp > 0:
+            raise UserError(f"reward.clip_logp is {clip_logp}; it is a log-probability: write a number of at most 0")
+        self.clip_logp = clip_logp
+
+    def _token(self, value: float) -> float:
+        return value if self.clip_logp is None else min(value, self.clip_logp)
+
+    def _values(
+        self, prompt_ids: list[list[int]], completion_ids: list[list[int]], policy_logprobs: Sequence[Tensor] | None
+    ) -> Sequence[Tensor]:
+        if policy_logprobs is None:
+            return self.scorer.token_logprobs(prompt_ids, completion_ids)
+        check_policy_logprobs(policy_logprobs, completion_ids)
+        return policy_logprobs
+
+
+class SelfCertainty(_Confidence):
+    """r = (1/|y|) Σ_t [logsumexp(z_t) − mean(z_t)], KL(uniform ‖ p_t) + ln V (Intuitor, arXiv 2505.19590).
+
+    z_t are the logits that predict token t.
+    """
+
+    def _values(
+        self, prompt_ids: list[list[int]], completion_ids: list[list[int]], policy_logprobs: Sequence[Tensor] | None
+    ) -> Sequence[Tensor]:
+        return self.scorer.token_statistics(prompt_ids, completion_ids).self_certainty
+
+
+class Entropy(_Confidence):
+    """r = −(1/|y|) Σ_t H(p_t): minus the entropy of the distribution behind each token (RENT, arXiv 2505.22660)."""
+
+    def _values(
+        self, prompt_ids: list[list[int]], completion_ids: list[list[int]], policy_logprobs: Sequence[Tensor] | None
+    ) -> Sequence[Tensor]:
+        return [-row for row in self.scorer.token_statistics(prompt_ids, completion_ids).entropy]

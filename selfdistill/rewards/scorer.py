@@ -1,0 +1,283 @@
+"""The current policy as a judge: log-probabilities of given tokens, without gradient, never with all logits at once."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+# Logits held at any moment: 2^25 float32 are 128 MiB, about 220 tokens of a vocabulary of 152 thousand.
+LOGITS_AT_ONCE = 2**25
+
+
+@dataclass
+class TokenStatistics:
+    """One tensor per completion, one value per token, in nats.
+
+    Attributes:
+        logprobs: log-probability of the token.
+        entropy: entropy of the distribution that the token was drawn from.
+        self_certainty: logsumexp(z) − mean(z), which is KL(uniform ‖ p) + ln V (Intuitor, arXiv 2505.19590, eq. 4).
+    """
+
+    logprobs: list[Float[Tensor, " _T"]]
+    entropy: list[Float[Tensor, " _T"]]
+    self_certainty: list[Float[Tensor, " _T"]]
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every submodule is in the mode it was in before."""
+    training = [module for module in model.modules() if module.training] if isinstance(model, nn.Module) else []
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class PolicyScorer:
+    """Scores tokens under a causal language model, PEFT-wrapped or not, in evaluation mode and without gradient.
+
+    Rows are sorted by length and padded on the right, where a causal model never looks, in micro-batches of at most
+    `micro_batch_tokens` padded tokens. The head runs on completion positions alone, a chunk at a time, inside the
+    model's own forward pass, so that autocast, adapters and sharding apply as they do in training.
+
+    Args:
+        model: a transformers causal LM, or a callable that takes `input_ids` (B, S) and returns `.logits` (B, S, V).
+        tokenizer: gives the EOS id, and encodes answers.
+        micro_batch_tokens: padded tokens a forward pass.
+        temperature: logits are divided by it, as the trainer does with the sampling temperature.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, micro_batch_tokens: int = 16384, temperature: float = 1.0
+    ) -> None:
+        if micro_batch_tokens < 1:
+            raise ValueError(f"micro_batch_tokens is {micro_batch_tokens}, it must be at least 1")
+        if temperature <= 0:
+            raise ValueError(f"temperature is {temperature}, it must be positive")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.micro_batch_tokens = micro_batch_tokens
+        self.temperature = temperature
+        self._head_verified: bool | None = None
+
+    @property
+    def eos_ids(self) -> set[int]:
+        """Every id that ends a completion: the tokenizer's, and those the model's generation stops at."""
+        stops = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        found = [getattr(self.tokenizer, "eos_token_id", None), *(stops if isinstance(stops, list) else [stops])]
+        return {eos for eos in found if eos is not None}
+
+    @property
+    def vocabulary_size(self) -> int:
+        return getattr(self._text_config(), "vocab_size", None) or len(self.tokenizer)
+
+    def _text_config(self) -> Any:
+        """The part of the model's configuration that is about text; None where there is none."""
+        find = getattr(getattr(self.model, "config", None), "get_text_config", None)
+        return find() if find else None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text without special tokens."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def encode_prompts(self, prompts: Sequence[Any]) -> list[list[int]]:
+        """Ids of prompts as TRL encodes them: messages by the chat template, strings as text."""
+        encoded = []
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                encoded.append(list(self.tokenizer(prompt)["input_ids"]))
+            else:
+                text = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+                encoded.append(self.encode(text))
+        return encoded
+
+    def encode_completions(self, completions: Sequence[Any]) -> list[list[int]]:
+        """Ids of completions given as text or messages. Sampled ids, where they are at hand, are to be preferred."""
+        return [self.encode(c if isinstance(c, str) else c[-1]["content"]) for c in completions]
+
+    def without_eos(self, ids: Sequence[int]) -> list[int]:
+        """The ids without a closing EOS."""
+        return list(ids[:-1]) if ids and ids[-1] in self.eos_ids else list(ids)
+
+    def token_logprobs(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        target_ids: Sequence[Sequence[int]] | None = None,
+    ) -> list[Float[Tensor, " _T"]]:
+        """log π(target_t | prompt, completion_<t) for every row, float32 on the model's device.
+
+        Args:
+            prompt_ids: what the policy saw, one list of ids per row, at least one id each.
+            completion_ids: what follows it.
+            target_ids: the tokens to score at the completion's positions, at most as many as the completion has;
+                without them the completion's own.
+
+        Raises:
+            ValueError: an empty prompt, more targets than completion tokens, lists of different lengths.
+        """
+        return self._score(prompt_ids, completion_ids, target_ids, statistics=False).logprobs
+
+    def token_statistics(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
+    ) -> TokenStatistics:
+        """Log-probability, entropy and self-certainty at every completion token, in one pass."""
+        return self._score(prompt_ids, completion_ids, None, statistics=True)
+
+    @torch.no_grad()
+    def _score(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        target_ids: Sequence[Sequence[int]] | None,
+        statistics: bool,
+    ) -> TokenStatistics:
+        targets = completion_ids if target_ids is None else target_ids
+        if not len(prompt_ids) == len(completion_ids) == len(targets):
+            raise ValueError(f"{len(prompt_ids)} prompts, {len(completion_ids)} completions and {len(targets)} targets")
+        for row, (prompt, completion, target) in enumerate(zip(prompt_ids, completion_ids, targets, strict=True)):
+            if target and not prompt:
+                raise ValueError(f"row {row} has an empty prompt: nothing predicts its first token")
+            if len(target) > len(completion):
+                raise ValueError(f"row {row} has {len(target)} targets for {len(completion)} completion tokens")
+
+        # The token before a position predicts it, so the last scored token itself is not needed as input.
+        inputs = [[*p, *c[: max(len(t) - 1, 0)]] for p, c, t in zip(prompt_ids, completion_ids, targets, strict=True)]
+        empty = torch.empty(0, device=self._device())
+        rows = [(empty, empty, empty)] * len(targets)
+        with evaluating(self.model):
+            for batch in self._micro_batches(inputs, targets):
+                starts = [len(inputs[row]) - len(targets[row]) for row in batch]
+                values = self._forward(
+                    [inputs[row] for row in batch], starts, [targets[row] for row in batch], statistics
+                )
+                counts = [len(targets[row]) for row in batch]
+                for row, *parts in zip(batch, *(v.split(counts) for v in values), strict=True):
+                    rows[row] = (parts[0], parts[1], parts[2])
+        logprobs, entropy, certainty = zip(*rows, strict=True) if rows else ((), (), ())
+        return TokenStatistics(list(logprobs), list(entropy), list(certainty))
+
+    def _micro_batches(self, inputs: list[list[int]], targets: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+        """Indices of rows that have something to score, similar lengths together, within the token budget."""
+        batch: list[int] = []
+        for row in sorted((i for i, target in enumerate(targets) if target), key=lambda i: len(inputs[i])):
+            if batch and (len(batch) + 1) * len(inputs[row]) > self.micro_batch_tokens:
+                yield batch
+                batch = []
+            batch.append(row)
+        if batch:
+            yield batch
+
+    def _forward(
+        self, inputs: list[list[int]], starts: list[int], targets: list[Sequence[int]], statistics: bool
+    ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"]]:
+        """Statistics of all targets of one micro-batch, flat, row after row."""
+        device, width = self._device(), max(map(len, inputs))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in inputs], device=device)
+        positions = [
+            index * width + start + offset
+            for index, (start, target) in enumerate(zip(starts, targets, strict=True))
+            for offset in range(len(target))
+        ]
+        where = torch.tensor(positions, device=device)
+        wanted = torch.tensor([token for target in targets for token in target], device=device)
+        call = {"input_ids": ids, "use_cache": False} if hasattr(self.model, "config") else {"input_ids": ids}
+
+        head = self._head()
+        if head is not None and self._head_verified is not False:
+            found: list[Tensor] = []
+
+            def score_instead(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                hidden = arguments[0]
+                needed = hidden.reshape(-1, hidden.shape[-1])[where.to(hidden.device)]
+                # `module.forward` and not `module()`: this very hook must not run again.
+                found.extend(self._read(lambda rows: self._finish(module.forward(needed[rows])), wanted, statistics))
+                found.append(self._finish(module.forward(needed[:1])))
+                return (needed[None, :1],)
+
+            handle = head.register_forward_pre_hook(score_instead)
+            try:
+                output = self.model(**call).logits
+            finally:
+                handle.remove()
+            if found and self._agrees(found.pop(), output):
+                return found[0], found[1], found[2]
+            self._head_verified = False
+
+        # A model that does something else with its logits, or calls its head in its own way: take them whole.
+        logits = self.model(**call).logits
+        flat = logits.reshape(-1, logits.shape[-1])
+        return self._read(lambda rows: flat[where[rows]], wanted, statistics)
+
+    def _read(
+        self, logits_of: Any, targets: Int[Tensor, " N"], statistics: bool
+    ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"]]:
+        """Log-probabilities, and where asked entropy and self-certainty, from logits that come a chunk at a time."""
+        chunk = max(1, LOGITS_AT_ONCE // self.vocabulary_size)
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        for start in range(0, len(targets), chunk):
+            rows = slice(start, start + chunk)
+            logits = logits_of(rows)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            if self.temperature != 1.0:
+                logits = logits / self.temperature
+            normaliser = logits.logsumexp(-1)
+            logprobs = logits.gather(-1, targets[rows, None].to(logits.device)).squeeze(-1) - normaliser
+            entropy = certainty = logprobs
+            if statistics:
+                entropy = normaliser - ((logits - normaliser[:, None]).exp() * logits).sum(-1)
+                certainty = normaliser - logits.mean(-1)
+            parts.append((logprobs.float(), entropy.float(), certainty.float()))
+        logprobs, entropy, certainty = (torch.cat(part) for part in zip(*parts, strict=True))
+        return logprobs, entropy, certainty
+
+    def _head(self) -> nn.Module | None:
+        find = getattr(self.model, "get_output_embeddings", None)
+        head = find() if find else None
+        return head if isinstance(head, nn.Module) else None
+
+    def _finish(self, logits: Tensor) -> Tensor:
+        """What some architectures do after the head: Cohere and Granite scale, Gemma caps."""
+        text = self._text_config()
+        if scale := getattr(text, "logit_scale", None):
+            logits = logits * scale
+        if divisor := getattr(text, "logits_scaling", None):
+            logits = logits / divisor
+        if cap := getattr(text, "final_logit_softcapping", None):
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    def _agrees(self, ours: Tensor, models: Tensor) -> bool:
+        """Whether the head's logits, finished by us, are those the model returns; looked at once per scorer."""
+        if self._head_verified is None:
+            theirs = models.reshape(-1, models.shape[-1])
+            self._head_verified = ours.shape == theirs.shape and torch.allclose(
+                ours.float(), theirs.float(), rtol=1e-2, atol=1e-2
+            )
+        return self._head_verified
+
+    def _device(self) -> torch.device:
+        if (device := getattr(self.model, "device", None)) is not None:
+            return torch.device(device)
+        parameter = next(self.model.parameters(), None) if isinstance(self.model, nn.Module) else None
+        return torch.device("cpu") if parameter is None else parameter.device
+
+
+def to_lists(tensors: Sequence[Tensor]) -> list[list[float]]:
+    """The values of many small tensors as Python floats, with one transfer from the device."""
+    if not tensors:
+        return []
+    flat = torch.cat([tensor.detach() for tensor in tensors]).float().tolist()
+    result, start = [], 0
+    for tensor in tensors:
+        result.append(flat[start : start + len(tensor)])
+        start += len(tensor)
+    return result

@@ -1,0 +1,179 @@
+"""Tool calls, compared with the expected ones call by call and argument by argument."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from selfdistill.errors import UserError
+from selfdistill.rewards.base import Result, Reward, answers_of, shorten
+from selfdistill.rewards.exact import check_feedback
+from selfdistill.rollout import text_of
+
+FORM = '[{"Action": "name", "Action_Input": "{\\"argument\\": \\"value\\"}"}]'
+ACTION = re.compile(r"^\s*Action:[ \t]*(.+?)\s*$", re.MULTILINE)
+ACTION_INPUT = re.compile(r"^\s*Action[ _]Input:\s*", re.MULTILINE)
+FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Call:
+    name: str
+    arguments: dict[str, Any]
+
+
+class FormatError(Exception):
+    """A text that holds no readable tool calls; the message says why, in words meant for its author."""
+
+
+def parse_calls(text: str) -> list[Call]:
+    """The tool calls in a text: a JSON list of {"Action", "Action_Input"}, or lines `Action:` and `Action Input:`.
+
+    Raises FormatError.
+    """
+    fenced = FENCE.findall(text)
+    body = (fenced[-1] if fenced else text).strip()
+    lines = list(ACTION.finditer(body))
+    if lines and not body.startswith(("[", "{")):
+        return [_line_call(body, line, end) for line, end in zip(lines, [*lines[1:], None], strict=True)]
+    start = min((at for at in (body.find("["), body.find("{")) if at >= 0), default=-1)
+    if start < 0:
+        raise FormatError(f"No tool call was found. Write {FORM}.")
+    try:
+        value, _ = json.JSONDecoder().raw_decode(body[start:])
+    except json.JSONDecodeError as error:
+        raise FormatError(f"The tool calls are not valid JSON: {error.msg} at character {start + error.pos}.") from None
+    entries = value if isinstance(value, list) else [value]
+    if not entries:
+        raise FormatError(f"No tool call was found. Write {FORM}.")
+    return [_json_call(entry) for entry in entries]
+
+
+def _json_call(entry: Any) -> Call:
+    if not isinstance(entry, dict) or not isinstance(entry.get("Action"), str):
+        raise FormatError(f'A tool call has no "Action" with the name of a tool. Write {FORM}.')
+    return Call(
+        entry["Action"].strip(), _arguments(entry.get("Action_Input", entry.get("Action Input")), entry["Action"])
+    )
+
+
+def _line_call(body: str, line: re.Match[str], following: re.Match[str] | None) -> Call:
+    rest = body[line.end() : following.start() if following else len(body)]
+    found, name = ACTION_INPUT.search(rest), line.group(1)
+    if not found:
+        raise FormatError(f'"Action: {name}" is not followed by a line "Action Input:".')
+    raw = rest[found.end() :].strip()
+    if not raw.startswith("{"):
+        return Call(name, _arguments(raw.split("\n")[0], name))
+    try:
+        value, _ = json.JSONDecoder().raw_decode(raw)  # what the model writes behind the object is not part of it
+    except json.JSONDecodeError as error:
+        raise FormatError(f"The input of {name} is not valid JSON: {error.msg} at character {error.pos}.") from None
+    return Call(name, _arguments(value, name))
+
+
+def _arguments(value: Any, name: str) -> dict[str, Any]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else {}
+        except json.JSONDecodeError as error:
+            raise FormatError(f"The input of {name} is not valid JSON: {error.msg} at character {error.pos}.") from None
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise FormatError(f"The input of {name} is not a JSON object with one entry per argument.")
+    return value
+
+
+def _canonical(value: Any) -> Any:
+    """5 and "5", true and "true" are the same argument; the order of keys and surrounding space don't matter."""
+    if isinstance(value, dict):
+        return {str(key): _canonical(item) for key, item in sorted(value.items())}
+    if isinstance(value, list):
+        return [_canonical(item) for item in value]
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value.strip() if isinstance(value, str) else json.dumps(value)
+
+
+def differences(given: list[Call], wanted: list[Call]) -> list[str]:
+    """What has to change in `given`, one sentence each; empty where the calls agree in any order."""
+    given = list(given)
+    missing = []
+    for call in wanted:
+        same = next(
+            (g for g in given if g.name == call.name and _canonical(g.arguments) == _canonical(call.arguments)), None
+        )
+        if same is None:
+            missing.append(call)
+        else:
+            given.remove(same)
+    told = []
+    for call in missing:
+        near = next((g for g in given if g.name == call.name), None)
+        if near is None:
+            told.append(f"A call of {call.name} is missing.")
+            continue
+        given.remove(near)
+        for key in call.arguments.keys() - near.arguments.keys():
+            told.append(f"{call.name}: the argument {key} is missing.")
+        for key in near.arguments.keys() - call.arguments.keys():
+            told.append(f"{call.name}: there should be no argument {key}.")
+        for key in call.arguments.keys() & near.arguments.keys():
+            if _canonical(call.arguments[key]) != _canonical(near.arguments[key]):
+                told.append(f"{call.name}: the argument {key} should not be {json.dumps(near.arguments[key])}.")
+    told += [
+        f"{call.name} should not be called{' again' if call.name in {w.name for w in wanted} else ''}."
+        for call in given
+    ]
+    return sorted(told)
+
+
+class ToolCalls(Reward):
+    """1 where the completion makes exactly the expected calls, in any order, otherwise 0; None without an expectation.
+
+    Args:
+        answer_field: the column with the expected calls; where its value is None, the row's `golden_response` lists the
+            accepted alternatives. A completion that matches any of them is right; feedback compares with the nearest.
+        feedback: `none` (plain floats), `verdict` (what differs), `answer` (also the expected calls).
+        feedback_characters: budget of the feedback.
+    """
+
+    def __init__(
+        self, answer_field: str = "golden_response", feedback: str = "verdict", feedback_characters: int = 2000
+    ) -> None:
+        check_feedback(feedback)
+        self.answer_field = answer_field
+        self.feedback = feedback
+        self.feedback_characters = feedback_characters
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[Result]:
+        accepted = answers_of(columns, self.answer_field, len(completions), self.__name__)
+        return [
+            self._judge(text_of(completion), answers, row)
+            for row, (completion, answers) in enumerate(zip(completions, accepted, strict=True))
+        ]
+
+    def _judge(self, text: str, answers: list[str], row: int) -> Result:
+        if not answers:
+            return None
+        try:
+            wanted = [parse_calls(answer) for answer in answers]
+        except FormatError as error:
+            raise UserError(
+                f"reward {self.__name__}, row {row} of the batch: the column {self.answer_field!r} holds no tool calls "
+                f"({error}). Write {FORM}, or name another column with reward.answer_field"
+            ) from None
+        try:
+            given = parse_calls(text)
+            told = min((differences(given, calls) for calls in wanted), key=len)
+        except FormatError as error:
+            told = [str(error)]
+        if self.feedback == "none":
+            return float(not told)
+        if not told:
+            return {"score": 1.0, "feedback": None}
+        if self.feedback == "answer":
+            told.append(f"The expected calls are {answers[0]}")
+        return {"score": 0.0, "feedback": shorten(" ".join(told), self.feedback_characters)}

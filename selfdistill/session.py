@@ -1,0 +1,300 @@
+"""One run from its folder's first line to its last: evaluated before and after, recorded, resumable, exported."""
+
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from selfdistill import build, console
+from selfdistill.callbacks import CompletionsCallback, MonitorCallback, ProgressCallback, RecordCallback, use_callbacks
+from selfdistill.config import run_name
+from selfdistill.errors import UserError
+from selfdistill.evaluation import EvalCallback, Evaluation
+from selfdistill.interruption import Interruption
+from selfdistill.logging import NoLogger
+from selfdistill.memory_estimate import estimate
+from selfdistill.rollout import Rollouts
+from selfdistill.runs import PromptSample, RunFolder
+from selfdistill.teachers.callback import TeacherCallback
+
+COMPLETE = "complete"  # written last into a checkpoint: without it a kill came in between
+MODEL = "model"
+PROMPT_SAMPLES = 4
+
+
+class CompleteCallback(TrainerCallback):
+    """Marks a checkpoint as whole; stands behind every callback that adds to it."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if args.should_save:
+            (Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / COMPLETE).touch()
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run."""
+    whole = [marker.parent for marker in (run / build.CHECKPOINTS).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")]
+    return max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+def resumed_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
+    """The configuration of the run that `resume` names; of the command line only `max_steps` may differ.
+
+    Raises:
+        UserError: not a run's folder, or another key was given beside it.
+    """
+    for override in overrides:
+        key = override.lstrip("+~").split("=")[0]
+        if key not in ("resume", "max_steps"):
+            raise UserError(f"{key} cannot be changed when a run is resumed: its configuration is in {cfg.resume}/config.yaml.")
+    saved = RunFolder.open(Path(cfg.resume), write=False).config
+    saved.resume = cfg.resume
+    if any(o.startswith("max_steps=") for o in overrides):
+        saved.max_steps = cfg.max_steps
+    return saved
+
+
+def show_plan(cfg: DictConfig) -> None:
+    """The composed tree and a memory estimate; nothing is loaded or written."""
+    screen = console.make_console()
+    console.print_all(screen, console.config_tree(cfg))
+    screen.print("memory:", console.memory_line(estimate(cfg), cfg.hardware.memory_gib))
+    screen.print("checked: nothing was loaded or written")
+
+
+class Record:
+    """What is written down of a run, and where."""
+
+    def __init__(self, cfg: DictConfig, folder: RunFolder, logger: Any, interruption: Interruption) -> None:
+        self.cfg, self.folder, self.logger, self.interruption = cfg, folder, logger, interruption
+        self.screen = console.make_console()
+        self.monitor: MonitorCallback | None = None
+        self.final_accuracy: float | None = None
+        self.before: Evaluation | dict | None = None
+        self._rows: list[dict] = []
+        self._prompts_written = cfg.resume is not None
+        self.places: dict[str, Any] = {"run": folder.path}
+
+    # ---- before training ----
+
+    def begin(self, parts: "build.Parts") -> None:
+        """Shows the plan, evaluates the start, and puts the callbacks in place."""
+        trainer = parts.trainer
+        self.folder.write_bad_rows(parts.data.bad_rows)
+        console.print_all(self.screen, console.config_tree(self.cfg), console.plan_table(self._plan(parts)))
+        if parts.data.bad_rows:
+            self.screen.print(f"{len(parts.data.bad_rows)} bad rows skipped, listed in {self.folder.path / 'bad_rows.jsonl'}")
+        if parts.evaluator is not None:
+            stored = self.folder.summary.get("eval", {}).get("before") if self.cfg.resume else None
+            self.before = stored or self._evaluate(parts, 0)
+        record = RecordCallback(self.folder, self.logger)
+        callbacks: list[TrainerCallback] = [record]
+        if self.cfg.monitors is not None:
+            self.monitor = MonitorCallback(instantiate(self.cfg.monitors), self.folder, self.screen)
+            callbacks.append(self.monitor)
+        if parts.evaluator is not None and self.cfg.eval.every:
+            callbacks.append(EvalCallback(parts.evaluator, parts.tokenizer, every=self.cfg.eval.every, log=self._log_eval_of(trainer)))
+        callbacks += [
+            CompletionsCallback(record, self.screen, lambda: self._rows),
+            ProgressCallback(self.screen),
+            self.interruption,
+            CompleteCallback(),
+        ]
+        use_callbacks(trainer, callbacks)
+        trainer.on_rollouts = lambda *seen: self._keep(parts, *seen)
+
+    def _evaluate(self, parts: "build.Parts", step: int) -> dict[str, float]:
+        with self.screen.status("evaluating") if self.screen.is_terminal else _nothing():
+            evaluation = parts.evaluator.evaluate(parts.trainer.model, parts.tokenizer)
+        return self._log_eval(step, evaluation.metrics())
+
+    def _log_eval(self, step: int, metrics: dict[str, float]) -> dict[str, float]:
+        before = self.before or metrics
+        drops = [max(0.0, before[k] - v) for k, v in metrics.items() if k.startswith("eval/retention/") and k in before]
+        if drops:
+            metrics = {**metrics, "eval/forgetting": sum(drops) / len(drops)}
+        self.folder.log_metrics(step, metrics)
+        self.logger.log(step, metrics)
+        return metrics
+
+    def _log_eval_of(self, trainer: Any) -> Any:
+        """During training the monitors hear of an evaluation too: by its accuracy the best checkpoint is chosen."""
+
+        def log(step: int, metrics: dict[str, float]) -> None:
+            metrics = self._log_eval(step, metrics)
+            trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
+
+        return log
+
+    def _plan(self, parts: "build.Parts") -> console.Plan:
+        cfg, model = self.cfg, parts.trainer.model
+        parameters = [(p.numel(), p.requires_grad) for p in model.parameters()]
+        teacher = ""
+        if parts.trainer.teacher is not None:
+            who = parts.trainer.teacher
+            inside = getattr(who, "weights", who)
+            teacher = f"{type(inside).__name__}, sees {type(who.context).__name__}"
+        return console.Plan(
+            model=str(cfg.model.name),
+            device=f"{torch.cuda.get_device_name() if build.use_cuda(cfg) else 'cpu'}, {build.precision(cfg)}",
+            parameters=sum(n for n, _ in parameters),
+            trained=sum(n for n, trained in parameters if trained),
+            train_rows=len(parts.data.train),
+            eval_rows=len(parts.data.eval) if parts.data.eval is not None else 0,
+            max_steps=parts.trainer.args.max_steps,
+            completions_per_device=cfg.hardware.per_device_batch_size,
+            accumulation=cfg.hardware.accumulation_steps,
+            processes=parts.trainer.accelerator.num_processes,
+            num_generations=cfg.num_generations,
+            adapter=f"LoRA, rank {cfg.model.lora.r}" if cfg.model.tuning == "lora" else "",
+            teacher=teacher,
+            memory_gib=estimate(cfg, trained=sum(n for n, trained in parameters if trained)),
+        )
+
+    # ---- during training ----
+
+    def _keep(self, parts: "build.Parts", rollouts: Rollouts, teacher_prompts: list | None, advantages: list) -> None:
+        self._rows = [
+            {"prompt": p, "completion": c, "reward": s, "feedback": f, "advantage": a}
+            for p, c, s, f, a in zip(rollouts.prompts, rollouts.completions, rollouts.scores, rollouts.feedback, advantages, strict=True)
+        ]
+        if not self._prompts_written:
+            self._prompts_written = True
+            self.folder.write_prompts(prompt_samples(parts.trainer, rollouts, teacher_prompts))
+
+    # ---- after training ----
+
+    def end(self, parts: "build.Parts") -> None:
+        """Evaluates, saves the model, exports, and says where everything lies."""
+        trainer, step = parts.trainer, parts.trainer.state.global_step
+        status = "interrupted" if self.interruption.requested else "finished"
+        if self.monitor is not None and self.monitor.stopped_by is not None:
+            status = "stopped"
+        trainer.save_model(str(self.folder.path / MODEL))
+        parts.tokenizer.save_pretrained(self.folder.path / MODEL)
+        self.places["model"] = self.folder.path / MODEL
+        if parts.evaluator is not None and status != "interrupted":
+            after = self._evaluate(parts, step)
+            self.final_accuracy = after.get("eval/accuracy")
+            self.folder.update_summary(eval={"before": self.before, "after": after})
+            self.logger.summary(after)
+            self.screen.print(console.change_table(_short(self.before), _short(after)))
+        elif self.before is not None:
+            self.folder.update_summary(eval={"before": self.before})
+        if parts.exporter is not None and status == "finished" and not self.cfg.dry_run:
+            self.places["export"] = parts.exporter.run(
+                trainer.model, parts.tokenizer, self.folder.path / "export" / export_name(self.cfg), parts.data.eval[:8]["prompt"]
+            )
+        self.folder.finish(status, step=step)
+        self.places["status"] = status
+        self.places["log"] = self.logger.location
+        if status == "interrupted":
+            self.screen.print(f"interrupted at step {step}; continue with: python -m selfdistill.train resume={self.folder.path}")
+        self.screen.print(console.where_table(self.places))
+
+
+def export_name(cfg: DictConfig) -> str:
+    """The folder's name of an export, from its class: Merged16bit -> merged_16bit."""
+    return {"Lora": "lora", "Merged16bit": "merged_16bit"}.get(cfg.export._target_.rsplit(".", 1)[1], "export")
+
+
+def _short(metrics: Any) -> dict[str, float]:
+    return {name.removeprefix("eval/"): value for name, value in dict(metrics).items()}
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def prompt_samples(trainer: Any, rollouts: Rollouts, teacher_prompts: list | None) -> list[PromptSample]:
+    """The first rollouts as student and teacher see them, rendered from the ids that are really used."""
+    tokenizer = trainer.processing_class
+    shown = range(0, len(rollouts), max(1, rollouts.num_generations))[:PROMPT_SAMPLES]
+    student = trainer._tokenize_prompts([rollouts.prompts[i] for i in shown])[0]
+    samples = []
+    for i, prompt_ids in zip(shown, student, strict=True):
+        theirs = None
+        if teacher_prompts is not None and teacher_prompts[i] is not None:
+            theirs = tokenizer.decode(trainer._tokenize_prompts([teacher_prompts[i]])[0][0])
+        ids = list(rollouts.completion_ids[i])
+        samples.append(
+            PromptSample(
+                student=tokenizer.decode(prompt_ids), completion=tokenizer.decode(ids), completion_ids=ids,
+                teacher=theirs, teacher_completion_ids=ids if theirs is not None else None,
+            )  # fmt: skip
+        )
+    return samples
+
+
+def train(parts: "build.Parts", record: Record) -> None:
+    """Trains from the start, or from the newest whole checkpoint of a resumed run."""
+    checkpoint = newest_checkpoint(record.folder.path) if record.cfg.resume else None
+    if checkpoint is not None:
+        for callback in parts.trainer.callback_handler.callbacks:
+            if isinstance(callback, TeacherCallback):
+                callback.restore(checkpoint)
+    parts.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+@contextmanager
+def recorded(cfg: DictConfig, hydra_config: Any) -> Iterator[Record]:
+    """The run's folder and logger, closed in every case: finished, stopped, interrupted or failed."""
+    if cfg.resume:
+        folder = RunFolder.open(Path(cfg.resume), write=_is_main())
+    elif _is_main():
+        folder = RunFolder.create(Path(cfg.output_dir), run_name(cfg, hydra_config.runtime.choices), cfg)
+        _share(str(folder.path))
+    else:
+        folder = RunFolder.open(Path(_share(None)), write=False)
+    logger = instantiate(cfg.logger) if cfg.logger is not None and _is_main() else NoLogger()
+    failed = True
+    with Interruption() as interruption:
+        try:
+            logger.start(folder, cfg)
+            yield Record(cfg, folder, logger, interruption)
+            failed = False
+        except KeyboardInterrupt:
+            folder.finish("interrupted")
+            raise SystemExit(130) from None
+        except UserError as error:
+            interrupted = getattr(error, "resumable", False)
+            folder.finish("interrupted" if interrupted else "failed", error=error)
+            hint = f" Continue with: python -m selfdistill.train resume={folder.path}" if interrupted else ""
+            raise UserError(f"{error}{hint}") from error
+        except Exception as error:
+            folder.finish("failed", error=error)
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            raise UserError(
+                f"the run failed: {type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno}). "
+                f"The traceback is in {folder.path / 'error.txt'}; continue from the last checkpoint with resume={folder.path}"
+            ) from error
+        finally:
+            logger.finish(failed=failed)
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _share(path: str | None) -> str:
+    """The main process's folder, known to all processes of the run."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return str(path)
+    from accelerate.utils import broadcast_object_list
+
+    holder = [path]
+    broadcast_object_list(holder)
+    return str(holder[0])
+
+
+def resolved(cfg: DictConfig) -> Any:
+    """A plain copy with every interpolation replaced."""
+    return OmegaConf.to_container(cfg, resolve=True)

@@ -1,0 +1,355 @@
+"""What the teacher sees: the student's question together with something the student was not shown.
+
+A context turns rollouts into teacher prompts, one per rollout and of the same kind as the student's, a string or
+messages. The last user turn is replaced by the filled template; system turns and earlier turns stay as they are.
+None means that there is nothing to learn from for this rollout: it is not distilled.
+"""
+
+import random
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from selfdistill.errors import UserError
+from selfdistill.rollout import Prompt, Rollouts
+from selfdistill.teachers import templates
+from selfdistill.teachers.templating import Template, closest, cut
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PEERS = ("first", "random", "shortest", "best")
+FEEDBACK_WHEN = ("failed", "always")
+
+# Scores are sums of float32 rewards: 0.7 comes back as 0.69999999 and is still a success at threshold 0.7.
+SCORE_TOLERANCE = 1e-6
+
+
+class NoContext:
+    """The teacher sees what the student saw: distillation between models, or from an older self (GKD)."""
+
+    def check(self, columns: Mapping[str, Iterable[Any]]) -> None:
+        """Nothing is needed from the data."""
+
+    def prompts(self, rollouts: Rollouts, tokenizer: "PreTrainedTokenizerBase") -> list[Prompt | None]:
+        """The student's own prompts."""
+        return list(rollouts.prompts)
+
+
+class _Column:
+    """A context that comes from a column of the data: one text, or a list of texts that are joined."""
+
+    def __init__(self, slot: str, field: str, template: str, max_tokens: int | None, separator: str) -> None:
+        self.slot = slot
+        self.field = field
+        self.template = Template(template, key="teacher.context.template", slots=("prompt", slot))
+        self.max_tokens = _token_budget("max_tokens", max_tokens)
+        self.separator = separator
+
+    def check(self, columns: Mapping[str, Iterable[Any]]) -> None:
+        """To call before training: `columns` are the data's columns beside `prompt`; of them only `field` is read.
+
+        Raises:
+            UserError: the data has no column `field`, or every row of it is empty.
+        """
+        self._check_name(columns)
+        if not any(self._text(value) for value in columns[self.field]):
+            raise UserError(
+                f"teacher.context.field={self.field}: this column is empty in every row, so that nothing could be "
+                f"learned. Name one that holds texts, of {', '.join(sorted(columns))}."
+            )
+
+    def _check_name(self, columns: Mapping[str, Iterable[Any]]) -> None:
+        if self.field in columns:
+            return
+        found = (
+            f"the closest is {closest(self.field, columns)}, of {', '.join(sorted(columns))}"
+            if columns
+            else "it has none beside prompt"
+        )
+        raise UserError(
+            f"teacher.context.field={self.field}: the data has no such column ({found}). "
+            f"Name the column that holds what the teacher is shown as {{{self.slot}}}."
+        )
+
+    def prompts(self, rollouts: Rollouts, tokenizer: "PreTrainedTokenizerBase") -> list[Prompt | None]:
+        """The prompts with the column's text filled in; None where a row has none.
+
+        Raises:
+            UserError: the data has no column `field`, or a prompt has no user turn.
+        """
+        self._check_name(rollouts.columns)
+        prompts: list[Prompt | None] = []
+        for prompt, value in zip(rollouts.prompts, rollouts.columns[self.field], strict=True):
+            shown = cut(self._text(value), self.max_tokens, tokenizer)
+            prompts.append(_ask(prompt, self.template, **{self.slot: shown}) if shown else None)
+        return prompts
+
+    def _text(self, value: Any) -> str:
+        items = value if isinstance(value, list | tuple) else [value]
+        texts = [str(item) for item in items if item is not None]
+        return self.separator.join(text for text in texts if text.strip())
+
+
+class Demonstration(_Column):
+    """The question with golden responses as examples of a good response (SDFT, arXiv 2601.19897).
+
+    Args:
+        field: the data's column with the golden responses: a list of texts, or one text. An empty one gives no signal.
+        template: a text with {prompt} and {demonstration}, or a file (see `Template`); None for the default.
+        max_tokens: longer demonstrations are cut at their end; None for no limit.
+        separator: stands between several golden responses.
+    """
+
+    def __init__(
+        self,
+        field: str = "golden_response",
+        template: str | None = templates.DEMONSTRATION,
+        max_tokens: int | None = 1024,
+        separator: str = "\n",
+    ) -> None:
+        template = templates.DEMONSTRATION if template is None else template
+        super().__init__("demonstration", field, template, max_tokens, separator)
+
+
+class Answer(_Column):
+    """The question with its reference solution (OPSD, arXiv 2601.18734).
+
+    Args:
+        field: the data's column with the reference solution; an empty one gives no signal.
+        template: a text with {prompt} and {answer}, or a file (see `Template`); None for the default.
+        max_tokens: a longer solution is cut at its end; None for no limit.
+    """
+
+    def __init__(
+        self, field: str = "answer", template: str | None = templates.ANSWER, max_tokens: int | None = 1024
+    ) -> None:
+        super().__init__("answer", field, templates.ANSWER if template is None else template, max_tokens, "\n")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What one rollout is distilled from.
+
+    Attributes:
+        peer: the rollout whose completion is shown as a correct solution, by its index in the batch, or None.
+        solution: that completion's text without its thinking, not yet cut to the budget, or None.
+        feedback: what the reward said about this very rollout, where it is shown, or None.
+    """
+
+    peer: int | None
+    solution: str | None
+    feedback: str | None
+
+    @property
+    def active(self) -> bool:
+        """Whether there is anything to learn from."""
+        return self.solution is not None or self.feedback is not None
+
+
+class Feedback:
+    """The question with a successful peer's solution, with the rollout's own feedback, or with both (SDPO, 2601.20802).
+
+    Rollout i of a group with scores s is shown, where `use_solution`, the completion of one peer j with
+    s_j >= success_threshold, and where `use_feedback` what the reward said about rollout i. A rollout with neither is
+    not distilled. docs/DEVIATIONS.md lists where the paper, its code, TRL and these rules differ.
+
+    Args:
+        template: a text with {prompt}, {solution} and {feedback}, or a file (see `Template`); None for the default.
+            A slot that is switched off may be left out.
+        solution_block: what stands for {solution} in the template where there is one: a text with {solution}.
+        feedback_block: what stands for {feedback} in the template where there is one: a text with {feedback}.
+        success_threshold: the score from which a rollout counts as a success. 1.0 as in TRL, since the default wording
+            calls the peer's solution correct; the released SDPO configuration has 0.5, the same for scores of 0 and 1.
+        exclude_own_success: a rollout is never shown its own success, so that the only success of a group is not
+            distilled (released code, TRL); False as in the paper's Table 2.
+        peer: which success is shown: the "first" in the batch, a "random" one, the "shortest" in sampled tokens, or
+            the "best" by score; of equals the first.
+        use_solution: show a peer's success.
+        use_feedback: show the reward's feedback.
+        feedback_when: "failed" for rollouts that are not successes only (one that cannot be scored is none),
+            or "always".
+        feedback_with_solution: show feedback beside a solution too, not only where there is none.
+        thinking_tag: the tag that opens the thinking in a completion; None where there is none.
+        remove_thinking: show the peer's solution without its thinking; a peer of which nothing is left is not shown.
+        max_solution_tokens: a longer solution is cut at its end; None for no limit.
+        max_feedback_tokens: longer feedback is cut at its end; None for no limit.
+        seed: of `peer="random"`. The draw depends on it and on the rollouts' content alone, not on what was drawn
+            before, so that a resumed run draws as the unbroken one.
+
+    Raises:
+        UserError: an option is out of its range or a template is not as described.
+    """
+
+    def __init__(
+        self,
+        template: str | None = templates.FEEDBACK,
+        solution_block: str | None = templates.SOLUTION_BLOCK,
+        feedback_block: str | None = templates.FEEDBACK_BLOCK,
+        success_threshold: float = 1.0,
+        exclude_own_success: bool = True,
+        peer: str = "first",
+        use_solution: bool = True,
+        use_feedback: bool = True,
+        feedback_when: str = "failed",
+        feedback_with_solution: bool = False,
+        thinking_tag: str | None = "<think>",
+        remove_thinking: bool = True,
+        max_solution_tokens: int | None = 2048,
+        max_feedback_tokens: int | None = 1024,
+        seed: int = 0,
+    ) -> None:
+        if not (use_solution or use_feedback):
+            raise UserError(
+                "teacher.context: use_solution and use_feedback are both false, so the teacher would see nothing. "
+                "Set one to true, or write teacher/context=none."
+            )
+        used = [slot for slot, use in (("solution", use_solution), ("feedback", use_feedback)) if use]
+        self.template = Template(
+            templates.FEEDBACK if template is None else template,
+            key="teacher.context.template",
+            slots=("prompt", "solution", "feedback"),
+            required=("prompt", *used),
+        )
+        self.solution_block = Template(
+            templates.SOLUTION_BLOCK if solution_block is None else solution_block,
+            key="teacher.context.solution_block",
+            slots=("solution",),
+        )
+        self.feedback_block = Template(
+            templates.FEEDBACK_BLOCK if feedback_block is None else feedback_block,
+            key="teacher.context.feedback_block",
+            slots=("feedback",),
+        )
+        self.success_threshold = success_threshold
+        self.exclude_own_success = exclude_own_success
+        self.peer = _one_of("peer", peer, PEERS)
+        self.use_solution = use_solution
+        self.use_feedback = use_feedback
+        self.feedback_when = _one_of("feedback_when", feedback_when, FEEDBACK_WHEN)
+        self.feedback_with_solution = feedback_with_solution
+        self.thinking_tag = _tag(thinking_tag) if remove_thinking else None
+        self.max_solution_tokens = _token_budget("max_solution_tokens", max_solution_tokens)
+        self.max_feedback_tokens = _token_budget("max_feedback_tokens", max_feedback_tokens)
+        self.seed = seed
+
+    def check(self, columns: Mapping[str, Iterable[Any]]) -> None:
+        """Nothing is needed from the data: scores and feedback come from the reward."""
+
+    def sources(self, rollouts: Rollouts) -> list[Source]:
+        """What each rollout is distilled from. The batch must hold whole groups.
+
+        Raises:
+            ValueError: the number of rollouts is not a multiple of `num_generations`.
+        """
+        if len(rollouts) % rollouts.num_generations:
+            raise ValueError(
+                f"{len(rollouts)} rollouts are no whole groups of {rollouts.num_generations}: gather the groups first"
+            )
+        success = [self._is_success(score) for score in rollouts.scores] or [False] * len(rollouts)
+        texts = [without_thinking(text, self.thinking_tag) for text in rollouts.completions]
+        sources = []
+        for i in range(len(rollouts)):
+            candidates = [
+                j
+                for j in rollouts.group(i)
+                if self.use_solution and success[j] and texts[j].strip() and not (self.exclude_own_success and j == i)
+            ]
+            peer = self._choose(i, candidates, rollouts)
+            feedback = self._feedback(i, rollouts, success[i])
+            if peer is not None and not self.feedback_with_solution:
+                feedback = None
+            sources.append(Source(peer, None if peer is None else texts[peer], feedback))
+        return sources
+
+    def prompts(self, rollouts: Rollouts, tokenizer: "PreTrainedTokenizerBase") -> list[Prompt | None]:
+        """The prompts with solution and feedback filled in; None where a rollout has neither.
+
+        Raises:
+            UserError: a prompt has no user turn.
+            ValueError: the batch does not hold whole groups.
+        """
+        prompts: list[Prompt | None] = []
+        for prompt, source in zip(rollouts.prompts, self.sources(rollouts), strict=True):
+            if not source.active:
+                prompts.append(None)
+                continue
+            solution = feedback = ""
+            if source.solution is not None:
+                solution = self.solution_block.fill(solution=cut(source.solution, self.max_solution_tokens, tokenizer))
+            if source.feedback is not None:
+                feedback = self.feedback_block.fill(feedback=cut(source.feedback, self.max_feedback_tokens, tokenizer))
+            prompts.append(_ask(prompt, self.template, solution=solution, feedback=feedback))
+        return prompts
+
+    def _is_success(self, score: float | None) -> bool:
+        return score is not None and score >= self.success_threshold - SCORE_TOLERANCE
+
+    def _feedback(self, i: int, rollouts: Rollouts, success: bool) -> str | None:
+        if not (self.use_feedback and rollouts.feedback) or (success and self.feedback_when == "failed"):
+            return None
+        feedback = rollouts.feedback[i]
+        return feedback if isinstance(feedback, str) and feedback.strip() else None
+
+    def _choose(self, i: int, candidates: list[int], rollouts: Rollouts) -> int | None:
+        if not candidates:
+            return None
+        if self.peer == "random":
+            group = rollouts.group(i)
+            content = (self.seed, i - group.start, rollouts.prompts[i], [rollouts.completion_ids[j] for j in group])
+            return random.Random(repr(content)).choice(candidates)
+        if self.peer == "shortest":
+            return min(candidates, key=lambda j: len(rollouts.completion_ids[j]))
+        if self.peer == "best":
+            return max(candidates, key=lambda j: rollouts.scores[j] or 0.0)
+        return candidates[0]
+
+
+def without_thinking(text: str, tag: str | None) -> str:
+    """`text` without its thinking: what stands between `tag` and its closing tag, for "<think>" "</think>".
+
+    A closing tag that was never opened, as where the chat template opens the thinking, ends thinking that began with
+    the text; an opening tag that was never closed, as in a truncated completion, begins thinking up to the end.
+    """
+    if tag is None:
+        return text
+    closing = f"{tag[0]}/{tag[1:]}"
+    text = re.sub(rf"{re.escape(tag)}.*?{re.escape(closing)}\s*", "", text, flags=re.DOTALL)
+    if closing in text:
+        text = text.rpartition(closing)[2].lstrip()
+    return text.partition(tag)[0]
+
+
+def _tag(tag: str | None) -> str | None:
+    if tag is not None and (len(tag) < 3 or tag[0].isalnum() or tag[1] == "/"):
+        raise UserError(
+            f"teacher.context.thinking_tag={tag}: write the opening tag with its brackets, such as <think>, or null."
+        )
+    return tag
+
+
+def _ask(prompt: Prompt, template: Template, /, **shown: str) -> Prompt:
+    """`prompt` with the text of its last user turn put into the template."""
+    if isinstance(prompt, str):
+        return template.fill(prompt=prompt, **shown)
+    for i in reversed(range(len(prompt))):
+        if prompt[i]["role"] == "user":
+            turn = {**prompt[i], "content": template.fill(prompt=prompt[i]["content"], **shown)}
+            return [*prompt[:i], turn, *prompt[i + 1 :]]
+    roles = ", ".join(message["role"] for message in prompt) or "none"
+    raise UserError(f"a prompt has no user turn for the teacher's context to go into (its turns: {roles}).")
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise UserError(
+            f"teacher.context.{name}={value}: write one of {', '.join(choices)} (the closest: {closest(value, choices)})."
+        )
+    return value
+
+
+def _token_budget(name: str, value: int | None) -> int | None:
+    if value is not None and value < 1:
+        raise UserError(f"teacher.context.{name}={value}: write a number of tokens from 1, or null for no limit.")
+    return value

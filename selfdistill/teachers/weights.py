@@ -1,0 +1,189 @@
+"""Whose weights teach: the frozen start, an average, the student itself, a copy of it, a mixture, or another model.
+
+All but `Model` keep one model in memory. What differs from the student are only its trainable parameters (the
+adapter under LoRA, everything in full training); a shadow copy of them is put in place for the teacher's forward
+pass and taken out again. With the adapter frozen at its start, that is the model with its adapter switched off.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from selfdistill.errors import UserError
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+class Weights:
+    """The student's own weights, as they are at the moment (`live`).
+
+    `views` gives the passes the teacher needs: one, or two whose logits are mixed with `mix_coef`.
+    """
+
+    mix_coef: float | None = None
+    cadence = "step"
+
+    def attach(self, model: nn.Module) -> None:
+        """Called once before training, with the unwrapped student."""
+        self.model = model
+
+    def update(self, step: int) -> None:
+        """Called after every optimizer step (or rollout batch, by `cadence`) with the number of steps done."""
+
+    def views(self) -> Iterator[nn.Module | None]:
+        """Yields once per teacher pass: None to run the student's module (with its parameters exchanged meanwhile), or another module."""
+        yield None
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        if state:
+            raise UserError(
+                f"The checkpoint holds a teacher's weights but teacher.weights={type(self).__name__} keeps none."
+            )
+
+
+class Live(Weights):
+    """q = the student itself, gradient stopped. Diverges in the SDFT and SDPO papers; here for comparison."""
+
+
+class _Shadowed(Weights):
+    """Keeps a copy of the trainable parameters."""
+
+    dtype: torch.dtype | None = None  # of the copy; None keeps each parameter's own
+
+    def attach(self, model: nn.Module) -> None:
+        super().attach(model)
+        self.shadow = {
+            name: p.detach().clone().to(self.dtype or p.dtype, copy=False) for name, p in trainable(model).items()
+        }
+
+    @contextmanager
+    def exchanged(self) -> Iterator[None]:
+        """The model has the shadow's parameters inside, and its own again afterwards. Nothing is copied when the types agree."""
+        parameters = trainable(self.model)
+        own = {name: p.data for name, p in parameters.items()}
+        try:
+            for name, p in parameters.items():
+                p.data = self.shadow[name].to(device=p.device, dtype=p.dtype)
+            yield
+        finally:
+            for name, p in parameters.items():
+                p.data = own[name]
+
+    def views(self) -> Iterator[nn.Module | None]:
+        with self.exchanged():
+            yield None
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return dict(self.shadow)
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        if state.keys() != self.shadow.keys():
+            odd = sorted(state.keys() ^ self.shadow.keys())[0]
+            raise UserError(f"The checkpoint's teacher does not fit this model: {odd} is in only one of them.")
+        self.shadow = {name: state[name].to(old.device, old.dtype) for name, old in self.shadow.items()}
+
+
+class Base(_Shadowed):
+    """q = the model as it was when training began (frozen; the adapter's start under LoRA)."""
+
+
+class Ema(_Shadowed):
+    """Exponential moving average: theta_T <- (1 - rate) theta_T + rate theta, kept in float32.
+
+    A bfloat16 average at rate 0.01 moves a third of the way it should, so the shadow is float32 whatever the model
+    is. It starts as an exact copy of the student, also when that starts from a trained adapter.
+
+    Args:
+        rate: weight of the student in each update, in (0, 1]; the papers use 0.01 to 0.05.
+        cadence: "step" updates after every optimizer step, "rollout" after every batch of rollouts.
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, rate: float = 0.05, cadence: str = "step") -> None:
+        if not 0 < rate <= 1:
+            raise UserError(f"teacher.weights.rate={rate} is outside (0, 1]: it is the student's weight per update, e.g. 0.05.")
+        if cadence not in ("step", "rollout"):
+            raise UserError(f"teacher.weights.cadence={cadence!r}: write step or rollout.")
+        self.rate, self.cadence = rate, cadence
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        for name, p in trainable(self.model).items():
+            self.shadow[name].lerp_(p.detach().to(self.shadow[name]), self.rate)
+
+
+class Copy(_Shadowed):
+    """q = the student of every `every`-th step, frozen in between."""
+
+    def __init__(self, every: int = 10) -> None:
+        if every < 1:
+            raise UserError(f"teacher.weights.every={every}: write the number of steps between copies, at least 1.")
+        self.every = every
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        if step % self.every == 0:
+            for name, p in trainable(self.model).items():
+                self.shadow[name].copy_(p.detach())
+
+
+class TrustRegion(_Shadowed):
+    """q proportional to q_ref^(1 - coef) * pi_theta^coef: the softmax of the interpolated logits (SDPO, section 4).
+
+    Both see the teacher's prompt; the reference is the frozen start. Two teacher passes.
+    """
+
+    def __init__(self, coef: float = 0.3) -> None:
+        if not 0 <= coef <= 1:
+            raise UserError(f"teacher.weights.coef={coef} is outside [0, 1]: 0 is the frozen start, 1 the student.")
+        self.mix_coef = coef
+
+    def views(self) -> Iterator[nn.Module | None]:
+        with self.exchanged():
+            yield None
+        yield None
+
+
+class Model(Weights):
+    """q = another local model with the same vocabulary.
+
+    Args:
+        name: hub name or folder, or `embedded`.
+        dtype: its precision; `auto` takes the checkpoint's.
+    """
+
+    def __init__(self, name: str, dtype: str = "auto", local_files_only: bool = False, **loading: Any) -> None:
+        self.name, self.loading = name, {"dtype": dtype, "local_files_only": local_files_only, **loading}
+        self.module: nn.Module | None = None
+
+    def attach(self, model: nn.Module) -> None:
+        super().attach(model)
+        if self.module is None:
+            from selfdistill.models import load_model
+
+            self.module, self.tokenizer = load_model(name=self.name, tuning="full", **self.loading)
+        self.module.requires_grad_(False).eval().to(next(model.parameters()).device)
+
+    def check_vocabulary(self, tokenizer: Any) -> None:
+        """Raises UserError unless both tokenizers give every token the same id."""
+        ours, theirs = tokenizer.get_vocab(), self.tokenizer.get_vocab()
+        if ours != theirs:
+            example = next((t for t in ours if theirs.get(t) != ours[t]), None) or next(iter(theirs.keys() - ours.keys()))
+            raise UserError(
+                f"teacher.weights.name={self.name}: its vocabulary is not the student's ({len(theirs)} tokens against "
+                f"{len(ours)}; {example!r} is {theirs.get(example)} there and {ours.get(example)} here). A teacher that "
+                "scores tokens needs the same tokenizer; a served teacher with teacher.mode=write does not."
+            )
+
+    def views(self) -> Iterator[nn.Module | None]:
+        yield self.module
