@@ -328,6 +328,7 @@ class Client:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         await self._connections.close()
+        await asyncio.sleep(0.01)  # sockets close in a later turn of the loop
         self._slots = asyncio.Semaphore(self.max_concurrency)
 
     # What is said when it goes wrong.
@@ -380,10 +381,11 @@ async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         return []
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        for task in tasks:
-            if task.done():
-                task.result()  # raises what went wrong
-        return [task.result() for task in tasks]
     finally:
         for task in tasks:
             task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException) and not isinstance(result, asyncio.CancelledError):
+            raise result
+    return [task.result() for task in tasks]

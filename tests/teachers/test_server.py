@@ -93,7 +93,9 @@ def test_rows_share_requests_and_every_connection_has_work() -> None:
         teacher = teacher_of(stub, max_concurrency=4, top_k=1)
         teacher.score(prompts, [c or [1] for c in completions])
         sizes = [len(request.body["prompt"]) for request in stub.asked("completions")]
-        assert sum(sizes) == 32 and len(sizes) == 4 and stub.most_at_once == 4
+        assert sum(sizes) == 32
+        assert len(sizes) == 4
+        assert stub.most_at_once == 4
         teacher.close()
 
 
@@ -116,9 +118,9 @@ def test_scoring_goes_on_while_the_student_is_busy() -> None:
 
 def test_a_prompt_without_tokens_is_a_programming_error() -> None:
     teacher = ServerTeacher("http://127.0.0.1:9/v1", "stub")
-    with pytest.raises(ValueError, match="without tokens"):
+    with pytest.raises(ValueError, match=r"without tokens"):
         teacher.score([[]], [[1]])
-    with pytest.raises(ValueError, match="2 prompts for 1 completions"):
+    with pytest.raises(ValueError, match=r"2 prompts for 1 completions"):
         teacher.score([[1], [2]], [[1]])
 
 
@@ -182,9 +184,7 @@ CORRUPTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "probabilities beyond 1": lambda reply: [value.update(logprob=-0.1) for value in entry(reply, 2).values()],
     "a token dropped": drop_token,
     "too many tokens": lambda reply: entry(reply, 2).update({"38": {"logprob": -30.0}, "37": {"logprob": -30.0}}),
-    "own token unlikely yet left out": lambda reply: entry(reply, 2).__setitem__(
-        "5", {"logprob": -0.0001}
-    ),
+    "own token unlikely yet left out": lambda reply: entry(reply, 2).__setitem__("5", {"logprob": -0.0001}),
     "other token ids echoed": lambda reply: reply["choices"][0].update(prompt_token_ids=[1, 2]),
     "other tokens scored": other_tokens,
 }
@@ -220,7 +220,7 @@ def test_a_server_that_only_sends_wrong_replies_ends_with_what_is_wrong() -> Non
     with StubServer() as stub:
         teacher = teacher_of(stub, top_k=3)
         stub.answer = lambda request: corrupted(stub, request, CORRUPTIONS["NaN"])
-        with pytest.raises(MalformedReply, match="completions that cannot be used.*NaN"):
+        with pytest.raises(MalformedReply, match=r"completions that cannot be used.*NaN"):
             teacher.score(*ROWS)
         teacher.close()
 
@@ -259,14 +259,14 @@ def test_a_thousand_faulty_replies() -> None:
             round_number += 1
             futures = [teacher.score_async([p], [c]) for p, c in zip(prompts, completions, strict=True)]
             for prompt, completion, future in zip(prompts, completions, futures, strict=True):
-                try:
-                    scored = future.result(timeout=60)[0]
-                except (MalformedReply, ServerUnavailable) as error:
+                error = future.exception(timeout=60)
+                if error is None:
+                    assert not completion or same(future.result()[0], expected(stub, prompt, completion, 3))
+                    right += 1
+                else:
+                    assert isinstance(error, MalformedReply | ServerUnavailable)
                     assert stub.url in str(error)
                     messages += 1
-                    continue
-                assert not completion or same(scored, expected(stub, prompt, completion, 3))
-                right += 1
         teacher.close()
     assert sum(sent.values()) >= 1000
     assert len(sent) == len(kinds), f"not every kind was drawn: {set(kinds) - set(sent)}"
@@ -332,7 +332,9 @@ def test_the_check_passes_and_says_what_was_found() -> None:
     with StubServer() as stub:
         teacher = teacher_of(stub, top_k=5)
         (line,) = teacher.check(TOKENIZER, longest_tokens=255, vocabulary_size=VOCABULARY)
-        assert stub.url in line and "256" in line and "5 log-probabilities" in line
+        assert stub.url in line
+        assert "256" in line
+        assert "5 log-probabilities" in line
         assert teacher.context_tokens == 256
         teacher.close()
 
@@ -345,7 +347,7 @@ def test_constructing_a_teacher_sends_nothing() -> None:
 
 def test_an_absent_server_is_said_soon() -> None:
     teacher = ServerTeacher("http://127.0.0.1:9/v1", "stub", patience_s=0.3)
-    with pytest.raises(ServerUnavailable, match="vllm serve"):
+    with pytest.raises(ServerUnavailable, match=r"vllm serve"):
         teacher.check(TOKENIZER)
 
 
@@ -353,7 +355,9 @@ def test_an_absent_server_is_said_soon() -> None:
 def test_a_model_that_is_not_served_lists_the_served_ones(mode: Any) -> None:
     with StubServer(name="glm-4.7") as stub:
         teacher = teacher_of(stub, model="glm4.7", mode=mode)
-        with pytest.raises(UserError, match=r"teacher.model=glm4.7.*It serves: glm-4.7.*Did you mean teacher.model=glm-4.7"):
+        with pytest.raises(
+            UserError, match=r"teacher.model=glm4.7.*It serves: glm-4.7.*Did you mean teacher.model=glm-4.7"
+        ):
             teacher.check(TOKENIZER)
 
 
@@ -370,7 +374,7 @@ def test_a_k_above_the_limit_names_the_limit() -> None:
 def test_a_server_that_cannot_score_is_told_from_one_that_can() -> None:
     with StubServer() as stub:
         stub.can_score = False
-        with pytest.raises(UserError, match="cannot score.*teacher.mode=write"):
+        with pytest.raises(UserError, match=r"cannot score.*teacher.mode=write"):
             teacher_of(stub, top_k=3).check(TOKENIZER)
         assert teacher_of(stub, mode="write").check()
 
@@ -380,7 +384,7 @@ def test_a_server_that_ignores_prompt_logprobs_is_found_too() -> None:
         stub.answer = lambda request: (
             Reply(body={"choices": [{"index": 0, "text": "x"}]}) if request.path == "/v1/completions" else None
         )
-        with pytest.raises(UserError, match="cannot score"):
+        with pytest.raises(UserError, match=r"cannot score"):
             teacher_of(stub, top_k=3).check(TOKENIZER)
 
 
@@ -400,31 +404,32 @@ def swapped(a: int, b: int) -> LetterTokenizer:
     ],
 )
 def test_another_tokenizer_is_an_error_that_shows_the_difference(tokenizer: LetterTokenizer, difference: str) -> None:
-    with StubServer() as stub, pytest.raises(UserError, match="another tokenizer") as error:
+    with StubServer() as stub, pytest.raises(UserError, match=r"another tokenizer") as error:
         teacher_of(stub, top_k=3).check(tokenizer)
-    assert difference in str(error.value) and "teacher.mode=write" in str(error.value)
+    assert difference in str(error.value)
+    assert "teacher.mode=write" in str(error.value)
 
 
 def test_without_a_tokenize_endpoint_the_probe_still_compares() -> None:
     with StubServer() as stub:
         stub.can_tokenize = False
         assert teacher_of(stub, top_k=3).check(TOKENIZER)
-        with pytest.raises(UserError, match="another tokenizer"):
+        with pytest.raises(UserError, match=r"another tokenizer"):
             teacher_of(stub, top_k=3).check(swapped(LETTERS.index("1"), LETTERS.index("2")))
 
 
 def test_a_context_that_is_too_short_is_found_before_training_and_while_it_runs() -> None:
     with StubServer(context=64) as stub:
         teacher = teacher_of(stub, top_k=3)
-        with pytest.raises(UserError, match="context of 64 tokens.*can take 64.*--max-model-len 65"):
+        with pytest.raises(UserError, match=r"context of 64 tokens.*can take 64.*--max-model-len 65"):
             teacher.check(TOKENIZER, longest_tokens=64)
         teacher.check(TOKENIZER, longest_tokens=63)
         teacher.score([[1] * 60], [[2, 3, 4]])
-        with pytest.raises(UserError, match="60 tokens and the completion of 4 do not fit into the 64"):
+        with pytest.raises(UserError, match=r"60 tokens and the completion of 4 do not fit into the 64"):
             teacher.score([[1] * 60], [[2, 3, 4, 5]])
         teacher.close()
         unchecked = teacher_of(stub, top_k=3)
-        with pytest.raises(UserError, match="maximum context length is 64"):
+        with pytest.raises(UserError, match=r"maximum context length is 64"):
             unchecked.score([[1] * 60], [[2, 3, 4, 5]])
 
 
@@ -432,30 +437,26 @@ def test_tokens_the_student_does_not_have_are_refused() -> None:
     with StubServer() as stub:
         teacher = teacher_of(stub, top_k=None)
         teacher.vocabulary_size = VOCABULARY - 1
-        with pytest.raises(UserError, match="token 39; the student's vocabulary has 39"):
+        with pytest.raises(UserError, match=r"token 39; the student's vocabulary has 39"):
             teacher.score([[1]], [[2]])
 
 
 def test_of_several_servers_each_is_checked_and_an_absent_one_is_left_out() -> None:
     with StubServer() as a, StubServer() as b, StubServer(seed=5) as other:
         assert len(teacher_of(a, b, top_k=3).check(TOKENIZER)) == 2
-        with pytest.raises(UserError, match="different models"):
+        with pytest.raises(UserError, match=r"different models"):
             teacher_of(a, other, top_k=3).check(TOKENIZER)
         b.stop()
         lines = teacher_of(a, b, top_k=3, patience_s=0.2).check(TOKENIZER)
         assert "does not answer" in lines[1]
 
 
-@pytest.mark.parametrize("setting", [{"mode": "both"}, {"top_k": -1}, {"samples": 0}, {"temperature": -1.0}, {"top_p": 0.0}])
+@pytest.mark.parametrize(
+    "setting", [{"top_k": -1}, {"samples": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"max_tokens": 0}]
+)
 def test_settings_that_make_no_sense_are_refused(setting: dict[str, Any]) -> None:
-    try:
+    with pytest.raises(UserError, match=next(iter(setting))):
         ServerTeacher("http://127.0.0.1:9/v1", "stub", **setting)
-    except UserError as error:
-        assert next(iter(setting)) in str(error)
-    except Exception as error:  # the type checker of the tests may be first
-        assert "mode" in setting and "type" in str(error)
-    else:
-        pytest.fail("accepted")
 
 
 # Writing.
@@ -485,19 +486,25 @@ def test_thinking_can_be_turned_off_and_is_removed_where_it_is_not() -> None:
 def test_the_golden_response_is_shown_only_when_asked_for() -> None:
     with StubServer() as stub:
         for show in (False, True):
-            teacher = teacher_of(stub, mode="write", show_golden_response=show, golden_template="{prompt}|{demonstration}")
+            teacher = teacher_of(
+                stub, mode="write", show_golden_response=show, golden_template="{prompt}|{demonstration}"
+            )
             written = teacher.write(["q {x}", "p"], golden=[["g {prompt}", "h"], []])
             assert written == [[f"re: q {{x}}{'|g {prompt}' + chr(10) + 'h' if show else ''}"], ["re: p"]]
             teacher.close()
 
 
 def test_a_golden_template_without_its_places_is_refused() -> None:
-    teacher = ServerTeacher("http://127.0.0.1:9/v1", "m", mode="write", show_golden_response=True, golden_template="{prompt}")
-    with pytest.raises(UserError, match="demonstration"):
+    teacher = ServerTeacher(
+        "http://127.0.0.1:9/v1", "m", mode="write", show_golden_response=True, golden_template="{prompt}"
+    )
+    with pytest.raises(UserError, match=r"demonstration"):
         teacher.write(["q"], golden=[["g"]])
 
 
-def likes_even(prompts: list[Any], completions: list[Any], completion_ids: Any, answer: list[str], **rest: Any) -> list[Any]:
+def likes_even(
+    prompts: list[Any], completions: list[Any], completion_ids: Any, answer: list[str], **rest: Any
+) -> list[Any]:
     assert answer == ["x"]
     text = completions[0] if isinstance(completions[0], str) else completions[0][0]["content"]
     number = int(text.split("/")[1])
@@ -536,7 +543,14 @@ def test_a_server_that_ignores_n_is_asked_until_there_are_enough() -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [{}, {"choices": []}, {"choices": [{}]}, {"choices": [{"message": {"content": 5}}]}, [], {"choices": [{"message": "a"}]}],
+    [
+        {},
+        {"choices": []},
+        {"choices": [{}]},
+        {"choices": [{"message": {"content": 5}}]},
+        [],
+        {"choices": [{"message": "a"}]},
+    ],
 )
 def test_a_chat_reply_of_the_wrong_shape_is_asked_again(body: Any) -> None:
     with StubServer() as stub:
@@ -560,5 +574,5 @@ def test_written_responses_are_cached_sample_by_sample(tmp_path: Any) -> None:
 def test_a_refusal_while_writing_is_told_as_it_is() -> None:
     with StubServer() as stub:
         stub.answer = lambda request: refusal(400, "maximum context length is 10 tokens")
-        with pytest.raises(UserError, match="maximum context length is 10"):
+        with pytest.raises(UserError, match=r"maximum context length is 10"):
             teacher_of(stub, mode="write").write(["a"])
