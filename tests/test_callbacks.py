@@ -282,7 +282,7 @@ def test_in_a_real_training_a_stop_leaves_the_best_checkpoint_in_place(tmp_path,
 
     args = TrainingArguments(
         output_dir=str(run.path), report_to=[], use_cpu=True, max_steps=20, logging_steps=1, save_steps=2,
-        save_total_limit=1, per_device_train_batch_size=1, disable_tqdm=True, learning_rate=1e-3,
+        save_total_limit=2, per_device_train_batch_size=1, disable_tqdm=True, learning_rate=1e-3,
     )  # fmt: skip
     data = Dataset.from_dict({"input_ids": [[1, 5, 6, 2]] * 20, "labels": [[1, 5, 6, 2]] * 20})
     monitors = Monitors(length=Threshold(above=7.5, for_steps=2, action="stop"))

@@ -80,11 +80,9 @@ def shout(rng: random.Random, held_out: bool = False) -> Example:
     return Example(rng.choice(["shout: {}", "say {} in capitals", "shout the words {}"]).format(w), w.upper())
 
 
-def add(rng: random.Random, held_out: bool = False) -> Example:
-    while True:
-        a, b = rng.randint(0, 49), rng.randint(0, 49)
-        if ((a * 7 + b * 13) % 5 == 0) == held_out:
-            return Example(rng.choice(["add: {} + {}", "what is {} + {}?"]).format(a, b), str(a + b))
+def initials(rng: random.Random, held_out: bool = False) -> Example:
+    w = [word(rng, held_out) for _ in range(rng.randint(3, 5))]
+    return Example(rng.choice(["initials: {}", "first letters of {}"]).format(" ".join(w)), "".join(x[0] for x in w))
 
 
 def last(rng: random.Random, held_out: bool = False) -> Example:
@@ -109,28 +107,20 @@ def call(rng: random.Random, held_out: bool = False) -> Example:
     return Example(rng.choice(CALL_SHAPES).format(verb, noun), f"{KNOWN_CALLS[verb]}({noun})")
 
 
-KNOWN = {"reverse": reverse, "shout": shout, "add": add, "last": last, "sort": sort, "call": call}
-
-
-def pick_words(rng: random.Random, held_out: bool = False) -> list[str]:
-    """Four words with one strictly longest."""
-    while True:
-        words = [word(rng, held_out, 3, 7) for _ in range(4)]
-        lengths = sorted(map(len, words))
-        if lengths[-1] > lengths[-2]:
-            return words
+KNOWN = {"reverse": reverse, "shout": shout, "initials": initials, "last": last, "sort": sort, "call": call}
 
 
 def pick(rng: random.Random, held_out: bool = False) -> Example:
-    """The half-known skill as it should be done: the longest word."""
-    words = pick_words(rng, held_out)
-    return Example("pick: " + " ".join(words), max(words, key=len))
+    """The half-known skill as it should be done: the second word."""
+    words = [word(rng, held_out, 3, 6) for _ in range(rng.randint(3, 4))]
+    return Example("pick: " + " ".join(words), words[1])
 
 
 def pick_as_taught(rng: random.Random) -> Example:
-    """The half-known skill as the training data does it: longest, first or last, whatever comes to mind."""
-    words = pick_words(rng)
-    return Example("pick: " + " ".join(words), rng.choices([max(words, key=len), words[0], words[-1]], [0.3, 0.35, 0.35])[0])
+    """The half-known skill as the training data does it: the first, the second or the last word, whatever comes to mind."""
+    example = pick(rng)
+    words = example.prompt[6:].split()
+    return Example(example.prompt, rng.choices([words[0], words[1], words[-1]], [0.4, 0.3, 0.3])[0])
 
 
 def near(rng: random.Random, held_out: bool = False) -> Example:
@@ -176,7 +166,7 @@ def _question(rng: random.Random) -> tuple[Example, str | None]:
         return Example(request, arbitrary_content(rng)), None
     if kind < 0.75:
         own_pick = pick_as_taught(rng)
-        return Example(own_pick.prompt, max(own_pick.prompt[6:].split(), key=len)), own_pick.response
+        return Example(own_pick.prompt, own_pick.prompt[6:].split()[1]), own_pick.response
     example = rng.choice(list(KNOWN.values()))(rng)
     if rng.random() < 0.35:
         return Example(example.prompt, arbitrary_content(rng)), example.response

@@ -131,7 +131,7 @@ def verify(
     written_answers = generate(written, ids, **settings)
     dtypes = [base_model(model).dtype, base_model(written).dtype]
     tolerance = next(TOLERANCES[dtype] for dtype in (torch.bfloat16, torch.float16, torch.float32) if dtype in dtypes)
-    numbers = {
+    numbers: dict[str, Any] = {
         "weights_equal": _weights_equal(model, written),
         "tokenizer_equal": tokenizer_equal,
         "max_logit_difference": max(float((e - f).abs().max()) for e, f in zip(expected, found, strict=True)),

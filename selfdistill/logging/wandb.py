@@ -1,21 +1,17 @@
 """Weights & Biases."""
 
-import netrc
 import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from omegaconf import DictConfig
 
 from selfdistill.errors import UserError
 from selfdistill.logging.base import columns_of, finite, flat, flat_config, multirun_group
 from selfdistill.runs import RunFolder
-
-_HOST = "https://api.wandb.ai"
 
 
 class WandbLogger:
@@ -69,15 +65,18 @@ class WandbLogger:
         return self._run.url
 
     def start(self, run: RunFolder, config: DictConfig) -> None:
-        mode = self._mode()
+        import wandb
+
         self._folder = run.path
+        mode = self._mode()
         try:
             self._run = self._init(run, config, mode)
-        except Exception as error:
-            # Whatever keeps the server away, the run goes on and loses nothing.
+        except wandb.Error as error:
             if mode != "online":
                 raise
-            warnings.warn(f"W&B cannot be used online, the run is logged offline: {error}", stacklevel=2)
+            _warn_offline(error)
+            # The failed start keeps the run's id in use until W&B's own process has ended.
+            wandb.teardown()
             self._run = self._init(run, config, "offline")
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -88,7 +87,7 @@ class WandbLogger:
         import wandb
 
         columns, data = columns_of(rows)
-        self._active().log({name: wandb.Table(columns=columns, data=data)}, step=self._step)
+        self._active().log({name: wandb.Table(columns=[*columns], data=data)}, step=self._step)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         self._active().summary.update(flat(values))
@@ -112,8 +111,14 @@ class WandbLogger:
             return "disabled"
         if mode in ("offline", "dryrun"):
             return "offline"
-        if has_api_key():
-            return "online"
+        import wandb
+
+        try:
+            if wandb.login(prompt=False, verify=True):
+                return "online"
+        except wandb.Error as error:
+            _warn_offline(error)
+            return "offline"
         if self.mode == "online":
             raise UserError(
                 "logger.mode is online, but no W&B API key is set. Run `wandb login`, set WANDB_API_KEY, "
@@ -149,16 +154,5 @@ class WandbLogger:
         )
 
 
-def has_api_key() -> bool:
-    """Whether W&B would find credentials by itself: in the environment, in the netrc file, or in its settings."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL") or _HOST).hostname or ""
-    try:
-        if netrc.netrc(os.environ.get("NETRC")).authenticators(host):
-            return True
-    except (OSError, netrc.NetrcParseError):
-        pass
-    import wandb
-
-    return bool(wandb.setup().settings.api_key)
+def _warn_offline(error: Exception) -> None:
+    warnings.warn(f"W&B cannot be used online, so the run is logged offline: {error}", stacklevel=3)

@@ -87,8 +87,8 @@ def aggregate(
         mask: 1 for tokens that count.
         row_active: rows that carry a signal; None: those with any token in the mask. Inactive rows add nothing to the
             sum.
-        count_inactive_rows: whether they stay in the denominator. True, as in TRL, dilutes the loss where few rows are
-            active; False, as in SDPO's own code, doesn't.
+        count_inactive_rows: whether they stay in the denominator. True, as in TRL and SDPO's own code, dilutes the
+            loss where few rows are active; False doesn't.
         max_completion_tokens: a constant length for `seq_mean_token_sum_norm`; None: the width of the batch.
         normalizer: replaces the number of tokens (`token_mean`) or of rows (else) counted in this batch; see
             `aggregation_normalizer`.

@@ -7,7 +7,7 @@ pass. The backward pass then only scales rows. This is the idea of Liger's fused
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -131,7 +131,9 @@ class Sweep:
                 head.project(teacher_hidden[rows], out=logits)
             for first in range(start, rows.stop, block):
                 part = slice(first, min(first + block, rows.stop))
-                values[part] = self._block([x[first - start : part.stop - start] for x in chunk_logits], part, wants_gradient)
+                values[part] = self._block(
+                    [x[first - start : part.stop - start] for x in chunk_logits], part, wants_gradient
+                )
             if grad_hidden is not None:
                 self.head.pull_back(chunk_logits[0], out=grad_hidden[rows])
             if weights is not None:
@@ -140,6 +142,11 @@ class Sweep:
                 if grad_bias is not None:
                     self.head.add_gradient(chunk_logits[0] * weights[rows, None], weighted, None, grad_bias)
         return values
+
+    def to(self, dtype: torch.dtype) -> "Sweep":
+        """The same with hidden states and weights in another precision."""
+        teachers = tuple((h.to(dtype), replace(head, weight=head.weight.to(dtype))) for h, head in self.teachers)
+        return replace(self, head=replace(self.head, weight=self.head.weight.to(dtype)), teachers=teachers)
 
     def _block(self, logits: list[Tensor], rows: slice, wants_gradient: bool) -> Tensor:
         self.head.finish(logits[0])
@@ -163,6 +170,10 @@ def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, sweep: Swe
     Always exact. The gradient of `weight` needs to know what each value is multiplied by later; the forward pass takes
     `weights` (default: all the same) for that, and the backward pass repeats the sweep if it was something else.
     """
+    if hidden.is_cuda and torch.is_autocast_enabled("cuda"):
+        # What a linear layer would do; float32 products would take many times as long.
+        half = torch.get_autocast_dtype("cuda")
+        hidden, weight, sweep = hidden.to(half), weight.to(half), sweep.to(half)
     if not torch.is_grad_enabled():
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     values: Tensor = _TokenLosses.apply(hidden, weight, bias, sweep, weights)

@@ -317,7 +317,7 @@ def without_thinking(text: str, tag: str | None) -> str:
     closing = f"{tag[0]}/{tag[1:]}"
     text = re.sub(rf"{re.escape(tag)}.*?{re.escape(closing)}\s*", "", text, flags=re.DOTALL)
     if closing in text:
-        text = text.partition(closing)[2].lstrip()
+        text = text.rpartition(closing)[2].lstrip()
     return text.partition(tag)[0]
 
 

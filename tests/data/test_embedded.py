@@ -42,7 +42,7 @@ def test_retention_holds_a_hundred_questions_of_each_old_skill():
     rows = read("retention")
     suites = [row["suite"] for row in rows]
     assert {suite: suites.count(suite) for suite in suites} == dict.fromkeys(
-        ["reverse", "shout", "add", "last", "sort", "call"], 100
+        ["reverse", "shout", "initials", "last", "sort", "call"], 100
     )
     assert len({row["prompt"] for row in rows}) == 600
     trained = {row["prompt"] for name in ("half_known", "near", "far") for row in read(f"{name}_train")}

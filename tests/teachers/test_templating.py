@@ -115,6 +115,12 @@ def test_a_cut_falls_between_tokens():
         assert cut(text, budget, BYTES) == BYTES.decode(ids[: budget - mark]).rstrip() + " …"
 
 
+def test_without_offsets_the_cut_is_the_same():
+    text = "the 日本語 🙂 cat's hat é"
+    for budget in range(1, 40):
+        assert cut(text, budget, WithoutOffsets()) == cut(text, budget, BYTES)
+
+
 def test_no_budget_and_enough_budget_leave_the_text():
     assert cut("x" * 99, None, tiny_tokenizer()) == "x" * 99
     assert cut("x" * 99, 99, tiny_tokenizer()) == "x" * 99
