@@ -20,10 +20,12 @@ class Interruption(TrainerCallback):
 
     Attributes:
         requested: whether a signal has come.
+        exit_code: what an interrupted process should end with: 128 and the signal's number.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self.exit_code = 128 + signal.SIGINT
         self._training = False
         self._interrupts = 0
         self._before: dict[signal.Signals, Any] = {}
@@ -64,6 +66,8 @@ class Interruption(TrainerCallback):
         if self._interrupts > 2:
             os._exit(130)
         first = not self.requested
+        if first:
+            self.exit_code = 128 + number
         self.requested = True
         if not self._training or (self._interrupts > 1 and number == signal.SIGINT):
             raise KeyboardInterrupt

@@ -23,7 +23,6 @@ from selfdistill.logging import NoLogger
 from selfdistill.memory_estimate import estimate
 from selfdistill.rollout import Rollouts
 from selfdistill.runs import PromptSample, RunFolder
-from selfdistill.teachers.callback import TeacherCallback
 
 COMPLETE = "complete"  # written last into a checkpoint: without it a kill came in between
 MODEL = "model"
@@ -94,6 +93,7 @@ class Record:
         if parts.evaluator is not None:
             stored = self.folder.summary.get("eval", {}).get("before") if self.cfg.resume else None
             self.before = stored or self._evaluate(parts, 0)
+            self.folder.update_summary(eval={"before": self.before})
         record = RecordCallback(self.folder, self.logger)
         callbacks: list[TrainerCallback] = [record]
         if self.cfg.monitors is not None:
@@ -160,14 +160,19 @@ class Record:
 
     # ---- during training ----
 
-    def _keep(self, parts: "build.Parts", rollouts: Rollouts, teacher_prompts: list | None, advantages: list) -> None:
-        self._rows = [
-            {"prompt": p, "completion": c, "reward": s, "feedback": f, "advantage": a}
-            for p, c, s, f, a in zip(rollouts.prompts, rollouts.completions, rollouts.scores, rollouts.feedback, advantages, strict=True)
-        ]
+    def _keep(self, parts: "build.Parts", rollouts: Rollouts, teacher_prompts: list | None, tensors: dict) -> None:
+        advantages = tensors["advantages"]
+        if advantages.dim() > 1:  # one for each token
+            mask = tensors["completion_mask"]
+            advantages = (advantages * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        columns = rollouts.prompts, rollouts.completions, rollouts.scores, rollouts.feedback, advantages.tolist()
+        names = ("prompt", "completion", "reward", "feedback", "advantage")
+        self._rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
         if not self._prompts_written:
             self._prompts_written = True
-            self.folder.write_prompts(prompt_samples(parts.trainer, rollouts, teacher_prompts))
+            same = self.folder.write_prompts(prompt_samples(parts.tokenizer, rollouts, teacher_prompts, tensors))
+            if not same:
+                raise RuntimeError(f"student and teacher score different tokens: see {self.folder.path / 'prompts.md'}")
 
     # ---- after training ----
 
@@ -186,8 +191,6 @@ class Record:
             self.folder.update_summary(eval={"before": self.before, "after": after})
             self.logger.summary(after)
             self.screen.print(console.change_table(_short(self.before), _short(after)))
-        elif self.before is not None:
-            self.folder.update_summary(eval={"before": self.before})
         if parts.exporter is not None and status == "finished" and not self.cfg.dry_run:
             self.places["export"] = parts.exporter.run(
                 trainer.model, parts.tokenizer, self.folder.path / "export" / export_name(self.cfg), parts.data.eval[:8]["prompt"]
@@ -214,22 +217,37 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-def prompt_samples(trainer: Any, rollouts: Rollouts, teacher_prompts: list | None) -> list[PromptSample]:
-    """The first rollouts as student and teacher see them, rendered from the ids that are really used."""
-    tokenizer = trainer.processing_class
-    shown = range(0, len(rollouts), max(1, rollouts.num_generations))[:PROMPT_SAMPLES]
-    student = trainer._tokenize_prompts([rollouts.prompts[i] for i in shown])[0]
+def prompt_samples(
+    tokenizer: Any, rollouts: Rollouts, teacher_prompts: list | None, tensors: dict[str, torch.Tensor]
+) -> list[PromptSample]:
+    """The first prompts' rollouts as student and teacher see them, from the ids that go into the models.
+
+    Where none of these has a teacher's signal, the first rollout that has one stands beside them.
+    """
+    shown = list(range(0, len(rollouts), max(1, rollouts.num_generations))[:PROMPT_SAMPLES])
+    taught = [i for i, prompt in enumerate(teacher_prompts or []) if prompt is not None]
+    if taught and not set(taught) & set(shown):
+        shown.append(taught[0])
     samples = []
-    for i, prompt_ids in zip(shown, student, strict=True):
-        theirs = None
-        if teacher_prompts is not None and teacher_prompts[i] is not None:
-            theirs = tokenizer.decode(trainer._tokenize_prompts([teacher_prompts[i]])[0][0])
-        ids = list(rollouts.completion_ids[i])
+    for i in shown:
+        student = tensors["prompt_ids"][i][tensors["prompt_mask"][i].bool()].tolist()
+        scored = tensors["completion_ids"][i][tensors["completion_mask"][i].bool()].tolist()
+        theirs, their_ids = None, None
+        if i in taught:
+            theirs = teacher_prompts[i]  # type: ignore[index]
+            if "teacher_prompt_ids" in tensors:  # a served teacher's prompt goes to the server
+                mask = tensors["teacher_prompt_mask"][i].bool()
+                theirs = tokenizer.decode(tensors["teacher_prompt_ids"][i][mask])
+            # A completion that is masked as a whole is not scored.
+            their_ids = scored or None
         samples.append(
             PromptSample(
-                student=tokenizer.decode(prompt_ids), completion=tokenizer.decode(ids), completion_ids=ids,
-                teacher=theirs, teacher_completion_ids=ids if theirs is not None else None,
-            )  # fmt: skip
+                student=tokenizer.decode(student),
+                completion=tokenizer.decode(rollouts.completion_ids[i]),
+                completion_ids=list(rollouts.completion_ids[i]),
+                teacher=theirs if theirs is None or isinstance(theirs, str) else str(theirs),
+                teacher_completion_ids=their_ids,
+            )
         )
     return samples
 
@@ -237,10 +255,6 @@ def prompt_samples(trainer: Any, rollouts: Rollouts, teacher_prompts: list | Non
 def train(parts: "build.Parts", record: Record) -> None:
     """Trains from the start, or from the newest whole checkpoint of a resumed run."""
     checkpoint = newest_checkpoint(record.folder.path) if record.cfg.resume else None
-    if checkpoint is not None:
-        for callback in parts.trainer.callback_handler.callbacks:
-            if isinstance(callback, TeacherCallback):
-                callback.restore(checkpoint)
     parts.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 
@@ -261,9 +275,11 @@ def recorded(cfg: DictConfig, hydra_config: Any) -> Iterator[Record]:
             logger.start(folder, cfg)
             yield Record(cfg, folder, logger, interruption)
             failed = False
+            if interruption.requested:
+                raise SystemExit(interruption.exit_code)
         except KeyboardInterrupt:
             folder.finish("interrupted")
-            raise SystemExit(130) from None
+            raise SystemExit(interruption.exit_code) from None
         except UserError as error:
             interrupted = getattr(error, "resumable", False)
             folder.finish("interrupted" if interrupted else "failed", error=error)

@@ -12,117 +12,35 @@ import random
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 
-from selfdistill import losses
+from selfdistill import losses, resumption
+from selfdistill.distillation import Distiller, States, token_logps
 from selfdistill.errors import UserError
+from selfdistill.models.reference import copy_weights, loadable
 from selfdistill.models.structure import (
-    Head,
     aligned,
     captured_hidden,
     completion_hidden,
-    evaluating,
+    has_dropout,
     head_of,
     inner_model,
+    is_reference,
 )
 from selfdistill.rewards.adapter import adapt
 from selfdistill.rewards.scorer import PolicyScorer
 from selfdistill.rollout import Rollouts, text_of
+from selfdistill.settings import Distillation, RolloutSource, SelfDistillConfig
 from selfdistill.teachers.callback import TeacherCallback
 
-ENTROPY_SAMPLE_TOKENS = 64
-
-
-@dataclass
-class Distillation:
-    """What is distilled and how it is weighed.
-
-    Args:
-        alpha: 0 = KL(teacher || student), 1 = KL(student || teacher), between = generalised Jensen-Shannon.
-        top_k: the student's k likeliest tokens instead of the whole vocabulary.
-        tail: with `top_k`, the remaining mass is one more outcome; False renormalises.
-        signal: `distribution` compares distributions; `sampled_token` uses the sampled tokens' log-probabilities alone
-            (alpha must be 1); `advantage` adds log q - log pi of the sampled tokens to the policy gradient's advantages.
-        temperature: of both sides; None takes the sampling temperature.
-        is_clip: upper bound of the importance weight pi / pi_old; None leaves the weight out.
-        skip_tokens: leading completion tokens that carry no loss.
-        pointwise_clip: upper bound of each vocabulary entry's contribution (OPSD).
-        jsd_normalize: removes the jump of the divergence between alpha -> 0, 1 and alpha = 0, 1.
-        aggregation: token_mean, seq_mean_token_mean, seq_mean_token_sum or seq_mean_token_sum_norm.
-        count_inactive_rows: whether rows without a signal count in the denominator, as in the references.
-        weight: of this term. policy_weight: of the policy gradient.
-        route: `all` distils every row with a signal; `failures` distils rows that score below `success_threshold`
-            and leaves the others to the policy gradient.
-    """
-
-    alpha: float = 0.5
-    top_k: int | None = None
-    tail: bool = True
-    signal: str = "distribution"
-    temperature: float | None = None
-    is_clip: float | None = 2.0
-    skip_tokens: int = 0
-    pointwise_clip: float | None = None
-    jsd_normalize: bool = False
-    aggregation: str = "seq_mean_token_mean"
-    count_inactive_rows: bool = True
-    weight: float = 1.0
-    policy_weight: float = 0.0
-    route: str = "all"
-    success_threshold: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise UserError(f"alpha={self.alpha} is outside [0, 1]: 0 is KL(teacher || student), 1 is KL(student || teacher).")
-        for key, choices in (("signal", ("distribution", "sampled_token", "advantage")), ("route", ("all", "failures"))):
-            if getattr(self, key) not in choices:
-                raise UserError(f"distillation.{key}={getattr(self, key)!r}: write one of {', '.join(choices)}.")
-        if self.signal == "sampled_token" and self.alpha != 1:
-            raise UserError(
-                f"distillation.signal=sampled_token estimates KL(student || teacher) and needs alpha=1, not alpha={self.alpha}."
-            )
-        if self.top_k is not None and (self.top_k < 1 or (self.top_k == 1 and not self.tail)):
-            raise UserError(f"distillation.top_k={self.top_k} must be at least 1, and at least 2 with distillation.tail=false.")
-
-
-@dataclass
-class RolloutSource:
-    """Where completions come from.
-
-    Args:
-        on_policy_fraction: share of prompts that the student answers; the others take their demonstration (GKD's
-            lambda; 0 is plain fine-tuning on demonstrations).
-        from_teacher: sample from the teacher, with its context, instead of the student.
-        demonstration_field: the column that holds demonstrations: a text or a list, of which the first counts.
-        cross_entropy_weight: weight of the cross-entropy on rows whose completion is a demonstration.
-    """
-
-    on_policy_fraction: float = 1.0
-    from_teacher: bool = False
-    demonstration_field: str = "golden_response"
-    cross_entropy_weight: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.on_policy_fraction <= 1:
-            raise UserError(f"rollout.on_policy_fraction={self.on_policy_fraction} is outside [0, 1].")
-
-
-@dataclass
-class SelfDistillConfig(GRPOConfig):
-    """TRL's arguments; `num_generations=1` is allowed, for runs without a policy gradient."""
-
-    def __post_init__(self) -> None:
-        try:
-            super().__post_init__()
-        except ValueError as error:
-            # raised after everything that a run with one generation needs has been set up
-            if self.num_generations != 1 or "at least 2 generations" not in str(error):
-                raise
+__all__ = ["Distillation", "RolloutSource", "SelfDistillConfig", "SelfDistillTrainer"]
 
 
 def no_reward(completions: list, **_: Any) -> list[float]:
@@ -136,11 +54,15 @@ class SelfDistillTrainer(GRPOTrainer):
     Args:
         model, args, train_dataset, processing_class and all other keywords: as in `trl.GRPOTrainer`. With one
             completion per prompt, use `SelfDistillConfig` instead of `GRPOConfig`.
-        reward_funcs: functions or rewards that return floats, None or {"score", "feedback"}; may be left out with a teacher.
+        reward_funcs: as in `trl.GRPOTrainer`, and functions or rewards that return floats, None or
+            {"score", "feedback"} per completion; may be left out with a teacher.
         teacher: `selfdistill.teachers.Teacher` or a served one; None for a plain policy gradient.
         distillation: `Distillation`, read only with a teacher.
         rollout: `RolloutSource`.
-        on_rollouts: called with (rollouts, teacher_prompts, advantages) after every generation, to record them.
+        on_rollouts: called with (rollouts, teacher_prompts, tensors) after every generation, to record them.
+
+    Raises:
+        UserError: a combination that cannot work.
     """
 
     def __init__(
@@ -148,6 +70,7 @@ class SelfDistillTrainer(GRPOTrainer):
         model: Any,
         reward_funcs: Any = None,
         args: GRPOConfig | None = None,
+        train_dataset: Any = None,
         *,
         teacher: Any = None,
         distillation: Distillation | None = None,
@@ -156,94 +79,149 @@ class SelfDistillTrainer(GRPOTrainer):
         **kwargs: Any,
     ) -> None:
         self.teacher = teacher
-        self.served = hasattr(teacher, "score")
         self.rollout = rollout or RolloutSource()
-        self.distillation = distillation or (Distillation() if teacher is not None else None)
-        self.policy_weight = self.distillation.policy_weight if self.distillation else 1.0
+        self.distillation = distillation or Distillation()
+        self.policy_weight = self.distillation.policy_weight if teacher is not None else 1.0
         self.on_rollouts = on_rollouts
         self.rewards, weights = adapt(reward_funcs) if reward_funcs else ([], None)
-        if not self.rewards:
-            if teacher is None and not self.rollout.cross_entropy_weight:
-                raise UserError("Nothing to learn from: give a reward, a teacher, or demonstrations with a cross-entropy weight.")
-            self.policy_weight = 0.0
-        if args is not None and weights is not None and args.reward_weights is None:
-            args.reward_weights = weights
-        super().__init__(model=model, reward_funcs=self.rewards or [no_reward], args=args, **kwargs)
-        # Each term is divided over the accumulation window here or by TRL's loss; transformers must not do it again.
-        self.model_accepts_loss_kwargs = False
-        unwrapped = self.accelerator.unwrap_model(self.model)
-        for reward in self.rewards:
-            reward.bind(PolicyScorer(unwrapped, self._tokenizer))
-        if teacher is not None and not self.served:
-            teacher.weights.attach(unwrapped)
-            if hasattr(teacher.weights, "check_vocabulary"):
-                teacher.weights.check_vocabulary(self._tokenizer)
-            self.add_callback(TeacherCallback(teacher.weights))
-        vocabulary = inner_model(unwrapped).get_output_embeddings().weight.size(0)
-        if self.distillation and self.distillation.top_k and self.distillation.top_k > vocabulary:
-            raise UserError(f"distillation.top_k={self.distillation.top_k} is above the vocabulary of {vocabulary} tokens.")
         self._rows: list[dict] = []
         self._sampled_prompt_ids: list[list[int]] = []
         self._policy_logps: Tensor | None = None
         self._is_demonstration: list[bool] = []
+        if not self.rewards:
+            if teacher is None and not self.rollout.cross_entropy_weight:
+                raise UserError(
+                    "Nothing to learn from: give a reward, a teacher, or demonstrations with a cross-entropy weight."
+                )
+            self.policy_weight = 0.0
+        if args is not None and weights is not None and args.reward_weights is None:
+            args.reward_weights = weights
+        self._check_rollout(kwargs)
+        _check_context(teacher, train_dataset)
+        with loadable(model, needed=args is not None and args.beta != 0 and kwargs.get("peft_config") is None):
+            super().__init__(
+                model=model, reward_funcs=self.rewards or [no_reward], args=args, train_dataset=train_dataset, **kwargs
+            )
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        if self.ref_model is not None and not self._sharded:
+            copy_weights(unwrapped, self.accelerator.unwrap_model(self.ref_model))
+        for reward in self.rewards:
+            if hasattr(reward, "bind"):
+                reward.bind(PolicyScorer(unwrapped, self._tokenizer))
+        self.distiller = None if teacher is None else Distiller(teacher, self.distillation, self)
+        if teacher is not None:
+            self._attach_teacher(unwrapped)
+
+    def _check_rollout(self, given: dict[str, Any]) -> None:
+        if self.rollout.from_teacher:
+            if getattr(self.teacher, "weights", None) is None:
+                raise UserError("rollout.from_teacher=true needs a local teacher, for example teacher=demonstration.")
+            self.teacher.weights.generating()  # refuses here if it cannot
+        if self.rollout.from_teacher or self.rollout.on_policy_fraction < 1:
+            for several_turns in ("tools", "environment_factory", "rollout_func"):
+                if given.get(several_turns):
+                    raise UserError(f"rollout: {several_turns} goes with the student's own completions only.")
+
+    def _attach_teacher(self, model: Any) -> None:
+        top_k, size = self.distillation.top_k, len(inner_model(model).get_output_embeddings().weight)
+        if top_k and top_k > size:
+            raise UserError(f"distillation.top_k={top_k} is above the vocabulary of {size} tokens.")
+        weights = getattr(self.teacher, "weights", None)
+        if weights is None:
+            return
+        if weights.exchanges and self._sharded:
+            raise UserError(
+                f"teacher.weights={type(weights).__name__} keeps a copy of the trained parameters, which FSDP and "
+                "ZeRO-3 shard. Train with data parallelism or ZeRO-2, or take teacher/weights=live, model or a server."
+            )
+        weights.attach(model)
+        weights.check_vocabulary(self._tokenizer)
+        self.add_callback(TeacherCallback(weights))
+
+    @property
+    def _sharded(self) -> bool:
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+
+    @property
+    def has_policy_term(self) -> bool:
+        """Whether TRL's loss is computed: the policy gradient, the KL penalty, or distillation as an advantage."""
+        return bool(self.policy_weight or self.beta or self._teaches_by_advantage)
+
+    @property
+    def _teaches_by_advantage(self) -> bool:
+        return self._teaches and self.distillation.signal == "advantage"
+
+    @property
+    def _teaches(self) -> bool:
+        return self.teacher is not None and self.distillation.weight > 0
+
+    @property
+    def windows_per_generation(self) -> float:
+        """How many optimizer steps the rollouts generated together are spread over."""
+        return self.args.steps_per_generation / self.current_gradient_accumulation_steps
 
     # ---- rollouts: who writes the completions, who judges them, what the teacher is shown ----
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, Any]:
         self._rows, self._policy_logps = inputs, None
-        if self.teacher is not None and not self.served and self.teacher.weights.cadence == "rollout" and self.state.global_step:
-            self.teacher.weights.update(self.state.global_step)
-        output = super()._generate_and_score_completions(inputs)
         if not self.model.training:
-            return output
-        rollouts = self._rollouts
-        rollouts.scores = self._scores()
-        rollouts.feedback = self._feedback()
-        device = output["completion_ids"].device
+            return super()._generate_and_score_completions(inputs)
+        weights = getattr(self.teacher, "weights", None)
+        if weights is not None and weights.cadence == "rollout" and self.state.global_step:
+            weights.update(self.state.global_step)
+        output = super()._generate_and_score_completions(inputs)
         if self.rollout.cross_entropy_weight:
-            output["is_demonstration"] = torch.tensor(self._is_demonstration, device=device)
-        teacher_prompts = None
-        if self.teacher is not None and self.distillation.weight:
-            teacher_prompts = self.teacher.context.prompts(rollouts, self._tokenizer)
-            output.update(self._teacher_inputs(rollouts, teacher_prompts, output))
+            output["demonstration_weights"] = self._demonstration_weights(output)
+        prompts = None
+        if self._teaches:
+            prompts = self._teacher_prompts(self._rollouts)
+            ids = self._teacher_prompt_ids(prompts)
+            output |= self.distiller.inputs(self._rollouts, prompts, ids, output)
+            if self.distillation.route == "failures":
+                output["advantages"] = output["advantages"].masked_fill(output["distill_mask"].any(dim=1), 0.0)
+        if self._teaches_by_advantage:
+            told = self.distiller.token_advantages(self.model, output, self.args.per_device_train_batch_size)
+            output["advantages"] = output["advantages"][:, None] * self.policy_weight + told * self.distillation.weight
         if self.on_rollouts is not None:
-            self.on_rollouts(rollouts, teacher_prompts, output["advantages"].tolist())
+            self.on_rollouts(self._rollouts, prompts, output)
         return output
 
-    def _generate_single_turn(self, prompt_ids: list, images: Any, multimodal_fields: Any, num_generations: int, *args: Any, **kwargs: Any) -> Any:
+    def _generate_single_turn(
+        self, prompt_ids: list, images: Any, multimodal_fields: Any, num_generations: int, *args: Any, **kwargs: Any
+    ) -> Any:
         start = time.perf_counter()
         self._sampled_prompt_ids = prompt_ids
-        count = len(prompt_ids)
-        self._is_demonstration = self._off_policy_rows(count, num_generations)
-        asked, view = prompt_ids, nullcontext()
+        self._is_demonstration = self._off_policy_rows(len(prompt_ids), num_generations)
+        asked, as_teacher = prompt_ids, nullcontext()
         if self.rollout.from_teacher and self.model.training:
-            asked = self._teacher_prompt_ids(self.teacher.context.prompts(self._blank_rollouts(num_generations), self._tokenizer))
-            if hasattr(self.teacher.weights, "exchanged"):
-                view = self.teacher.weights.exchanged()
-        on_policy = [i for i in range(count) if not self._is_demonstration[i]]
+            shown = self._teacher_prompts(self._blank_rollouts(num_generations))
+            ids = self._teacher_prompt_ids(shown)
+            asked = [own if s is None else i for own, s, i in zip(prompt_ids, shown, ids, strict=True)]
+            as_teacher = self.teacher.weights.generating()
+        on_policy = [i for i, demonstrated in enumerate(self._is_demonstration) if not demonstrated]
         written, logprobs = [], None
         if on_policy:
-            with view:
+            with as_teacher:
                 written, logprobs = super()._generate_single_turn(
                     [asked[i] for i in on_policy], images, multimodal_fields, num_generations, *args, **kwargs
                 )
-        if self.rollout.from_teacher:
-            logprobs = None  # they are the teacher's, under another prompt: no ratio can be formed from them
-        if len(on_policy) < count:
+        if self.model.training and (self.rollout.from_teacher or len(on_policy) < len(prompt_ids)):
+            logprobs = None  # not the student's, or not of every row: no ratio can be formed from them
+        if len(on_policy) < len(prompt_ids):
             by_row = dict(zip(on_policy, written, strict=True))
-            written = [by_row[i] if i in by_row else self._demonstration_ids(i) for i in range(count)]
-            logprobs = None
-        if self.model.training:
-            self._metrics["train"]["time/generate_s"].append(time.perf_counter() - start)
+            written = [by_row[i] if i in by_row else self._demonstration_ids(i) for i in range(len(prompt_ids))]
+        self._log_seconds("time/generate_s", start)
         return written, logprobs
 
     def _off_policy_rows(self, count: int, num_generations: int) -> list[bool]:
-        """Whole groups are on or off policy; the draw depends on seed and step alone, so that a resumed run repeats it."""
-        if not self.model.training or self.rollout.on_policy_fraction == 1:
+        """Whole groups take their demonstration; which ones depends on seed and step alone, so that a resumed run agrees."""
+        fraction = self.rollout.on_policy_fraction
+        if not self.model.training or fraction == 1:
             return [False] * count
-        draw = random.Random(f"{self.args.seed} {self.state.global_step} {self.accelerator.process_index}")
-        groups = [draw.random() >= self.rollout.on_policy_fraction for _ in range(-(-count // num_generations))]
-        return [groups[i // num_generations] for i in range(count)]
+        first = self.accelerator.process_index * count
+        groups = [(first + i) // num_generations for i in range(count)]
+        return [random.Random(f"{self.args.seed} {self._step} {group}").random() >= fraction for group in groups]
 
     def _demonstration_ids(self, index: int) -> list[int]:
         field = self.rollout.demonstration_field
@@ -255,54 +233,65 @@ class SelfDistillTrainer(GRPOTrainer):
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return [*ids[: self.max_completion_length - 1], self._tokenizer.eos_token_id]
 
-    def _columns(self) -> dict[str, list]:
-        return {key: [row[key] for row in self._rows] for key in self._rows[0] if key != "prompt"}
+    def _demonstration_weights(self, output: dict[str, Any]) -> Tensor:
+        """Each token's weight (B, T) in the cross-entropy: a mean over demonstrated tokens, times the share of such rows."""
+        mask = output["completion_mask"]
+        demonstrated = torch.tensor(self._is_demonstration, device=mask.device)
+        kind = {"row_active": demonstrated, "count_inactive_rows": False}
+        tokens = self.accelerator.reduce(losses.aggregation_normalizer(mask, "token_mean", **kind), "mean")
+        share = self.accelerator.reduce(demonstrated.float().mean(), "mean")
+        weights = losses.aggregation_weights(mask, "token_mean", **kind, normalizer=tokens)
+        return weights * share * self.windows_per_generation
 
     def _blank_rollouts(self, num_generations: int) -> Rollouts:
         count = len(self._rows)
-        return Rollouts([row["prompt"] for row in self._rows], [""] * count, [[]] * count, self._columns(),
-                        [None] * count, [None] * count, num_generations)  # fmt: skip
+        columns = {key: [row[key] for row in self._rows] for key in self._rows[0] if key != "prompt"}
+        nothing: list[None] = [None] * count
+        prompts = [row["prompt"] for row in self._rows]
+        return Rollouts(prompts, [""] * count, [[]] * count, columns, nothing, list(nothing), num_generations)
 
-    def _calculate_rewards(self, inputs: list[dict], prompts: list, completions: list, completion_ids_list: list) -> Tensor:
+    def _calculate_rewards(self, inputs: list, prompts: list, completions: list, completion_ids_list: list) -> Tensor:
         start = time.perf_counter()
         self._rollouts = self._blank_rollouts(self.num_generations if self.model.training else self.num_generations_eval)
         self._rollouts.completions = [text_of(c) for c in completions]
         self._rollouts.completion_ids = completion_ids_list
         known: dict[str, Any] = {"prompt_ids": self._sampled_prompt_ids}
-        if self._policy_logps is not None and self.temperature == 1.0:
-            known["policy_logprobs"] = [p[: len(ids)] for p, ids in zip(self._policy_logps, completion_ids_list, strict=True)]
-        for reward in self.rewards:
+        # TRL computes them at the sampling temperature, and not of completions that it masks.
+        if self._policy_logps is not None and self.temperature == 1.0 and not self.mask_truncated_completions:
+            rows = zip(self._policy_logps, completion_ids_list, strict=True)
+            known["policy_logprobs"] = [logps[: len(ids)] for logps, ids in rows]
+        adapted = [reward for reward in self.rewards if hasattr(reward, "feedback")]
+        for reward in adapted:
             reward.known = known
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self._metrics["train" if self.model.training else "eval"]["time/reward_s"].append(time.perf_counter() - start)
+        if self.rewards:
+            first = self.accelerator.process_index * len(prompts)
+            self._rollouts.scores = _weighted(rewards[first : first + len(prompts)], self.reward_weights)
+        if adapted:
+            told = zip(*(reward.feedback for reward in adapted), strict=True)
+            self._rollouts.feedback = ["\n".join(filter(None, row)) or None for row in told]
+        self._log_seconds("time/reward_s", start)
         return rewards
-
-    def _scores(self) -> list[float | None]:
-        """Weighted sum of the rewards per rollout; None where none applies."""
-        if not self.rewards:
-            return [None] * len(self._rows)
-        weights = self.reward_weights.tolist()
-        columns = zip(*(reward.scores for reward in self.rewards), strict=True)
-        return [
-            sum(w * s for w, s in zip(weights, row, strict=True) if s is not None) if any(s is not None for s in row) else None
-            for row in columns
-        ]
-
-    def _feedback(self) -> list[str | None]:
-        if not self.rewards:
-            return [None] * len(self._rows)
-        rows = zip(*(reward.feedback for reward in self.rewards), strict=True)
-        return ["\n".join(filter(None, row)) or None for row in rows]
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-        # The first scoring of a batch without gradient is the policy's own (old log-probabilities), where TRL makes one.
-        scoring = not torch.is_grad_enabled() and self._rows and self._policy_logps is None
-        if scoring and model is self.model and not _adapters_off(model):
-            self._policy_logps = result[0]
+        # Without gradient TRL scores the whole batch: by the policy (old log-probabilities), then by the reference.
+        if not torch.is_grad_enabled() and self._policy_logps is None and model is self.model:
+            as_scored = not model.training or not has_dropout(model)
+            if as_scored and not is_reference(model):
+                self._policy_logps = result[0]
         return result
 
-    # ---- the teacher's inputs ----
+    def _teacher_prompts(self, rollouts: Rollouts) -> list:
+        """What the teacher is shown for each rollout; a context sees whole groups, wherever they were sampled."""
+        if self.accelerator.num_processes == 1:
+            return self.teacher.context.prompts(rollouts, self._tokenizer)
+        own = (rollouts.prompts, rollouts.completions, rollouts.completion_ids, rollouts.scores, rollouts.feedback)
+        prompts, texts, ids, scores, feedback = (gather_object(list(values)) for values in own)
+        columns = {key: gather_object(list(rollouts.columns[key])) for key in sorted(rollouts.columns)}
+        everyone = Rollouts(prompts, texts, ids, columns, scores, feedback, rollouts.num_generations)
+        first = self.accelerator.process_index * len(rollouts)
+        return self.teacher.context.prompts(everyone, self._tokenizer)[first : first + len(rollouts)]
 
     def _teacher_prompt_ids(self, prompts: list) -> list[list[int]]:
         """Tokenised as the student's are; a missing prompt stands as one padding token."""
@@ -311,181 +300,93 @@ class SelfDistillTrainer(GRPOTrainer):
         by_row = dict(zip(filled, ids, strict=True))
         return [by_row.get(i, [self._tokenizer.pad_token_id]) for i in range(len(prompts))]
 
-    def _teacher_inputs(self, rollouts: Rollouts, prompts: list, output: dict[str, Any]) -> dict[str, Tensor]:
-        """Per row: the teacher's prompt ids, which tokens carry a signal, and each one's weight in the loss."""
-        d, device = self.distillation, output["completion_ids"].device
-        active = torch.tensor([prompt is not None for prompt in prompts], device=device)
-        if d.route == "failures":
-            failed = [score is None or score < d.success_threshold for score in rollouts.scores]
-            active &= torch.tensor(failed, device=device)
-            output["advantages"] = output["advantages"].masked_fill(active, 0.0)
-        mask = output["completion_mask"] * output.get("tool_mask", 1)
-        mask = mask * (torch.arange(mask.size(1), device=device) >= d.skip_tokens)
-        self._metrics["train"]["distill/active_fraction"].append(active.float().mean().item())
-        # Normalised over everything that was generated; that feeds `windows` optimizer steps.
-        windows = self.args.steps_per_generation / self.current_gradient_accumulation_steps
-        weights = windows * losses.aggregation_weights(
-            mask, d.aggregation, row_active=active, count_inactive_rows=d.count_inactive_rows, max_completion_tokens=self.max_completion_length
-        )
-        mask = mask * active[:, None]
-        extra = {"distill_weights": weights, "distill_mask": mask.bool()}
-        ids = self._teacher_prompt_ids(prompts)
-        if self.served:
-            start = time.perf_counter()
-            extra |= self.teacher.tensors(ids, rollouts.completion_ids, active, mask.size(1))
-            self._metrics["train"]["time/teacher_s"].append(time.perf_counter() - start)
-        else:
-            longest = max(map(len, ids))
-            pad = self._tokenizer.pad_token_id
-            extra["teacher_prompt_ids"] = torch.tensor([[pad] * (longest - len(row)) + row for row in ids], device=device)
-            extra["teacher_prompt_mask"] = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=device)
-        if d.signal == "advantage":
-            output.update(extra)
-            output["advantages"] = output["advantages"][:, None] * self.policy_weight + self._token_advantages(output) * d.weight
-        return extra
-
     # ---- the loss ----
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         start = time.perf_counter()
-        d = self.distillation
-        loss = next(p for p in self.model.parameters() if p.requires_grad).sum() * 0.0  # nothing to learn: a zero on the graph
-        as_advantage = d is not None and d.signal == "advantage" and "distill_mask" in inputs
+        terms = []
         with captured_hidden(model) as captured:
-            if self.policy_weight or self.beta or as_advantage:
-                scaled = inputs if as_advantage else {**inputs, "advantages": inputs["advantages"] * self.policy_weight}
-                loss = loss + super()._compute_loss(model, scaled)
-        if d is not None and d.weight and "distill_mask" in inputs and not as_advantage:
-            loss = loss + d.weight * self._distillation_loss(model, inputs, captured[-1] if captured else None)
-        if self.rollout.cross_entropy_weight and "is_demonstration" in inputs:
-            loss = loss + self.rollout.cross_entropy_weight * self._cross_entropy(model, inputs)
-        self._metrics["train" if self.model.training else "eval"]["time/loss_s"].append(time.perf_counter() - start)
-        return loss
+            if self.has_policy_term:
+                scaled = inputs["advantages"] * (1.0 if self._teaches_by_advantage else self.policy_weight)
+                terms.append(super()._compute_loss(model, {**inputs, "advantages": scaled}))
+        # Tokens that the other terms read. Where several processes train, all make the pass that one of them needs.
+        masks = {}
+        if self._teaches and not self._teaches_by_advantage and "distill_mask" in inputs:
+            masks["distillation"] = inputs["distill_mask"]
+        if "demonstration_weights" in inputs:
+            masks["demonstration"] = inputs["demonstration_weights"] > 0
+        if self.accelerator.num_processes == 1:
+            masks = {name: mask for name, mask in masks.items() if mask.any()}
+        if masks:
+            states = self._states(model, inputs, torch.stack(list(masks.values())).any(dim=0), captured)
+        if "distillation" in masks:
+            terms.append(self.distillation.weight * self.distiller.loss(model, inputs, states))
+        if "demonstration" in masks:
+            terms.append(self.rollout.cross_entropy_weight * self._cross_entropy(model, inputs, states))
+        if not terms:  # nothing to learn: a zero on the graph
+            terms.append(next(p for p in self.model.parameters() if p.requires_grad).sum() * 0.0)
+        self._log_seconds("time/loss_s", start)
+        return sum(terms[1:], terms[0])
 
-    def _distillation_loss(self, model: Any, inputs: dict[str, Any], hidden: Tensor | None) -> Tensor:
-        """Sum over tokens of weight times divergence; `hidden` (B, P+T, H) when the policy gradient has computed it already."""
-        d, rows = self.distillation, inputs["distill_mask"].any(dim=1)
-        if not rows.any() and self.accelerator.num_processes == 1:
-            return torch.zeros((), device=rows.device)
-        if not rows.any():
-            rows = rows.clone()
-            rows[0] = True  # every process must make the pass that the others wait for; its weights are all 0
-        ids = inputs["completion_ids"][rows]
-        longest = max(int(inputs["completion_mask"][rows].sum(dim=1).max()), 1)
-        ids, mask = ids[:, :longest], inputs["completion_mask"][rows][:, :longest]
-        keep, weights = inputs["distill_mask"][rows][:, :longest], inputs["distill_weights"][rows][:, :longest]
-        if hidden is None:
-            with self.accelerator.autocast():
-                student = completion_hidden(model, inputs["prompt_ids"][rows], inputs["prompt_mask"][rows], ids, mask)
-        else:
-            student = aligned(hidden[rows], inputs["prompt_ids"].size(1), longest)
-        student, tokens, weights = student[keep], ids[keep], weights[keep]
-        head, temperature = head_of(model), d.temperature or self.temperature
-        if d.is_clip is not None and "old_per_token_logps" in inputs:
-            now = token_logps(student.detach(), tokens, head, temperature)
-            old = inputs["old_per_token_logps"][rows][:, :longest][keep]
-            weights = weights * losses.importance_weight(now, old, d.is_clip)
-        if self.served:
-            # its log-probabilities are at temperature 1, and so is the student's side
-            support = {name: inputs[name][rows][:, :longest][keep] for name in ("teacher_top_ids", "teacher_top_logps", "teacher_logps")}
-            per_token = self._served_divergence(student, tokens, head, support, weights)
-        else:
-            start = time.perf_counter()
-            views = [(h[keep], t) for h, t in self._teacher_hidden(model, inputs, rows, ids, mask)]
-            self._metrics["train"]["time/teacher_s"].append(time.perf_counter() - start)
-            per_token = self._divergence(student, tokens, head, views, weights, temperature)
-        count = max(int(keep.sum()), 1)
-        self._metrics["train"]["distill/divergence"].append(per_token.detach().sum().item() / count)
-        if hidden is None:  # the policy gradient logs the entropy where it runs
-            self._metrics["train"]["entropy"].append(sampled_entropy(student, head, temperature))
-        return (per_token * weights).sum()
-
-    def _teacher_hidden(self, model: Any, inputs: dict[str, Any], rows: Tensor, ids: Tensor, mask: Tensor) -> list[tuple[Tensor, Head]]:
-        """The teacher's hidden states (rows, T, H) and head, once per view, without gradient."""
-        views = []
-        for module in self.teacher.weights.views():
-            teacher = model if module is None else module
-            with evaluating(teacher), self.accelerator.autocast():
-                prompt_ids, prompt_mask = inputs["teacher_prompt_ids"][rows], inputs["teacher_prompt_mask"][rows]
-                views.append((completion_hidden(teacher, prompt_ids, prompt_mask, ids, mask), head_of(teacher)))
-        return views
-
-    def _divergence(self, student: Tensor, tokens: Tensor, head: Head, views: list, weights: Tensor, temperature: float) -> Tensor:
-        """Per token (N,), of a local teacher's one view or the mixture of two."""
-        d, (teacher, teacher_head) = self.distillation, views[0]
-        if d.signal == "sampled_token":
-            theirs = token_logps(teacher, tokens, teacher_head, temperature)
-            return losses.sampled_token_loss(token_logps(student, tokens, head, temperature, weights), theirs)
-        second = (views[1][0], views[1][1].weight, self.teacher.weights.mix_coef) if len(views) > 1 else None
-        return losses.chunked_token_divergence(
-            student, teacher, head.weight, teacher_head.weight, alpha=d.alpha, top_k=d.top_k, tail=d.tail,
-            temperature=temperature, pointwise_clip=d.pointwise_clip, jsd_normalize=d.jsd_normalize, weights=weights,
-            student_bias=head.bias, teacher_bias=teacher_head.bias, logit_scale=(head.logit_scale, teacher_head.logit_scale),
-            soft_cap=(head.soft_cap, teacher_head.soft_cap), mixture=second,
-        )  # fmt: skip
-
-    def _served_divergence(self, student: Tensor, tokens: Tensor, head: Head, support: dict[str, Tensor], weights: Tensor) -> Tensor:
-        """Per token (N,), over the tokens whose log-probabilities the server returned."""
-        d = self.distillation
-        if d.signal == "sampled_token":
-            return losses.sampled_token_loss(token_logps(student, tokens, head, 1.0, weights), support["teacher_logps"])
-        return losses.chunked_support_divergence(
-            student, head.weight, support["teacher_top_ids"], support["teacher_top_logps"], alpha=d.alpha, tail=d.tail,
-            pointwise_clip=d.pointwise_clip, jsd_normalize=d.jsd_normalize, weights=weights, student_bias=head.bias,
-            logit_scale=head.logit_scale, soft_cap=head.soft_cap,
-        )  # fmt: skip
-
-    @torch.no_grad()
-    def _token_advantages(self, output: dict[str, Any]) -> Tensor:
-        """log q - log pi of the sampled tokens (B, T), 0 where there is no signal: distillation as an advantage."""
-        mask, ids = output["distill_mask"], output["completion_ids"]
+    def _states(self, model: Any, inputs: dict[str, Any], mask: Tensor, captured: list[Tensor]) -> States:
+        """The student's hidden states: of the pass that the policy gradient made, or of the rows in `mask` alone."""
+        prompt_ids, ids, attention = inputs["prompt_ids"], inputs["completion_ids"], inputs["completion_mask"]
+        if captured:
+            hidden = aligned(captured[-1], prompt_ids.size(1), ids.size(1))
+            return lambda tokens: hidden[tokens]
         rows = mask.any(dim=1)
-        advantages = torch.zeros(mask.shape, device=mask.device)
         if not rows.any():
-            return advantages
-        ids, attention, keep = ids[rows], output["completion_mask"][rows], mask[rows]
-        with evaluating(self.model):
-            hidden = completion_hidden(self.model, output["prompt_ids"][rows], output["prompt_mask"][rows], ids, attention)[keep]
-            ours = token_logps(hidden, ids[keep], head_of(self.model), self.temperature)
-        if self.served:
-            theirs = output["teacher_logps"][rows][keep]
-        else:
-            teacher, head = self._teacher_hidden(self.model, output, rows, ids, attention)[0]
-            theirs = token_logps(teacher[keep], ids[keep], head, self.temperature)
-        values = torch.zeros(keep.shape, device=mask.device)
-        values[keep] = torch.where(theirs.isfinite(), theirs - ours, 0.0)
-        advantages[rows] = values
-        self._metrics["train"]["distill/divergence"].append(-values.sum().item() / int(keep.sum()))  # estimates KL(student || teacher)
-        return advantages
+            rows[0] = True
+        longest = max(int(attention[rows].sum(dim=1).max()), 1)
+        with self.accelerator.autocast():
+            completion = ids[rows][:, :longest], attention[rows][:, :longest]
+            hidden = completion_hidden(model, prompt_ids[rows], inputs["prompt_mask"][rows], *completion)
+        return lambda tokens: hidden[tokens[rows][:, :longest]]
 
-    def _cross_entropy(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """Mean negative log-probability of the demonstrations' tokens, over the accumulation window."""
-        rows = inputs["is_demonstration"]
-        if not rows.any():
-            return torch.zeros((), device=rows.device)
-        ids, mask = inputs["completion_ids"][rows], inputs["completion_mask"][rows]
-        sequences = torch.cat([inputs["prompt_ids"][rows], ids], dim=1)
-        attention = torch.cat([inputs["prompt_mask"][rows], mask], dim=1)
-        logps, _, _ = self._get_per_token_logps_and_entropies(model, sequences, attention, ids.size(1))
-        loss = -(logps * mask).sum() / mask.sum()
-        self._metrics["train"]["cross_entropy"].append(loss.item())
-        return loss * rows.float().mean() / self.current_gradient_accumulation_steps
+    def _cross_entropy(self, model: Any, inputs: dict[str, Any], states: States) -> Tensor:
+        """Weighted sum of the negative log-probabilities of the demonstrations' tokens, at temperature 1."""
+        tokens = inputs["demonstration_weights"] > 0
+        weights = inputs["demonstration_weights"][tokens]
+        logps = token_logps(states(tokens), inputs["completion_ids"][tokens], head_of(model), 1.0, weights)
+        self._metrics["train"]["cross_entropy"].append(-logps.detach().sum().item() / max(len(logps), 1))
+        return -(logps * weights).sum()
 
+    def _log_seconds(self, name: str, start: float) -> None:
+        self._metrics["train" if self.model.training else "eval"][name].append(time.perf_counter() - start)
 
-def token_logps(hidden: Tensor, ids: Tensor, head: Head, temperature: float, weights: Tensor | None = None) -> Tensor:
-    """log p of the tokens (N,) from the states that predict them (N, H)."""
-    return losses.chunked_token_logps(
-        hidden, head.weight, ids, temperature=temperature, weights=weights, bias=head.bias, logit_scale=head.logit_scale, soft_cap=head.soft_cap
-    )
+    # ---- checkpoints ----
 
+    def _get_train_sampler(self, dataset: Any = None) -> resumption.ResumableSampler:
+        return resumption.ResumableSampler(
+            data_source=self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=self.num_generations,
+            batch_size=self.args.generation_batch_size // self.num_generations,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+        )
 
-@torch.no_grad()
-def sampled_entropy(hidden: Tensor, head: Head, temperature: float) -> float:
-    """Mean entropy in nats over the first few hundred tokens: enough for an alarm, and no tokens x vocabulary tensor."""
-    logits = head.logits(hidden[:ENTROPY_SAMPLE_TOKENS]) / temperature
-    return torch.distributions.Categorical(logits=logits).entropy().mean().item()
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        resumption.save(Path(self._get_output_dir(trial=trial)) / name, self)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        resumption.restore(Path(resume_from_checkpoint), self)
 
 
-def _adapters_off(model: Any) -> bool:
-    """Whether a PEFT model runs as its base at the moment."""
-    return any(getattr(module, "disable_adapters", False) is True for module in model.modules())
+def _check_context(teacher: Any, dataset: Any) -> None:
+    """Raises UserError when the teacher's context needs a column that the data does not have."""
+    names = getattr(dataset, "column_names", None)
+    if teacher is not None and hasattr(teacher.context, "check") and names and hasattr(dataset, "__getitem__"):
+        teacher.context.check({name: dataset[name] for name in names if name != "prompt"})
+
+
+def _weighted(rewards: Tensor, weights: Tensor) -> list[float | None]:
+    """Weighted sum of the rewards that apply (B, F) -> B; None where none does."""
+    rows = []
+    for row in rewards.tolist():
+        applicable = [w * r for w, r in zip(weights.tolist(), row, strict=True) if r == r]
+        rows.append(sum(applicable) if applicable else None)
+    return rows

@@ -1,8 +1,9 @@
 """Where a causal language model keeps what the losses need: its backbone, its output head, and how logits are scaled."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +30,16 @@ class Head:
         """(N, H) -> (N, V) in float32."""
         logits = nn.functional.linear(hidden, self.weight.to(hidden.dtype), self.bias).float() * self.logit_scale
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+    def detached(self) -> "Head":
+        """Without gradient, and with the numbers as they are now: a parameter's data may be exchanged later."""
+        return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+
+    def narrowed(self, size: int) -> "Head":
+        """Of the first `size` tokens."""
+        if size == len(self.weight):
+            return self
+        return replace(self, weight=self.weight[:size], bias=None if self.bias is None else self.bias[:size])
 
 
 def head_of(model: nn.Module) -> Head:
@@ -85,13 +96,14 @@ def completion_hidden(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor,
     """
     start = int(prompt_mask.argmax(dim=1).min())
     prompt_ids, prompt_mask = prompt_ids[:, start:], prompt_mask[:, start:]
+    # Logits of one position only: the head is applied by the loss, to the tokens that count.
+    limit = {"logits_to_keep": 1} if "logits_to_keep" in _arguments(inner_model(model)) else {}
     with captured_hidden(model) as collected:
-        # logits of one position only: the head is applied by the loss, to the tokens that count
         model(
             input_ids=torch.cat([prompt_ids, ids], dim=1),
             attention_mask=torch.cat([prompt_mask, mask], dim=1),
-            logits_to_keep=1,
             use_cache=False,
+            **limit,
         )
     return aligned(collected[-1], prompt_ids.size(1), ids.size(1))
 
@@ -99,3 +111,24 @@ def completion_hidden(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor,
 def aligned(hidden: Tensor, prompt_tokens: int, completion_tokens: int) -> Tensor:
     """The states at positions P-1 … P+T-2: the state before a token is the one that predicts it."""
     return hidden[:, prompt_tokens - 1 : prompt_tokens - 1 + completion_tokens]
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether the model computes something else in training mode than in evaluation mode."""
+    config = inner_model(model).config.get_text_config()
+    functional = any(getattr(config, name, 0.0) for name in ("attention_dropout", "hidden_dropout", "residual_dropout"))
+    return functional or any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+
+
+def is_reference(model: nn.Module) -> bool:
+    """Whether a PEFT model runs as its own reference: adapters off, or TRL's frozen copy of the adapter on."""
+    return any(
+        getattr(module, "disable_adapters", False) is True or getattr(module, "active_adapters", None) == ["ref"]
+        for module in model.modules()
+        if hasattr(module, "get_delta_weight")
+    )
+
+
+def _arguments(model: nn.Module) -> Any:
+    # A class attribute: the instance's forward may have been replaced by one that hides its arguments.
+    return inspect.signature(type(model).forward).parameters

@@ -1,8 +1,12 @@
 """Between rewards that may give feedback and TRL, which wants numbers."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
+
+from selfdistill.errors import UserError
 from selfdistill.rewards.mix import Mix
 from selfdistill.rewards.result import normalise
 
@@ -27,22 +31,44 @@ class AdaptedReward:
             self.function.bind(scorer)
 
     def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float | None]:
-        result = self.function(prompts=prompts, completions=completions, **columns, **self.known)
-        self.scores, self.feedback = normalise(result, self.__name__, len(completions), self.function)
+        return self._read(self._ask(prompts, completions, columns), len(completions))
+
+    def _ask(self, prompts: list, completions: list, columns: dict[str, Any]) -> Any:
+        return self.function(prompts=prompts, completions=completions, **{**columns, **self.known})
+
+    def _read(self, result: Any, count: int) -> list[float | None]:
+        self.scores, self.feedback = normalise(result, self.__name__, count, self.function)
         return self.scores
 
 
-def adapt(reward_funcs: Any) -> tuple[list[AdaptedReward], list[float] | None]:
-    """One adapted reward per function (each part of a `Mix` by itself), and the weights where a mix gives them."""
+class AsyncAdaptedReward(AdaptedReward):
+    """The same of a coroutine function, which TRL awaits."""
+
+    async def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float | None]:  # type: ignore[override]
+        return self._read(await self._ask(prompts, completions, columns), len(completions))
+
+
+def adapt(reward_funcs: Any) -> tuple[list[Any], list[float] | None]:
+    """One adapted reward per function (each part of a `Mix` by itself), and the weights where a mix gives them.
+
+    What only TRL understands, a reward model or its name, stays as it is.
+    """
     functions = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
-    rewards: list[AdaptedReward] = []
+    rewards: list[Any] = []
     weights: list[float] = []
     for function in functions:
         parts = function.parts if isinstance(function, Mix) else [(_name(function), function, 1.0)]
         for name, part, weight in parts:
-            rewards.append(AdaptedReward(name, part))
+            rewards.append(part if isinstance(part, str | nn.Module) else _adapted(name, part))
             weights.append(weight)
     return rewards, weights if any(w != 1.0 for w in weights) else None
+
+
+def _adapted(name: str, function: Any) -> AdaptedReward:
+    if not callable(function):
+        raise UserError(f"reward function {function!r} is not callable; give a function, or a reward model's name.")
+    coroutine = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+    return AsyncAdaptedReward(name, function) if coroutine else AdaptedReward(name, function)
 
 
 def _name(function: Any) -> str:

@@ -6,7 +6,7 @@ pass and taken out again. With the adapter frozen at its start, that is the mode
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from selfdistill.errors import UserError
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that training changes, by name."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """The parameters that training changes, by name; TRL's frozen copy of an adapter (`ref`) is none of them."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and ".ref." not in name}
 
 
 class Weights:
@@ -28,6 +28,7 @@ class Weights:
 
     mix_coef: float | None = None
     cadence = "step"
+    exchanges = False  # whether the student's parameters are replaced in place
 
     def attach(self, model: nn.Module) -> None:
         """Called once before training, with the unwrapped student."""
@@ -40,7 +41,19 @@ class Weights:
         """Yields once per teacher pass: None to run the student's module (with its parameters exchanged meanwhile), or another module."""
         yield None
 
+    def generating(self) -> AbstractContextManager[None]:
+        """The student's module samples as the teacher inside.
+
+        Raises:
+            UserError: these weights cannot sample.
+        """
+        return nullcontext()
+
+    def check_vocabulary(self, tokenizer: Any) -> None:
+        """Raises UserError unless the teacher gives every token the id that the student's tokenizer gives it."""
+
     def state_dict(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint must keep, by parameter name."""
         return {}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
@@ -57,12 +70,13 @@ class Live(Weights):
 class _Shadowed(Weights):
     """Keeps a copy of the trainable parameters."""
 
+    exchanges = True
     dtype: torch.dtype | None = None  # of the copy; None keeps each parameter's own
 
     def attach(self, model: nn.Module) -> None:
         super().attach(model)
         self.shadow = {
-            name: p.detach().clone().to(self.dtype or p.dtype, copy=False) for name, p in trainable(model).items()
+            name: p.detach().to(self.dtype or p.dtype, copy=True) for name, p in trainable(model).items()
         }
 
     @contextmanager
@@ -81,6 +95,9 @@ class _Shadowed(Weights):
     def views(self) -> Iterator[nn.Module | None]:
         with self.exchanged():
             yield None
+
+    def generating(self) -> AbstractContextManager[None]:
+        return self.exchanged()
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return dict(self.shadow)
@@ -153,18 +170,31 @@ class TrustRegion(_Shadowed):
             yield None
         yield None
 
+    def generating(self) -> AbstractContextManager[None]:
+        raise UserError("rollout.from_teacher: a mixture (teacher/weights=trust_region) cannot sample; take base or ema.")
+
 
 class Model(Weights):
     """q = another local model with the same vocabulary.
 
     Args:
-        name: hub name or folder, or `embedded`.
+        name: hub name or folder, `embedded`, or a model in memory.
+        tokenizer: of a model in memory; without one its vocabulary is taken to be the student's.
         dtype: its precision; `auto` takes the checkpoint's.
     """
 
-    def __init__(self, name: str, dtype: str = "auto", local_files_only: bool = False, **loading: Any) -> None:
-        self.name, self.loading = name, {"dtype": dtype, "local_files_only": local_files_only, **loading}
-        self.module: nn.Module | None = None
+    def __init__(
+        self,
+        name: str | nn.Module,
+        dtype: str = "auto",
+        local_files_only: bool = False,
+        tokenizer: Any = None,
+        **loading: Any,
+    ) -> None:
+        self.loading = {"dtype": dtype, "local_files_only": local_files_only, **loading}
+        self.module: nn.Module | None = None if isinstance(name, str) else name
+        self.name = name if isinstance(name, str) else type(name).__name__
+        self.tokenizer = tokenizer
 
     def attach(self, model: nn.Module) -> None:
         super().attach(model)
@@ -175,10 +205,13 @@ class Model(Weights):
         self.module.requires_grad_(False).eval().to(next(model.parameters()).device)
 
     def check_vocabulary(self, tokenizer: Any) -> None:
-        """Raises UserError unless both tokenizers give every token the same id."""
+        if self.tokenizer is None:
+            return
         ours, theirs = tokenizer.get_vocab(), self.tokenizer.get_vocab()
         if ours != theirs:
-            example = next((t for t in ours if theirs.get(t) != ours[t]), None) or next(iter(theirs.keys() - ours.keys()))
+            example = next((t for t in ours if theirs.get(t) != ours[t]), None) or next(
+                iter(theirs.keys() - ours.keys())
+            )
             raise UserError(
                 f"teacher.weights.name={self.name}: its vocabulary is not the student's ({len(theirs)} tokens against "
                 f"{len(ours)}; {example!r} is {theirs.get(example)} there and {ours.get(example)} here). A teacher that "
@@ -187,3 +220,9 @@ class Model(Weights):
 
     def views(self) -> Iterator[nn.Module | None]:
         yield self.module
+
+    def generating(self) -> AbstractContextManager[None]:
+        raise UserError(
+            "rollout.from_teacher: another model (teacher/weights=model) cannot sample within the run; serve it, let it "
+            "write its answers as data, or take teacher/weights=base or ema."
+        )

@@ -1,0 +1,232 @@
+"""The distillation term: what a teacher needs to see, and its divergence from the student's hidden states."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfdistill import losses
+from selfdistill.models.structure import Head, completion_hidden, evaluating, head_of
+from selfdistill.rollout import Rollouts
+from selfdistill.settings import Distillation
+from selfdistill.teachers.context import SCORE_TOLERANCE
+from selfdistill.teachers.scored import Scored
+
+# How many tokens the entropy is estimated from where no policy gradient computes it: enough for an alarm.
+ENTROPY_SAMPLE_TOKENS = 256
+
+# Hidden states (N, H) of the tokens in a mask (B, T), in row order.
+States = Callable[[Tensor], Tensor]
+# One teacher pass: hidden states (N, H) of the distilled tokens, and the head that makes logits of them.
+View = tuple[Tensor, Head]
+
+
+class Distiller:
+    """Knows the teacher and the settings; the trainer asks it for inputs once per batch and for a loss per micro-batch.
+
+    Args:
+        teacher: a local `Teacher`, or a served one (it has `score`).
+        settings: what is distilled.
+        trainer: gives temperature, padding, accelerator and the log of metrics.
+    """
+
+    def __init__(self, teacher: Any, settings: Distillation, trainer: Any) -> None:
+        self.teacher, self.settings, self.trainer = teacher, settings, trainer
+        self.served = hasattr(teacher, "score")
+
+    # ---- once per batch of rollouts ----
+
+    def inputs(self, rollouts: Rollouts, prompts: list, prompt_ids: list, output: dict[str, Any]) -> dict[str, Tensor]:
+        """What the loss needs beyond TRL's tensors.
+
+        Args:
+            prompts: what the teacher is shown, one per rollout; None where there is no signal.
+            prompt_ids: the same as token ids; anything where there is no signal.
+            output: TRL's tensors of the batch.
+
+        Returns:
+            `distill_mask` (B, T), `distill_weights` (B, T) and the teacher's prompt (B, P) with its mask, or what the
+            server said of the tokens.
+        """
+        s, device = self.settings, output["completion_ids"].device
+        mask = output["completion_mask"] * output.get("tool_mask", 1)
+        mask = mask * (torch.arange(mask.size(1), device=device) >= s.skip_tokens)
+        signal = [prompt is not None for prompt in prompts]
+        if s.route == "failures":
+            signal = [a and self._failed(score) for a, score in zip(signal, rollouts.scores, strict=True)]
+        active = torch.tensor(signal, device=device) & mask.any(dim=1)
+        self._log("distill/active_fraction", active.float().mean().item())
+        extra: dict[str, Tensor] = {
+            "distill_weights": self._weights(mask, active),
+            "distill_mask": mask.bool() & active[:, None],
+        }
+        if self.served:
+            start = time.perf_counter()
+            extra |= self._scored(prompt_ids, rollouts.completion_ids, active.tolist(), mask)
+            self._log("time/teacher_s", time.perf_counter() - start)
+        else:
+            extra["teacher_prompt_ids"], extra["teacher_prompt_mask"] = _left_padded(
+                prompt_ids, self.trainer._tokenizer.pad_token_id, device
+            )
+        return extra
+
+    def _failed(self, score: float | None) -> bool:
+        return score is None or score < self.settings.success_threshold - SCORE_TOLERANCE
+
+    def _weights(self, mask: Tensor, active: Tensor) -> Tensor:
+        """Each token's weight (B, T): summed over an accumulation window they make the mean that is asked for."""
+        s, trainer = self.settings, self.trainer
+        kind = {"row_active": active, "count_inactive_rows": s.count_inactive_rows}
+        everywhere = trainer.accelerator.reduce(losses.aggregation_normalizer(mask, s.aggregation, **kind), "mean")
+        weights = losses.aggregation_weights(
+            mask, s.aggregation, **kind, max_completion_tokens=trainer.max_completion_length, normalizer=everywhere
+        )
+        return weights * trainer.windows_per_generation
+
+    def _scored(self, prompt_ids: list, completion_ids: Any, active: list[bool], mask: Tensor) -> dict[str, Tensor]:
+        """What the server says of the active rows, padded to (B, T) and (B, T, K) with minus infinity."""
+        rows = [i for i, is_active in enumerate(active) if is_active]
+        said: list[Scored] = []
+        if rows:
+            said = self.teacher.score([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows])
+        k = max([one.top_ids.size(1) for one in said], default=1)
+        logps = torch.full(mask.shape, -torch.inf)
+        top_ids = torch.zeros((*mask.shape, k), dtype=torch.long)
+        top_logps = torch.full((*mask.shape, k), -torch.inf)
+        for row, one in zip(rows, said, strict=True):
+            tokens, width = one.top_ids.shape
+            logps[row, :tokens] = one.logprobs
+            top_ids[row, :tokens, :width], top_logps[row, :tokens, :width] = one.top_ids, one.top_logprobs
+        tensors = {"teacher_logps": logps, "teacher_top_ids": top_ids, "teacher_top_logps": top_logps}
+        return {name: tensor.to(mask.device) for name, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def token_advantages(self, model: Any, output: dict[str, Any], rows_at_once: int) -> Tensor:
+        """log q - log pi of the sampled tokens (B, T), 0 where there is no signal: distillation as an advantage."""
+        mask = output["distill_mask"]
+        advantages = torch.zeros(mask.shape, device=mask.device)
+        for rows in mask.any(dim=1).nonzero().squeeze(1).split(rows_at_once):
+            part = {k: v[rows] for k, v in output.items() if isinstance(v, Tensor) and v.dim() > 0}
+            keep, tokens = part["distill_mask"], part["completion_ids"][part["distill_mask"]]
+            with evaluating(model), self.trainer.accelerator.autocast():
+                hidden = completion_hidden(
+                    model, part["prompt_ids"], part["prompt_mask"], part["completion_ids"], part["completion_mask"]
+                )
+            ours = token_logps(hidden[keep], tokens, head_of(model), self.trainer.temperature)
+            if self.served:
+                theirs = part["teacher_logps"][keep]
+            else:
+                teacher, head = self._views(model, part)[0]
+                theirs = token_logps(teacher, tokens, head, self.trainer.temperature)
+            values = torch.zeros(keep.shape, device=mask.device)
+            values[keep] = torch.where(theirs.isfinite(), theirs - ours, 0.0)
+            advantages[rows] = values
+        self._log("distill/divergence", -advantages.sum().item() / max(int(mask.sum()), 1))
+        return advantages
+
+    # ---- once per micro-batch ----
+
+    def loss(self, model: Any, inputs: dict[str, Any], states: States) -> Tensor:
+        """Sum over tokens of weight times divergence, from the student's hidden states."""
+        s, keep = self.settings, inputs["distill_mask"]
+        student, tokens, weights = states(keep), inputs["completion_ids"][keep], inputs["distill_weights"][keep]
+        head, sampling = head_of(model), self.trainer.temperature
+        if s.is_clip is not None and "old_per_token_logps" in inputs:
+            now = token_logps(student.detach(), tokens, head, sampling)
+            weights = weights * losses.importance_weight(now, inputs["old_per_token_logps"][keep], s.is_clip)
+        if self.served:
+            support = {name: inputs[name][keep] for name in ("teacher_top_ids", "teacher_top_logps", "teacher_logps")}
+            per_token, shown = self._from_server(student, tokens, head, support, weights)
+        else:
+            start = time.perf_counter()
+            views = self._views(model, inputs)
+            self._log("time/teacher_s", time.perf_counter() - start)
+            per_token, shown = self._between(student, tokens, head, views, weights)
+        self._log("distill/divergence", shown.detach().sum().item() / max(len(tokens), 1))
+        if not self.trainer.has_policy_term and len(student):  # the policy gradient logs the entropy where it runs
+            self._log("entropy", sampled_entropy(student, head, sampling))
+        return (per_token * weights).sum()
+
+    def _views(self, model: Any, inputs: dict[str, Any]) -> list[View]:
+        """The teacher's passes over the distilled rows, in evaluation mode and without gradient."""
+        rows = inputs["distill_mask"].any(dim=1)
+        if not rows.any():  # no token to score, but other processes may wait for this pass
+            rows = torch.ones_like(rows)
+        longest = int(inputs["completion_mask"][rows].sum(dim=1).max())
+        ids, mask = inputs["completion_ids"][rows][:, :longest], inputs["completion_mask"][rows][:, :longest]
+        keep = inputs["distill_mask"][rows][:, :longest]
+        views = []
+        for module in self.teacher.weights.views():
+            teacher = model if module is None else module
+            with evaluating(teacher), self.trainer.accelerator.autocast():
+                prompt = inputs["teacher_prompt_ids"][rows], inputs["teacher_prompt_mask"][rows]
+                hidden = completion_hidden(teacher, *prompt, ids, mask)[keep]
+            # Detached inside of the loop: the student's parameters are about to be put back into the module.
+            views.append((hidden, head_of(teacher).detached()))
+        return views
+
+    def _between(
+        self, student: Tensor, tokens: Tensor, head: Head, views: list[View], weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Per token (N,): the loss, and the divergence to show (the sampled-token loss's own value means nothing)."""
+        s, (teacher, theirs) = self.settings, views[0]
+        temperature = s.temperature or self.trainer.temperature
+        if s.signal == "sampled_token":
+            ours = token_logps(student, tokens, head, temperature, weights)
+            logps = token_logps(teacher, tokens, theirs, temperature)
+            return losses.sampled_token_loss(ours, logps), ours - logps
+        # Models of one family share a tokenizer and pad their heads to different sizes: the padding is left out.
+        size = min(len(head.weight), len(theirs.weight))
+        head, theirs = head.narrowed(size), theirs.narrowed(size)
+        second = None
+        if len(views) > 1:
+            second = (views[1][0], views[1][1].narrowed(size).weight, self.teacher.weights.mix_coef)
+        per_token = losses.chunked_token_divergence(
+            student, teacher, head.weight, theirs.weight, alpha=s.alpha, top_k=s.top_k, tail=s.tail,
+            temperature=temperature, pointwise_clip=s.pointwise_clip, jsd_normalize=s.jsd_normalize, weights=weights,
+            student_bias=head.bias, teacher_bias=theirs.bias, logit_scale=(head.logit_scale, theirs.logit_scale),
+            soft_cap=(head.soft_cap, theirs.soft_cap), mixture=second,
+        )  # fmt: skip
+        return per_token, per_token
+
+    def _from_server(
+        self, student: Tensor, tokens: Tensor, head: Head, support: dict[str, Tensor], weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As `_between`, over the tokens whose log-probabilities the server returned; both sides at temperature 1."""
+        s = self.settings
+        if s.signal == "sampled_token":
+            ours, logps = token_logps(student, tokens, head, 1.0, weights), support["teacher_logps"]
+            return losses.sampled_token_loss(ours, logps), torch.where(logps.isfinite(), ours - logps, 0.0)
+        per_token = losses.chunked_support_divergence(
+            student, head.weight, support["teacher_top_ids"], support["teacher_top_logps"], alpha=s.alpha, tail=s.tail,
+            pointwise_clip=s.pointwise_clip, jsd_normalize=s.jsd_normalize, weights=weights, student_bias=head.bias,
+            logit_scale=head.logit_scale, soft_cap=head.soft_cap,
+        )  # fmt: skip
+        return per_token, per_token
+
+    def _log(self, name: str, value: float) -> None:
+        self.trainer._metrics["train"][name].append(value)
+
+
+def token_logps(hidden: Tensor, ids: Tensor, head: Head, temperature: Any, weights: Tensor | None = None) -> Tensor:
+    """log p of the tokens (N,) from the states that predict them (N, H)."""
+    return losses.chunked_token_logps(
+        hidden, head.weight, ids, temperature=temperature, weights=weights, bias=head.bias,
+        logit_scale=head.logit_scale, soft_cap=head.soft_cap,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def sampled_entropy(hidden: Tensor, head: Head, temperature: Any) -> float:
+    """Mean entropy in nats over the first few tokens, so that no tensor of tokens x vocabulary is held."""
+    logits = head.logits(hidden[:ENTROPY_SAMPLE_TOKENS]) / temperature
+    return torch.distributions.Categorical(logits=logits).entropy().mean().item()
+
+
+def _left_padded(rows: list[list[int]], padding: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    longest = max(map(len, rows))
+    ids = [[padding] * (longest - len(row)) + list(row) for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
