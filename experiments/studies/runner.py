@@ -3,7 +3,7 @@
     python experiments/studies/runner.py experiments/studies/learning --jobs 2
 
 A study is a folder with `study.yaml`: `common` overrides, `seeds`, and `rows` (name -> overrides). Finished runs are
-kept in `--runs` and not repeated; the results go to `results.csv` in the study's folder.
+kept in `--runs` and not repeated; the results go to `results.csv` and, as a table, `results.md` in the study's folder.
 """
 
 import argparse
@@ -52,6 +52,27 @@ def run(job: tuple[str, int, list[str], Path]) -> dict:
     return line
 
 
+def by_seed(table: pd.DataFrame, order: list[str]) -> str:
+    """A Markdown table: a line a row, every seed shown, and the mean over seeds."""
+    lines = ["| row | accuracy before | accuracy after, by seed | mean | retention before | retention after, by seed | mean | s a run |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for name in order:
+        rows = table[table.row == name]
+        if rows.empty or "accuracy_after" not in rows:
+            continue
+
+        def seeds(column: str, rows: pd.DataFrame = rows) -> str:
+            return " ".join(f"{value:.3f}" for value in rows[column])
+
+        def mean(column: str, rows: pd.DataFrame = rows) -> str:
+            return f"{rows[column].mean():.3f}"
+
+        cells = [name, mean("accuracy_before"), seeds("accuracy_after"), mean("accuracy_after"), mean("retention_before")]
+        cells += [seeds("retention_after"), mean("retention_after"), f"{rows.wall_s.median():.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("study", type=Path)
@@ -77,6 +98,7 @@ def main() -> None:
         table = pd.concat([earlier[~earlier.row.isin(arguments.only)], table])
         table = table.sort_values(["row", "seed"], key=lambda c: c.map({n: i for i, n in enumerate(order)}) if c.name == "row" else c)
     table.to_csv(file, index=False)
+    (arguments.study / "results.md").write_text(by_seed(table, order))
     print(table.to_string(index=False))
 
 
