@@ -78,7 +78,7 @@ class Supervised(PolicyReward):
         self.answer_field = answer_field
         self.missing_nats = missing_nats
         self.coverage_weight = coverage_weight
-        self.include_eos = include_eos
+        self.include_eos = include_eos and coverage != "seed"  # that formula knows no EOS
         self.overlong_weight = overlong_weight
         self.overlong_ratio = overlong_ratio
 
@@ -99,7 +99,7 @@ class Supervised(PolicyReward):
         # CE goes one token further where EOS was emitted: a confident policy that stops too early, for which the tokens
         # before cost nothing, pays for what it should have written there. Without this, training ends in one letter.
         written = texts if self.coverage == "seed" else sampled
-        if self.include_eos and self.coverage != "seed":
+        if self.include_eos:
             answers = [[*a, self.scorer.tokenizer.eos_token_id] for a in answers]  # unscorable rows are skipped below
         if policy_logprobs is not None:
             check_policy_logprobs(policy_logprobs, sampled)

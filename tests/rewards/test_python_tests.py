@@ -135,11 +135,11 @@ def test_a_batch_keeps_its_order():
 
 
 def test_wrong_columns_and_settings():
-    with pytest.raises(UserError, match="'tests'.*reward.tests_field"):
+    with pytest.raises(UserError, match=r"'tests'.*reward.tests_field"):
         PythonTests(allow_code_execution=True)(prompts=["q"], completions=["x"])
-    with pytest.raises(UserError, match="row 0 .*'tests'.*3"):
+    with pytest.raises(UserError, match=r"row 0 .*'tests'.*3"):
         judge(DOUBLE, [3])
-    with pytest.raises(UserError, match="reward.timeout_s"):
+    with pytest.raises(UserError, match=r"reward.timeout_s"):
         PythonTests(allow_code_execution=True, timeout_s=0.0)
 
 
