@@ -3,7 +3,7 @@
 import copy
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -18,8 +18,19 @@ from tests.stub_server import LETTERS, VOCABULARY, LetterTokenizer, Reply, Reque
 Rows = list[list[int]]
 
 
+OPEN: list[ServerTeacher] = []
+
+
+@pytest.fixture(autouse=True)
+def _close_teachers() -> Iterator[None]:
+    yield
+    while OPEN:
+        OPEN.pop().close()
+
+
 def teacher_of(*stubs: StubServer, **settings: Any) -> ServerTeacher:
     teacher = ServerTeacher([stub.url for stub in stubs], settings.pop("model", "stub"), **settings)
+    OPEN.append(teacher)
     teacher.client.backoff_s, teacher.client.backoff_limit_s = 0.005, 0.02
     return teacher
 
