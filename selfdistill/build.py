@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ from selfdistill.config import closest, targets
 from selfdistill.data import load_data
 from selfdistill.errors import UserError
 from selfdistill.models import load_model, lora_config
+from selfdistill.teachers import Teacher
+from selfdistill.teachers.context import Demonstration, NoContext
+from selfdistill.teachers.weights import Base
 from selfdistill.trainer import Distillation, RolloutSource, SelfDistillConfig, SelfDistillTrainer
 
 PASSED_LATER = {"tokenizer"}  # arguments that a `_target_` gets when it is built, not from the configuration
@@ -172,8 +175,8 @@ def build(cfg: DictConfig, folder: Any) -> Parts:
     peft = None
     if cfg.model.tuning == "lora" and not hasattr(model, "peft_config"):
         peft = lora_config(**model_config["lora"])
-    if teacher is not None and hasattr(teacher, "check"):
-        teacher.check(tokenizer)
+    if teacher is not None and hasattr(teacher, "write"):
+        teacher, data = with_server(cfg, teacher, data, model, tokenizer)
     rollout = {f.name: cfg.rollout[f.name] for f in fields(RolloutSource)}
     trainer = SelfDistillTrainer(
         model=model,
@@ -193,6 +196,39 @@ def build(cfg: DictConfig, folder: Any) -> Parts:
             judged, chat=bool(tokenizer.chat_template), seed=cfg.seed, chat_template_kwargs=model_config["chat_template_kwargs"]
         )
     return Parts(cfg, folder, tokenizer, data, trainer, evaluator, exporter)
+
+
+def with_server(cfg: DictConfig, server: Any, data: Any, model: Any, tokenizer: Any) -> tuple[Any, Any]:
+    """A served teacher, checked; one that writes has written the training data's demonstrations.
+
+    What it wrote is then the context of a local teacher (SDFT), or with `rollout.on_policy_fraction=0` the target.
+
+    Raises:
+        UserError: the server cannot be used, or no demonstration was worth keeping.
+    """
+    longest = cfg.model.max_seq_tokens if cfg.teacher.get("mode") != "write" else None
+    width = model.get_output_embeddings().weight.size(0)
+    for line in server.check(tokenizer, longest_tokens=longest and min(longest, data_limit(cfg)), vocabulary_size=width):
+        print(line)
+    if server.mode == "score":
+        server.context = server.context or NoContext()
+        return server, data
+    rows = data.train
+    columns = [{name: row[name] for name in rows.column_names if name != "prompt"} for row in rows]
+    written = server.write(rows["prompt"], golden=rows["golden_response"], columns=columns)
+    rows = rows.remove_columns("golden_response").add_column("golden_response", written)
+    kept = rows.filter(lambda row: bool(row["golden_response"]))
+    if not len(kept):
+        raise UserError("teacher.mode=write: none of what the server wrote was kept; lower teacher.keep_at_least or look at its answers.")
+    print(f"the server wrote demonstrations for {len(kept)} of {len(rows)} prompts; the others are left out")
+    imitates = cfg.rollout.on_policy_fraction == 0
+    return None if imitates else Teacher(Base(), Demonstration()), replace(data, train=kept)
+
+
+def data_limit(cfg: DictConfig) -> int:
+    """The longest teacher prompt and completion that can be asked for, in tokens, as far as the configuration tells."""
+    prompt = cfg.data.get("max_prompt_tokens") or cfg.model.max_seq_tokens
+    return int(prompt) + int(cfg.rollout.max_completion_tokens)
 
 
 def needs_answer(scorer: Any) -> bool:

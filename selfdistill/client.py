@@ -6,12 +6,10 @@ training loop can `submit` work early and collect it later. Nothing is sent befo
 
 import asyncio
 import concurrent.futures
-import functools
 import json
 import logging
 import os
 import random
-import ssl
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
@@ -19,6 +17,7 @@ from typing import Any, TypeVar
 
 import httpx
 
+from selfdistill.connections import Connections
 from selfdistill.endpoints import RETRIED_STATUS, Server, parse_base_url, retry_after_s
 from selfdistill.errors import UserError
 
@@ -27,8 +26,6 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.02
 WARN_EVERY_S = 30.0
-# Servers close idle connections, the most common one (uvicorn) after 5 s; one that has been closed must not be reused.
-KEEPALIVE_S = 4.0
 
 
 class ServerUnavailable(UserError):
@@ -125,7 +122,10 @@ class Client:
             )
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._http: httpx.AsyncClient | None = None
+        headers = {"Content-Type": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        self._connections = Connections(max_concurrency + len(self.servers), headers, timeout_s)
         self._slots = asyncio.Semaphore(max_concurrency)
         self._probes: set[asyncio.Task[None]] = set()
         self._warned_s = float("-inf")
@@ -259,10 +259,8 @@ class Client:
         """One HTTP exchange: the parsed JSON of a 200."""
         base = str(server.url)
         url = base.removesuffix("/v1") + path if path.startswith("/") else f"{base}/{path}"
-        session = self._session()
         try:
-            async with asyncio.timeout(self.timeout_s):
-                response = await session.request(method, url, content=content)
+            response = await self._connections.send(method, url, content)
         except TimeoutError:
             raise _Failed(f"no answer within {self.timeout_s:g} s", unreachable=True) from None
         except httpx.TransportError as error:
@@ -301,8 +299,9 @@ class Client:
         tried = 0
         while True:
             try:
-                async with asyncio.timeout(min(5.0, self.timeout_s)):
-                    response = await self._session().get(f"{server.url}/models")
+                response = await self._connections.send(
+                    "GET", f"{server.url}/models", timeout_s=min(5.0, self.timeout_s)
+                )
                 if response.status_code < 500:
                     server.up = True
                     return
@@ -314,24 +313,6 @@ class Client:
     def _pause_s(self, failures: int) -> float:
         """Exponential back-off with jitter, in seconds."""
         return min(self.backoff_limit_s, self.backoff_s * 2 ** min(failures - 1, 30)) * random.uniform(0.5, 1.0)
-
-    def _session(self) -> httpx.AsyncClient:
-        if self._http is None:
-            connections = self.max_concurrency + len(self.servers)
-            self._http = httpx.AsyncClient(
-                verify=_tls_context(),
-                headers={
-                    "Content-Type": "application/json",
-                    **({"Authorization": f"Bearer {self._key}"} if self._key else {}),
-                },
-                timeout=httpx.Timeout(self.timeout_s, connect=min(10.0, self.timeout_s)),
-                limits=httpx.Limits(
-                    max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=KEEPALIVE_S
-                ),
-                # A proxy of the environment is for the outside, never for this machine.
-                mounts={f"all://{host}": None for host in ("localhost", "127.0.0.1", "[::1]")},
-            )
-        return self._http
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
         with self._lock:
@@ -346,9 +327,8 @@ class Client:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        if self._http is not None:
-            await self._http.aclose()
-            self._http = None
+        await self._connections.close()
+        await asyncio.sleep(0.01)  # sockets close in a later turn of the loop
         self._slots = asyncio.Semaphore(self.max_concurrency)
 
     # What is said when it goes wrong.
@@ -394,12 +374,6 @@ class Client:
             log.warning("%s: %s; trying again for up to %g s", server.name, failure, self.patience_s)
 
 
-@functools.cache
-def _tls_context() -> ssl.SSLContext:
-    """Reading the certificates takes as long as many requests do."""
-    return httpx.create_ssl_context()
-
-
 async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """The results of several coroutines that run together; the first error ends the others and is raised as it is."""
     tasks = [asyncio.ensure_future(one) for one in work]
@@ -407,10 +381,11 @@ async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         return []
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-        for task in tasks:
-            if task.done():
-                task.result()  # raises what went wrong
-        return [task.result() for task in tasks]
     finally:
         for task in tasks:
             task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException) and not isinstance(result, asyncio.CancelledError):
+            raise result
+    return [task.result() for task in tasks]

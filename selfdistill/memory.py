@@ -2,6 +2,7 @@
 
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 _GIB = 1024**3
@@ -9,10 +10,8 @@ _GIB = 1024**3
 
 def reset_peak_memory() -> None:
     """Start measuring anew, as the jobs of one sweep share a process. Where the system cannot, the peak stays."""
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         for device in range(torch.cuda.device_count()):

@@ -247,6 +247,9 @@ def standard_names(metrics: Mapping[str, Any]) -> dict[str, Any]:
     for standard, trl in TRL_NAMES.items():
         if trl in metrics:
             named.setdefault(standard, metrics[trl])
+    if metrics.get("step_time") is not None and metrics.get("time/generate_s") is not None:
+        elsewhere = sum(metrics.get(name) or 0.0 for name in ("time/generate_s", "time/reward_s", "time/teacher_s"))
+        named.setdefault("time/update_s", max(0.0, metrics["step_time"] - elsewhere))
     # TRL's reward_std is over the whole batch: also differences between prompts, which teach nothing.
     if metrics.get("reward_std") is not None:
         spread = 0.0 if metrics.get("frac_reward_zero_std") == 1.0 else metrics["reward_std"]

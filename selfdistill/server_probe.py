@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from selfdistill.client import Client, MalformedReply, ReplyError, RequestRefused, all_of
 from selfdistill.errors import UserError
@@ -26,6 +26,7 @@ DETOKENIZE_CHUNK = 4096
 SHOWN = 3
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What is used of a transformers tokenizer."""
 

@@ -1,12 +1,14 @@
 """One run from its folder's first line to its last: evaluated before and after, recorded, resumable, exported."""
 
 import os
+import random
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -15,12 +17,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from selfdistill import build, console
 from selfdistill.callbacks import CompletionsCallback, MonitorCallback, ProgressCallback, RecordCallback, use_callbacks
+from selfdistill.client import ServerUnavailable
 from selfdistill.config import run_name
 from selfdistill.errors import UserError
 from selfdistill.evaluation import EvalCallback, Evaluation
 from selfdistill.interruption import Interruption
 from selfdistill.logging import NoLogger
 from selfdistill.memory_estimate import estimate
+from selfdistill.monitors import completion_metrics, reward_spread
 from selfdistill.rollout import Rollouts
 from selfdistill.runs import PromptSample, RunFolder
 
@@ -41,6 +45,19 @@ def newest_checkpoint(run: Path) -> Path | None:
     """The newest whole checkpoint of a run."""
     whole = [marker.parent for marker in (run / build.CHECKPOINTS).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")]
     return max(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+class StepBegun(TrainerCallback):
+    """Keeps the random state with which the current step began."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.state = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+
+    def restore(self) -> None:
+        ours, numpys, torchs = self.state
+        random.setstate(ours)
+        numpy.random.set_state(numpys)
+        torch.set_rng_state(torchs)
 
 
 def resumed_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
@@ -105,7 +122,6 @@ class Record:
             CompletionsCallback(record, self.screen, lambda: self._rows),
             ProgressCallback(self.screen),
             self.interruption,
-            CompleteCallback(),
         ]
         use_callbacks(trainer, callbacks)
         trainer.on_rollouts = lambda *seen: self._keep(parts, *seen)
@@ -167,6 +183,12 @@ class Record:
             advantages = (advantages * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
         columns = rollouts.prompts, rollouts.completions, rollouts.scores, rollouts.feedback, advantages.tolist()
         names = ("prompt", "completion", "reward", "feedback", "advantage")
+        watched = completion_metrics(rollouts.completion_ids)
+        if parts.trainer.rewards:
+            watched["monitor/reward_spread"] = reward_spread(rollouts.scores, rollouts.num_generations)
+        for name, value in watched.items():
+            if value is not None:
+                parts.trainer._metrics["train"][name].append(value)
         self._rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
         if not self._prompts_written:
             self._prompts_written = True
@@ -254,8 +276,20 @@ def prompt_samples(
 
 def train(parts: "build.Parts", record: Record) -> None:
     """Trains from the start, or from the newest whole checkpoint of a resumed run."""
+    trainer = parts.trainer
     checkpoint = newest_checkpoint(record.folder.path) if record.cfg.resume else None
-    parts.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    begun = StepBegun()
+    trainer.add_callback(begun)
+    use_callbacks(trainer, [CompleteCallback()])  # stays the last one
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except ServerUnavailable:
+        # The step that asked the server has changed nothing yet but the random state: as it began, it can begin again.
+        begun.restore()
+        if trainer.state.global_step:
+            trainer._save_checkpoint(trainer.model, trial=None)
+            trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+        raise
 
 
 @contextmanager
@@ -281,12 +315,14 @@ def recorded(cfg: DictConfig, hydra_config: Any) -> Iterator[Record]:
             folder.finish("interrupted")
             raise SystemExit(interruption.exit_code) from None
         except UserError as error:
-            interrupted = getattr(error, "resumable", False)
+            interrupted = isinstance(error, ServerUnavailable) and newest_checkpoint(folder.path) is not None
             folder.finish("interrupted" if interrupted else "failed", error=error)
             hint = f" Continue with: python -m selfdistill.train resume={folder.path}" if interrupted else ""
             raise UserError(f"{error}{hint}") from error
         except Exception as error:
             folder.finish("failed", error=error)
+            if isinstance(error.__cause__, UserError):  # Hydra wraps what a `_target_` raises
+                raise error.__cause__ from None
             last = traceback.extract_tb(error.__traceback__)[-1]
             raise UserError(
                 f"the run failed: {type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno}). "

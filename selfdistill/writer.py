@@ -10,7 +10,6 @@ from selfdistill.client import Client, ReplyError, all_of
 from selfdistill.errors import UserError
 from selfdistill.reply_cache import ReplyCache, cache_key
 from selfdistill.rollout import Message, Prompt
-from selfdistill.teachers import templates
 
 # Everything up to the end of the reasoning, also where the template has opened it and only its end is in the text.
 REASONING = re.compile(r"^.*</think>\s*", re.DOTALL)
@@ -66,7 +65,7 @@ class Written:
     rejected: list[tuple[str, str]]
 
 
-def show_golden(prompt: Prompt, golden: Sequence[str], template: str = templates.DEMONSTRATION) -> Prompt:
+def show_golden(prompt: Prompt, golden: Sequence[str], template: str) -> Prompt:
     """The prompt with golden responses shown, joined by newlines; a conversation has them in its last user turn.
 
     Raises:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 VOCABULARY = 40
@@ -173,7 +174,7 @@ class StubServer:
                         return
                 finally:
                     self.under_way -= 1
-        except (ConnectionError, asyncio.IncompleteReadError):
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
             self._writers.discard(writer)
@@ -255,7 +256,7 @@ class StubServer:
         choice: dict[str, Any] = {"index": index, "text": "x", "finish_reason": "length", "prompt_token_ids": row}
         if k is not None:
             entries: list[Any] = [None]
-            for previous, token in zip(row, row[1:], strict=False):
+            for previous, token in pairwise(row):
                 logprobs = self.table[previous]
                 likeliest = sorted(range(VOCABULARY), key=lambda t: -logprobs[t])[:k]
                 shown = [token, *(t for t in likeliest if t != token)]

@@ -66,18 +66,18 @@ def test_a_url_without_a_path_gets_v1_and_a_trailing_slash_is_dropped() -> None:
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host", "http://", "", "http://host:port/v1"])
 def test_what_is_not_a_url_is_refused_with_the_keys_name(url: str) -> None:
-    with pytest.raises(UserError, match="teacher.base_url=.*http://localhost:8000/v1"):
+    with pytest.raises(UserError, match=r"teacher.base_url=.*http://localhost:8000/v1"):
         Client(url, key_prefix="teacher.")
 
 
 def test_no_url_at_all_is_refused() -> None:
-    with pytest.raises(UserError, match="base_url is empty"):
+    with pytest.raises(UserError, match=r"base_url is empty"):
         Client([])
 
 
 def test_settings_out_of_range_are_refused() -> None:
     for setting in ({"max_concurrency": 0}, {"timeout_s": 0.0}, {"patience_s": -1.0}):
-        with pytest.raises(UserError, match=f"teacher.{next(iter(setting))}="):
+        with pytest.raises(UserError, match=rf"teacher.{next(iter(setting))}="):
             Client("http://127.0.0.1:1/v1", key_prefix="teacher.", **setting)  # type: ignore[arg-type]
 
 
@@ -101,7 +101,7 @@ def test_broken_and_endless_replies_are_asked_again(fault: str) -> None:
 def test_a_refusal_is_not_asked_again_and_carries_the_servers_words(status: int) -> None:
     with StubServer() as stub, Client(stub.url, **QUICK) as client:
         stub.answer = failing(1, refusal(status, "the reason it gives"))
-        with pytest.raises(RequestRefused, match="the reason it gives") as refused:
+        with pytest.raises(RequestRefused, match=r"the reason it gives") as refused:
             client.run(ask(client, 1))
         assert refused.value.status == status
         assert len(stub.asked("echo")) == 1
@@ -110,7 +110,7 @@ def test_a_refusal_is_not_asked_again_and_carries_the_servers_words(status: int)
 def test_a_redirect_is_named_and_not_followed() -> None:
     with StubServer() as stub, Client(stub.url, **QUICK) as client:
         stub.answer = failing(1, Reply(307, {}, {"location": "http://127.0.0.1:9/else"}))
-        with pytest.raises(RequestRefused, match="redirects to http://127.0.0.1:9/else"):
+        with pytest.raises(RequestRefused, match=r"redirects to http://127.0.0.1:9/else"):
             client.run(ask(client, 1))
 
 
@@ -118,7 +118,7 @@ def test_a_redirect_is_named_and_not_followed() -> None:
 def test_a_reply_that_stays_unusable_ends_with_what_is_wrong(raw: bytes) -> None:
     with StubServer() as stub, Client(stub.url, **QUICK, malformed_limit=3) as client:
         stub.answer = failing(10, Reply(raw=raw))
-        with pytest.raises(MalformedReply, match="sent 3 replies to echo that cannot be used"):
+        with pytest.raises(MalformedReply, match=r"sent 3 replies to echo that cannot be used"):
             client.run(ask(client, 1))
         assert len(stub.asked("echo")) == 3
 
@@ -136,7 +136,7 @@ def test_retry_after_is_waited_for(as_date: bool) -> None:
 def test_retry_after_beyond_the_patience_ends_at_once() -> None:
     with StubServer() as stub, Client(stub.url, **{**QUICK, "patience_s": 30.0}) as client:
         stub.answer = failing(1, Reply(503, {}, {"retry-after": "3600"}))
-        with pytest.raises(ServerUnavailable, match="asks to wait 3600 s.*patience_s allows 30"):
+        with pytest.raises(ServerUnavailable, match=r"asks to wait 3600 s.*patience_s allows 30"):
             client.run(ask(client, 1))
 
 
@@ -152,8 +152,11 @@ def test_an_absent_server_says_what_was_tried_and_how_to_start_one() -> None:
         with pytest.raises(ServerUnavailable) as error:
             client.run(ask(client, 1))
     message = str(error.value)
-    assert "http://127.0.0.1:9/v1" in message and "cannot connect" in message and "vllm serve" in message
-    assert "teacher.patience_s" in message and "teacher.base_url" in message
+    assert "http://127.0.0.1:9/v1" in message
+    assert "cannot connect" in message
+    assert "vllm serve" in message
+    assert "teacher.patience_s" in message
+    assert "teacher.base_url" in message
 
 
 def test_when_patience_ends_queued_requests_end_with_it() -> None:
@@ -184,7 +187,8 @@ def test_a_dead_server_is_left_out_and_used_again_when_it_is_back() -> None:
         with Client([a.url, b.url], max_concurrency=4, **QUICK) as client:
             b.stop()
             assert ask_all(client, 40) == list(range(40))
-            assert client.servers[1].sent <= 4 and not client.servers[1].up
+            assert client.servers[1].sent <= 4
+            assert not client.servers[1].up
             back = StubServer(port=b.port)
             back.answer = echo
             with back:
@@ -235,25 +239,26 @@ def test_the_key_is_sent_and_never_told(monkeypatch: pytest.MonkeyPatch, caplog:
 
     with StubServer() as stub, Client(stub.url, **QUICK, api_key_env="MY_KEY") as client:
         stub.answer = answer
-        with pytest.raises(RequestRefused, match="MY_KEY.*holds a key that it does not accept") as error:
+        with pytest.raises(RequestRefused, match=r"MY_KEY.*holds a key that it does not accept") as error:
             client.run(ask(client, 1))
         told = caplog.text + str(error.value) + error.value.detail + repr(client) + str(vars(client.servers[0]))
         assert "500" in caplog.text
-    assert secret not in told and secret[:12] not in told
+    assert secret not in told
+    assert secret[:12] not in told
 
 
 def test_without_a_key_none_is_sent_and_a_401_says_which_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with StubServer() as stub, Client(stub.url, **QUICK) as client:
         stub.answer = failing(1, refusal(401, "who are you"))
-        with pytest.raises(RequestRefused, match="OPENAI_API_KEY .* is not set"):
+        with pytest.raises(RequestRefused, match=r"OPENAI_API_KEY .* is not set"):
             client.run(ask(client, 1))
         assert "authorization" not in stub.requests[0].headers
 
 
 def test_a_broken_key_is_refused_without_showing_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-a b")
-    with pytest.raises(UserError, match="OPENAI_API_KEY") as error:
+    with pytest.raises(UserError, match=r"OPENAI_API_KEY") as error:
         Client("http://127.0.0.1:9/v1")
     assert "sk-a" not in str(error.value)
 
@@ -273,6 +278,21 @@ def test_work_goes_on_while_the_caller_does_something_else() -> None:
         while not all(future.done() for future in futures) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert all(future.done() for future in futures)
+
+
+@pytest.mark.parametrize("fault", ["hang", "drip"])
+def test_requests_broken_off_use_up_no_connections(fault: str) -> None:
+    """A pool that loses a connection with every cancelled request would stand still after a few."""
+    with StubServer() as stub, Client(stub.url, max_concurrency=2, **QUICK) as client:
+        stub.answer = failing(30, Reply(body={}, fault=fault))
+        for n in range(30):
+            future = client.submit(ask(client, n))
+            deadline = time.monotonic() + 20
+            while len(stub.asked("echo")) <= n and time.monotonic() < deadline:
+                time.sleep(0.005)
+            future.cancel()
+        assert ask_all(client, 10) == list(range(10))
+    assert stub.under_way == 0
 
 
 def test_a_closed_client_starts_anew() -> None:
@@ -315,7 +335,7 @@ def test_the_cache_keeps_values_between_processes_and_survives_damage(tmp_path: 
     (tmp_path / "replies.sqlite").write_bytes(b"not a database" * 100)
     for rest in tmp_path.glob("replies.sqlite-*"):
         rest.unlink()
-    with pytest.raises(UserError, match="replies.sqlite.*Delete that file"):
+    with pytest.raises(UserError, match=r"replies.sqlite.*Delete that file"):
         ReplyCache(tmp_path)
 
 

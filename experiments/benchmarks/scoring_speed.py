@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from selfdistill.rewards import InverseLoss, PolicyScorer  # noqa: E402
+from selfdistill.rewards import InverseLoss, PolicyScorer
 
 PACKAGE = Path(str(files("selfdistill")))
 

@@ -14,7 +14,6 @@ import math
 import os
 import platform
 import random
-import string
 import sys
 import time
 from pathlib import Path

@@ -3,12 +3,13 @@
     python experiments/studies/runner.py experiments/studies/learning --jobs 2
 
 A study is a folder with `study.yaml`: `common` overrides, `seeds`, and `rows` (name -> overrides). Finished runs are
-kept in `--runs` and not repeated; the results go to `results.csv` in the study's folder.
+kept in `--runs` and not repeated; the results go to `results.csv` and, as a table, `results.md` in the study's folder.
 """
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -23,15 +24,15 @@ from rich.progress import track
 def run(job: tuple[str, int, list[str], Path]) -> dict:
     """One row and seed; returns its line of results."""
     name, seed, overrides, folder = job
-    key = f"{name}-seed{seed}"
-    done = [p.parent for p in folder.glob(f"*-{key}-*/summary.json") if json.loads(p.read_text())["status"] in ("finished", "stopped")]
+    key = re.sub(r"[^A-Za-z0-9.]+", "-", f"{name}-seed{seed}")
+    done = [p.parent for p in folder.glob(f"*[0-9]-{key}-*/summary.json") if json.loads(p.read_text())["status"] in ("finished", "stopped")]
     if not done:
         command = [sys.executable, "-m", "selfdistill.train", *overrides, f"seed={seed}", f"name={key}", f"output_dir={folder}"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
         if result.returncode:
             return {"row": name, "seed": seed, "status": f"failed: {result.stderr.strip().splitlines()[-1]}"}
-        done = sorted(folder.glob(f"*-{key}-*"))
+        done = sorted(folder.glob(f"*[0-9]-{key}-*"))
     summary = json.loads((done[-1] / "summary.json").read_text())
     metrics = [json.loads(line) for line in (done[-1] / "metrics.jsonl").read_text().splitlines()]
     before, after = summary["eval"]["before"], summary["eval"]["after"]
@@ -49,6 +50,27 @@ def run(job: tuple[str, int, list[str], Path]) -> dict:
             line[f"{metric}_last"] = round(sum(values[-tail:]) / tail, 4)
     line["alarms"] = ";".join(f"{a['monitor']}@{a['step']}" for a in summary.get("alarms", []))
     return line
+
+
+def by_seed(table: pd.DataFrame, order: list[str]) -> str:
+    """A Markdown table: a line a row, every seed shown, and the mean over seeds."""
+    lines = ["| row | accuracy before | accuracy after, by seed | mean | retention before | retention after, by seed | mean | s a run |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for name in order:
+        rows = table[table.row == name]
+        if rows.empty or "accuracy_after" not in rows:
+            continue
+
+        def seeds(column: str, rows: pd.DataFrame = rows) -> str:
+            return " ".join(f"{value:.3f}" for value in rows[column])
+
+        def mean(column: str, rows: pd.DataFrame = rows) -> str:
+            return f"{rows[column].mean():.3f}"
+
+        cells = [name, mean("accuracy_before"), seeds("accuracy_after"), mean("accuracy_after"), mean("retention_before")]
+        cells += [seeds("retention_after"), mean("retention_after"), f"{rows.wall_s.median():.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -76,6 +98,7 @@ def main() -> None:
         table = pd.concat([earlier[~earlier.row.isin(arguments.only)], table])
         table = table.sort_values(["row", "seed"], key=lambda c: c.map({n: i for i, n in enumerate(order)}) if c.name == "row" else c)
     table.to_csv(file, index=False)
+    (arguments.study / "results.md").write_text(by_seed(table, order))
     print(table.to_string(index=False))
 
 

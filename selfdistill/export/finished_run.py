@@ -1,8 +1,8 @@
 """A run's folder, read back: its configuration, its final weights, prompts to compare answers on."""
 
+import fcntl
 import inspect
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def read_run(folder: str | Path, *, force: bool = False) -> FinishedRun:
     """Find what the export needs; nothing heavy is loaded.
 
     Args:
-        force: also accept a run that is not over, or was killed.
+        force: also accept a run that is not over.
 
     Raises:
         UserError: no such folder, not a run, not over yet, or without weights.
@@ -52,14 +52,13 @@ def read_run(folder: str | Path, *, force: bool = False) -> FinishedRun:
         raise UserError(f"{folder / 'config.yaml'} has no model.name, so it is not the configuration of a run.")
     if not force and _is_running(folder):
         raise UserError(
-            f"run={folder} is still running, or was killed. Wait until it is over, or continue it with "
-            f"`python -m selfdistill.train resume={folder}`; force=true exports its newest checkpoint as it is."
+            f"run={folder} is still running. Wait until it is over; force=true exports its newest checkpoint as it is."
         )
     return FinishedRun(folder, {str(key): value for key, value in model.items()}, _weights(folder), _prompts(folder))
 
 
 def _is_running(folder: Path) -> bool:
-    """Neither over according to its summary nor, where the summary names its process, dead."""
+    """Neither over according to its summary, nor has its process let go of the folder's lock by dying."""
     try:
         summary = json.loads((folder / "summary.json").read_text())
     except FileNotFoundError:
@@ -68,15 +67,14 @@ def _is_running(folder: Path) -> bool:
         raise UserError(f"{folder / 'summary.json'} is not JSON: {error}.") from error
     if summary.get("status") in ("finished", "failed", "interrupted", "stopped"):
         return False
-    if not isinstance(summary.get("pid"), int):
+    if not (folder / ".lock").is_file():
         return True
-    try:
-        os.kill(summary["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    with (folder / ".lock").open("rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
 
 
 def _weights(folder: Path) -> Path:

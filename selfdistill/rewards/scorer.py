@@ -1,6 +1,6 @@
 """The current policy as a judge: log-probabilities of given tokens, without gradient, never with all logits at once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -8,9 +8,14 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
+
+from selfdistill.rewards.batching import plan
 
 # Logits held at any moment: 2^25 float32 are 128 MiB, about 220 tokens of a vocabulary of 152 thousand.
 LOGITS_AT_ONCE = 2**25
+# Bytes of keys and values held at any moment where completions share their prompt's pass.
+CACHE_AT_ONCE = 2**30
 
 
 @dataclass
@@ -44,9 +49,10 @@ def evaluating(model: Any) -> Iterator[None]:
 class PolicyScorer:
     """Scores tokens under a causal language model, PEFT-wrapped or not, in evaluation mode and without gradient.
 
-    Rows are sorted by length and padded on the right, where a causal model never looks, in micro-batches of at most
-    `micro_batch_tokens` padded tokens. The head runs on completion positions alone, a chunk at a time, inside the
-    model's own forward pass, so that autocast, adapters and sharding apply as they do in training.
+    Rows are sorted by length, in micro-batches of at most `micro_batch_tokens` padded tokens. Where completions share
+    prompts and it saves enough, each prompt goes through once and its completions take over its keys and values. The
+    head runs on completion positions alone, a chunk at a time, inside the model's own forward pass, so that autocast,
+    adapters and sharding apply as they do in training.
 
     Args:
         model: a transformers causal LM, or a callable that takes `input_ids` (B, S) and returns `.logits` (B, S, V).
@@ -67,6 +73,7 @@ class PolicyScorer:
         self.micro_batch_tokens = micro_batch_tokens
         self.temperature = temperature
         self._head_verified: bool | None = None
+        self._shares_prompts = False
 
     @property
     def eos_ids(self) -> set[int]:
@@ -149,73 +156,144 @@ class PolicyScorer:
             if len(target) > len(completion):
                 raise ValueError(f"row {row} has {len(target)} targets for {len(completion)} completion tokens")
 
+        counts = [len(target) for target in targets]
         # The token before a position predicts it, so the last scored token itself is not needed as input.
-        inputs = [[*p, *c[: max(len(t) - 1, 0)]] for p, c, t in zip(prompt_ids, completion_ids, targets, strict=True)]
+        contexts = [list(c[: max(n - 1, 0)]) for c, n in zip(completion_ids, counts, strict=True)]
         empty = torch.empty(0, device=self._device())
         rows = [(empty, empty, empty)] * len(targets)
         with evaluating(self.model):
-            for batch in self._micro_batches(inputs, targets):
-                starts = [len(inputs[row]) - len(targets[row]) for row in batch]
-                values = self._forward(
-                    [inputs[row] for row in batch], starts, [targets[row] for row in batch], statistics
-                )
-                counts = [len(targets[row]) for row in batch]
-                for row, *parts in zip(batch, *(v.split(counts) for v in values), strict=True):
+            if self._head_verified is None and any(targets):
+                self._look_at_model(next(p[0] for p in prompt_ids if p))
+            for batch in plan(prompt_ids, counts, self.micro_batch_tokens, self._shared_budget_tokens()):
+                prompts = [list(prompt_ids[row]) for row in batch.rows]
+                suffixes = [contexts[row] for row in batch.rows]
+                wanted = [token for row in batch.rows for token in targets[row]]
+                if batch.prompts is None:
+                    call, positions = self._whole_rows(prompts, suffixes)
+                else:
+                    call, positions = self._after_shared_prompts(prompts, suffixes, batch.prompts)
+                values = self._forward(call, positions, torch.tensor(wanted, device=self._device()), statistics)
+                lengths = [counts[row] for row in batch.rows]
+                for row, *parts in zip(batch.rows, *(v.split(lengths) for v in values), strict=True):
                     rows[row] = (parts[0], parts[1], parts[2])
         logprobs, entropy, certainty = zip(*rows, strict=True) if rows else ((), (), ())
         return TokenStatistics(list(logprobs), list(entropy), list(certainty))
 
-    def _micro_batches(self, inputs: list[list[int]], targets: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-        """Indices of rows that have something to score, similar lengths together, within the token budget."""
-        batch: list[int] = []
-        for row in sorted((i for i, target in enumerate(targets) if target), key=lambda i: len(inputs[i])):
-            if batch and (len(batch) + 1) * len(inputs[row]) > self.micro_batch_tokens:
-                yield batch
-                batch = []
-            batch.append(row)
-        if batch:
-            yield batch
+    def _whole_rows(self, prompts: list[list[int]], contexts: list[list[int]]) -> tuple[dict[str, Any], list[int]]:
+        """Arguments of one call with every row from its beginning, and the flat positions that predict the targets.
+
+        Padding stands on the right, where a causal model never looks.
+        """
+        inputs = [[*prompt, *context] for prompt, context in zip(prompts, contexts, strict=True)]
+        width = max(map(len, inputs))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in inputs], device=self._device())
+        positions = [
+            index * width + place
+            for index, (prompt, row) in enumerate(zip(prompts, inputs, strict=True))
+            for place in range(len(prompt) - 1, len(row))
+        ]
+        return {"input_ids": ids, "use_cache": False} if self._is_pretrained() else {"input_ids": ids}, positions
+
+    def _after_shared_prompts(
+        self, prompts: list[list[int]], contexts: list[list[int]], places: list[int]
+    ) -> tuple[dict[str, Any], list[int]]:
+        """The same after one pass of the distinct prompts, whose keys and values every row of the prompt takes over.
+
+        Prompts are padded on the left and completions on the right, as in generation.
+        """
+        device = self._device()
+        distinct = dict(zip(places, (prompt[:-1] for prompt in prompts), strict=True))
+        prefixes = [distinct[place] for place in range(len(distinct))]
+        width = max(map(len, prefixes))
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in prefixes], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prefixes], device=device)
+        order = (mask.cumsum(-1) - 1).clamp(min=0)
+        call = {"input_ids": ids, "attention_mask": mask, "position_ids": order, "use_cache": True}
+        # Nothing is scored yet: the head gets one token of each prompt.
+        cache = self._with_head_hook(lambda _, arguments: (arguments[0][:, :1],), call).past_key_values
+        which = torch.tensor(places, device=device)
+        cache.reorder_cache(which)
+
+        suffixes = [[prompt[-1], *context] for prompt, context in zip(prompts, contexts, strict=True)]
+        longest = max(map(len, suffixes))
+        ids = torch.tensor([row + [0] * (longest - len(row)) for row in suffixes], device=device)
+        mask = mask[which]
+        call = {
+            "input_ids": ids,
+            "attention_mask": torch.cat([mask, torch.ones_like(ids)], dim=1),
+            "position_ids": mask.sum(-1, keepdim=True) + torch.arange(longest, device=device),
+            "past_key_values": cache,
+            "use_cache": True,
+        }
+        return call, [index * longest + place for index, row in enumerate(suffixes) for place in range(len(row))]
+
+    def _shared_budget_tokens(self) -> int | None:
+        """Tokens whose keys and values fit into CACHE_AT_ONCE, at most `micro_batch_tokens`; None = don't share."""
+        text = self._text_config()
+        if not (self._shares_prompts and self._head_verified):
+            return None
+        heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 0)
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        values = 2 * text.num_hidden_layers * heads * width
+        bytes_per_token = values * next(self.model.parameters()).element_size()
+        return min(self.micro_batch_tokens, CACHE_AT_ONCE // max(1, bytes_per_token))
 
     def _forward(
-        self, inputs: list[list[int]], starts: list[int], targets: list[Sequence[int]], statistics: bool
+        self, call: dict[str, Any], positions: list[int], wanted: Int[Tensor, " N"], statistics: bool
     ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"]]:
         """Statistics of all targets of one micro-batch, flat, row after row."""
-        device, width = self._device(), max(map(len, inputs))
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in inputs], device=device)
-        positions = [
-            index * width + start + offset
-            for index, (start, target) in enumerate(zip(starts, targets, strict=True))
-            for offset in range(len(target))
-        ]
-        where = torch.tensor(positions, device=device)
-        wanted = torch.tensor([token for target in targets for token in target], device=device)
-        call = {"input_ids": ids, "use_cache": False} if hasattr(self.model, "config") else {"input_ids": ids}
+        where = torch.tensor(positions, device=self._device())
+        if not self._head_verified:
+            logits = self.model(**call).logits
+            flat = logits.reshape(-1, logits.shape[-1])
+            return self._read(lambda rows: flat[where[rows]], wanted, statistics)
+        found: list[Tensor] = []
 
+        def score_instead(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            hidden = arguments[0]
+            if hidden.shape[:-1] != call["input_ids"].shape:
+                raise ValueError("the model adds tokens of its own (a learned prompt): positions can't be told apart")
+            needed = hidden.reshape(-1, hidden.shape[-1])[where.to(hidden.device)]
+            # `module.forward` and not `module()`: this very hook must not run again.
+            found.extend(self._read(lambda rows: self._finish(module.forward(needed[rows])), wanted, statistics))
+            return (hidden[:1, :1],)
+
+        self._with_head_hook(score_instead, call)
+        return found[0], found[1], found[2]
+
+    def _look_at_model(self, token: int) -> None:
+        """One call with one token tells what may be done with this model.
+
+        Its head may be called apart if the logits, finished by us, are those that the model returns. Completions may
+        share their prompt's pass if all that the model keeps of it are plain keys and values (no state-space layer, no
+        sliding window).
+        """
+        self._head_verified = self._shares_prompts = False
+        if self._head() is None:
+            return
+        found: list[Tensor] = []
+
+        def look(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            found.append(self._finish(module.forward(arguments[0])))
+
+        ids = torch.tensor([[token]], device=self._device())
+        call = {"input_ids": ids, "use_cache": True} if self._is_pretrained() else {"input_ids": ids}
+        output = self._with_head_hook(look, call)
+        if found and found[0].shape == output.logits.shape:
+            ours, theirs = found[0].float(), output.logits.float()
+            self._head_verified = torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2)
+        layers = getattr(getattr(output, "past_key_values", None), "layers", [])
+        self._shares_prompts = bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+
+    def _with_head_hook(self, hook: Callable[..., Any], call: dict[str, Any]) -> Any:
+        """The model's output for a call, with a hook in front of its head meanwhile."""
         head = self._head()
-        if head is not None and self._head_verified is not False:
-            found: list[Tensor] = []
-
-            def score_instead(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-                hidden = arguments[0]
-                needed = hidden.reshape(-1, hidden.shape[-1])[where.to(hidden.device)]
-                # `module.forward` and not `module()`: this very hook must not run again.
-                found.extend(self._read(lambda rows: self._finish(module.forward(needed[rows])), wanted, statistics))
-                found.append(self._finish(module.forward(needed[:1])))
-                return (needed[None, :1],)
-
-            handle = head.register_forward_pre_hook(score_instead)
-            try:
-                output = self.model(**call).logits
-            finally:
-                handle.remove()
-            if found and self._agrees(found.pop(), output):
-                return found[0], found[1], found[2]
-            self._head_verified = False
-
-        # A model that does something else with its logits, or calls its head in its own way: take them whole.
-        logits = self.model(**call).logits
-        flat = logits.reshape(-1, logits.shape[-1])
-        return self._read(lambda rows: flat[where[rows]], wanted, statistics)
+        assert head is not None
+        handle = head.register_forward_pre_hook(hook)
+        try:
+            return self.model(**call)
+        finally:
+            handle.remove()
 
     def _read(
         self, logits_of: Any, targets: Int[Tensor, " N"], statistics: bool
@@ -239,6 +317,9 @@ class PolicyScorer:
         logprobs, entropy, certainty = (torch.cat(part) for part in zip(*parts, strict=True))
         return logprobs, entropy, certainty
 
+    def _is_pretrained(self) -> bool:
+        return isinstance(self.model, nn.Module) and self._text_config() is not None
+
     def _head(self) -> nn.Module | None:
         find = getattr(self.model, "get_output_embeddings", None)
         head = find() if find else None
@@ -254,15 +335,6 @@ class PolicyScorer:
         if cap := getattr(text, "final_logit_softcapping", None):
             logits = torch.tanh(logits / cap) * cap
         return logits
-
-    def _agrees(self, ours: Tensor, models: Tensor) -> bool:
-        """Whether the head's logits, finished by us, are those the model returns; looked at once per scorer."""
-        if self._head_verified is None:
-            theirs = models.reshape(-1, models.shape[-1])
-            self._head_verified = ours.shape == theirs.shape and torch.allclose(
-                ours.float(), theirs.float(), rtol=1e-2, atol=1e-2
-            )
-        return self._head_verified
 
     def _device(self) -> torch.device:
         if (device := getattr(self.model, "device", None)) is not None:

@@ -23,7 +23,8 @@ SEED_WARNING = (
 
 
 class Supervised(PolicyReward):
-    """Coverage-weighted fit to the answer a; y is the completion, cov = min(1, |y| / |a|), m = min(|y|, |a|).
+    """Coverage-weighted fit to the answer a; y is the completion, cov = min(1, |y| / |a|), m = min(|y|, |a|),
+    where m, not cov, counts an emitted EOS with y.
 
     Modes:
         completion_cross_entropy: CE = mean over i < m of −log π(a_i | x, y_<i), the answer's tokens scored where the
@@ -45,9 +46,9 @@ class Supervised(PolicyReward):
         answer_field: the column with the answer; where its value is None, the first of `golden_response` counts.
         missing_nats: price of a missing token under `pad`; None = ln V, what a uniform guess costs.
         coverage_weight: nats that a wholly missing answer costs under `additive`.
-        include_eos: the answer ends with EOS, and so does a completion that was not truncated. Without it an answer of
-            one token scores the same whatever the completion says.
-        overlong_weight: subtracts overlong_weight · max(0, |y| / |a| − overlong_ratio); 0 = off.
+        include_eos: the answer ends with EOS too. Without it an answer of one token scores the same whatever the
+            completion says.
+        overlong_weight: subtracts overlong_weight · max(0, |y| / |a| − overlong_ratio), without EOS; 0 = off.
         overlong_ratio: length relative to the answer from which a completion is too long.
 
     A row with an empty completion, or without an answer, is not scorable (None).
@@ -77,7 +78,7 @@ class Supervised(PolicyReward):
         self.answer_field = answer_field
         self.missing_nats = missing_nats
         self.coverage_weight = coverage_weight
-        self.include_eos = include_eos
+        self.include_eos = include_eos and coverage != "seed"  # that formula knows no EOS
         self.overlong_weight = overlong_weight
         self.overlong_ratio = overlong_ratio
 
@@ -93,11 +94,13 @@ class Supervised(PolicyReward):
         prompt_ids, sampled = self._token_ids(prompts, completions, prompt_ids, completion_ids)
         accepted = answers_of(columns, self.answer_field, len(sampled), self.__name__)
         answers = [self.scorer.encode(texts[0]) if texts else [] for texts in accepted]
-        written = [self.scorer.without_eos(ids) for ids in sampled]
-        scorable = [bool(y and a) for y, a in zip(written, answers, strict=True)]
-        if self.include_eos and self.coverage != "seed":
-            eos = self.scorer.tokenizer.eos_token_id
-            answers, written = [[*a, eos] for a in answers], sampled
+        texts = [self.scorer.without_eos(ids) for ids in sampled]
+        scorable = [bool(y and a) for y, a in zip(texts, answers, strict=True)]
+        # CE goes one token further where EOS was emitted: a confident policy that stops too early, for which the tokens
+        # before cost nothing, pays for what it should have written there. Without this, training ends in one letter.
+        written = texts if self.coverage == "seed" else sampled
+        if self.include_eos:
+            answers = [[*a, self.scorer.tokenizer.eos_token_id] for a in answers]  # unscorable rows are skipped below
         if policy_logprobs is not None:
             check_policy_logprobs(policy_logprobs, sampled)
 
@@ -106,8 +109,15 @@ class Supervised(PolicyReward):
         nats = self._nats(rows, prompt_ids, written, answers, own)
         scores: list[float | None] = [None] * len(sampled)
         for row in rows:
-            scores[row] = self._combine(nats[row], len(written[row]), len(answers[row]))
+            covered = len(written[row] if self.include_eos else texts[row])
+            scores[row] = self._combine(nats[row], covered, len(answers[row])) - self._overlong(
+                len(texts[row]), len(answers[row]) - self.include_eos
+            )
         return scores
+
+    def _overlong(self, written: int, wanted: int) -> float:
+        """The penalty for a completion that goes on past the answer; neither length counts EOS."""
+        return self.overlong_weight * max(0.0, written / wanted - self.overlong_ratio)
 
     def _nats(
         self,
@@ -163,7 +173,7 @@ class Supervised(PolicyReward):
                 score = -cost - self.coverage_weight * (1 - cover)
             case "prob":
                 score = cover * math.exp(-mean)
-        return score - self.overlong_weight * max(0.0, written / wanted - self.overlong_ratio)
+        return score
 
 
 def _exp(nats: float) -> float:

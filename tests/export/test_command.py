@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import subprocess
@@ -7,11 +8,13 @@ from types import ModuleType
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from peft import PeftModel
 
 from selfdistill.errors import UserError
 from selfdistill.export.__main__ import main, parse
 from selfdistill.export.finished_run import read_run
+from selfdistill.runs import RunFolder
 from tests.export.conftest import load_base
 from tests.tiny import tiny_tokenizer
 
@@ -62,7 +65,9 @@ def test_a_finished_lora_run_is_exported(run_folder, base_folder, adapted, model
     folder = main([f"run={run_folder}", f"export={name}"])
     assert folder == run_folder / "export" / name
     found = json.loads((folder / "verification.json").read_text())
-    assert found["verdict"] == "equal" and found["training_kl"] > 0 and found["prompts"] == 2
+    assert found["verdict"] == "equal"
+    assert found["training_kl"] > 0
+    assert found["prompts"] == 2
     assert models == [
         {"name": str(base_folder), "tuning": "lora", "lora": {"r": 4}, "adapter_path": str(run_folder / "model")}
     ]
@@ -81,7 +86,8 @@ def test_a_run_of_all_weights_is_exported_from_its_newest_whole_checkpoint(run_f
     newest = run_folder / "checkpoints" / "checkpoint-10"
     assert models == [{"name": str(newest), "tuning": "full", "lora": None, "adapter_path": None}]
     written = load_base(folder, dtype="auto")
-    assert written.dtype == torch.float16 and float(written.model.norm.weight[0]) == 10.0
+    assert written.dtype == torch.float16
+    assert written.model.norm.weight[0].item() == 10.0
     with pytest.raises(UserError, match=r"model\.tuning=full"):
         main([f"run={run_folder}", "export=lora"])
 
@@ -103,19 +109,35 @@ def test_the_models_folder_comes_before_checkpoints(run_folder, adapted):
 
 def test_a_run_that_is_not_over_needs_force(run_folder, adapted):
     save_adapter(adapted, run_folder / "model")
-    summary = run_folder / "summary.json"
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    for content in ({"status": "running"}, {"status": "running", "pid": os.getpid()}, None):
-        summary.unlink(missing_ok=True)
-        if content:
-            summary.write_text(json.dumps(content))
-        with pytest.raises(UserError, match="still running, or was killed"):
+    summary, lock = run_folder / "summary.json", run_folder / ".lock"
+    summary.write_text(json.dumps({"status": "running"}))
+
+    def refused():
+        with pytest.raises(UserError, match="is still running"):
             read_run(run_folder)
         assert read_run(run_folder, force=True).weights.name == "model"
-    for content in ({"status": "running", "pid": dead.pid}, {"status": "interrupted"}, {"status": "stopped"}):
-        summary.write_text(json.dumps(content))
+
+    refused()
+    with lock.open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        refused()
+    assert read_run(run_folder).weights.name == "model"  # its process was killed
+    lock.unlink()
+    for status in ("finished", "failed", "interrupted", "stopped"):
+        summary.write_text(json.dumps({"status": status}))
         assert read_run(run_folder).weights.name == "model"
+    summary.unlink()
+    refused()
+
+
+def test_a_run_that_its_process_still_writes_is_refused(run_folder, adapted):
+    save_adapter(adapted, run_folder / "model")
+    run = RunFolder.create(run_folder.parent / "runs", "x", OmegaConf.load(run_folder / "config.yaml"))
+    (run_folder / "model").rename(run.path / "model")
+    with pytest.raises(UserError, match="is still running"):
+        read_run(run.path)
+    run.finish("finished")
+    assert read_run(run.path).weights == run.path / "model"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +165,8 @@ def test_a_broken_summary_and_missing_weights_are_named(run_folder):
 
 def test_settings_of_the_format_can_be_changed():
     given, config = parse(["run=x", "export=merged_16bit", "export.dtype=float16", "force=true"])
-    assert given["run"] == "x" and given["force"] == "true"
+    assert given["run"] == "x"
+    assert given["force"] == "true"
     assert config == {"_target_": "selfdistill.export.Merged16bit", "dtype": "float16"}
 
 
@@ -168,8 +191,10 @@ def test_a_wrong_command_gets_one_message_and_code_2(tmp_path, arguments, messag
     command = [sys.executable, "-m", "selfdistill.export", *(a.format(tmp=tmp_path) for a in arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
-    assert done.returncode == 2 and message in done.stderr + done.stdout
-    assert "Traceback" not in done.stderr and not any(tmp_path.iterdir())
+    assert done.returncode == 2
+    assert message in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_wrong_dtype_is_refused_before_the_weights_load(run_folder, adapted):

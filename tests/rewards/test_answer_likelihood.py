@@ -24,7 +24,7 @@ class Model(TableModel):
 
 
 def probability(first: str, second: str) -> float:
-    table = Model().table.softmax(-1)
+    table = Model().table.detach().softmax(-1)
     return float(table[LETTERS.index(first), LETTERS.index(second)])
 
 

@@ -33,5 +33,5 @@ def test_scores_and_feedback():
 
 
 def test_an_answer_without_a_number_is_an_error():
-    with pytest.raises(UserError, match="row 0 .*'seven'.*reward.answer_field"):
+    with pytest.raises(UserError, match=r"row 0 .*'seven'.*reward.answer_field"):
         Arithmetic()(prompts=["q"], completions=["7"], answer=["seven"])

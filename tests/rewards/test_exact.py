@@ -57,5 +57,5 @@ def test_errors_name_key_and_column():
     for key, value in (("normalize", "upper"), ("feedback", "yes")):
         with pytest.raises(UserError, match=f"reward.{key}"):
             ExactMatch(**{key: value})
-    with pytest.raises(UserError, match="'solution'.*answer.*reward.answer_field"):
+    with pytest.raises(UserError, match=r"'solution'.*answer.*reward.answer_field"):
         call(ExactMatch(answer_field="solution"), ["a"], ["a"])

@@ -47,9 +47,9 @@ def test_feedback_names_the_form_or_the_choice():
 
 
 def test_errors_name_row_and_key():
-    with pytest.raises(UserError, match="row 1 .*'E'.*reward.choices"):
+    with pytest.raises(UserError, match=r"row 1 .*'E'.*reward.choices"):
         MultipleChoice()(prompts=["q"] * 2, completions=["A"] * 2, answer=["A", "E"])
-    with pytest.raises(UserError, match="reward.choices"):
+    with pytest.raises(UserError, match=r"reward.choices"):
         MultipleChoice(choices="A, B")
 
 

@@ -40,7 +40,7 @@ def test_code_is_taken_from_the_last_fence():
 def test_errors_come_before_timeouts_before_wrong_results():
     code = "def f(x):\n    if x == 1: return 1 / 0\n    while x == 2: pass\n    return x\n"
     tests = ["assert f(5) == 6", "assert f(4) == 5, 'four'", "assert f(1) == 1", "assert f(2) == 2"]
-    told = judge(code, tests, timeout_s=1.0)["feedback"]
+    told = judge(code, tests, timeout_s=2.0)["feedback"]
     head, first, second = told.split("\n\n")
     assert head == "4 of 4 tests fail."
     assert first == "assert f(1) == 1\nZeroDivisionError: division by zero (line 2, in f)"
@@ -135,9 +135,24 @@ def test_a_batch_keeps_its_order():
 
 
 def test_wrong_columns_and_settings():
-    with pytest.raises(UserError, match="'tests'.*reward.tests_field"):
+    with pytest.raises(UserError, match=r"'tests'.*reward.tests_field"):
         PythonTests(allow_code_execution=True)(prompts=["q"], completions=["x"])
-    with pytest.raises(UserError, match="row 0 .*'tests'.*3"):
+    with pytest.raises(UserError, match=r"row 0 .*'tests'.*3"):
         judge(DOUBLE, [3])
-    with pytest.raises(UserError, match="reward.timeout_s"):
+    with pytest.raises(UserError, match=r"reward.timeout_s"):
         PythonTests(allow_code_execution=True, timeout_s=0.0)
+
+
+IGNORES_THE_ALARM = "import signal, time\nsignal.signal(signal.SIGALRM, signal.SIG_IGN)\n"
+
+
+@pytest.mark.parametrize("namespaces", [True, False])
+@pytest.mark.parametrize("wait", ["while True: pass", "time.sleep(60)"])
+def test_code_that_ignores_the_alarm_is_killed_and_earlier_results_kept(wait, namespaces, monkeypatch):
+    monkeypatch.setattr("selfdistill.rewards.python_tests.START_GRACE_S", 4.0)
+    if not namespaces:
+        monkeypatch.setattr("selfdistill.rewards.python_tests._without_network", lambda: ())
+    tests = ["assert f(0) is None", "f(1)"]
+    code = f"{IGNORES_THE_ALARM}def f(x):\n    if x:\n        {wait}\n"
+    found = judge(code, tests, timeout_s=2.0, partial=True)
+    assert found == {"score": 0.5, "feedback": "1 of 2 tests fail.\n\nf(1)\nThe time limit was exceeded."}

@@ -35,7 +35,7 @@ def test_last_feedback_of_the_callable():
     assert normalise([0.0, 1.0], "f", 2, function)[1] == ["wrong", None]
     assert normalise([{"score": 0.0, "feedback": "own"}, 1.0], "f", 2, function)[1] == ["own", None]
     function.last_feedback = ["wrong"]
-    with pytest.raises(UserError, match="function f: its last_feedback is .* list of 2"):
+    with pytest.raises(UserError, match=r"function f: its last_feedback is .* list of 2"):
         normalise([0.0, 1.0], "f", 2, function)
 
 
@@ -86,9 +86,9 @@ def test_mix_binds_what_can_be_bound():
 
 
 def test_mix_refuses_nonsense():
-    with pytest.raises(UserError, match="reward.rewards is empty"):
+    with pytest.raises(UserError, match=r"reward.rewards is empty"):
         Mix({})
-    with pytest.raises(UserError, match="reward.weights names b, which reward.rewards does not have"):
+    with pytest.raises(UserError, match=r"reward.weights names b, which reward.rewards does not have"):
         Mix({"a": ExactMatch()}, {"b": 1.0})
-    with pytest.raises(UserError, match="reward.rewards.a is 3"):
+    with pytest.raises(UserError, match=r"reward.rewards.a is 3"):
         Mix({"a": 3})

@@ -94,6 +94,62 @@ def test_modes_of_all_submodules_are_restored_and_dropout_is_off():
     assert [module.training for module in model.modules()] == before
 
 
+def groups() -> tuple[list[list[int]], list[list[int]]]:
+    """Four prompts of different lengths, five completions each."""
+    prompts, completions = rows(20, seed=7)
+    return [[9, *prompts[row // 5], *prompts[row // 5]] for row in range(20)], completions
+
+
+def counted(model) -> list[int]:
+    """Tokens of each call from now on."""
+    calls = []
+    model.register_forward_pre_hook(lambda _, __, call: calls.append(call["input_ids"].numel()), with_kwargs=True)
+    return calls
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [70, 16384])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_completions_of_one_prompt_share_its_pass(micro_batch_tokens, attention):
+    model = copy.deepcopy(tiny_model(7))
+    model.set_attn_implementation(attention)
+    prompts, completions = groups()
+    expected = one_by_one(model, prompts, completions)
+    calls = counted(model)
+    scorer = PolicyScorer(model, tiny_tokenizer(), micro_batch_tokens=micro_batch_tokens)
+    close(scorer.token_logprobs(prompts, completions), expected)
+    if micro_batch_tokens == 16384:
+        distinct = {tuple(prompt) for prompt in prompts}
+        longest = max(map(len, distinct)) - 1
+        assert calls == [1, len(distinct) * longest, 19 * max(map(len, completions))]  # one completion is empty
+
+
+def test_sharing_stays_within_its_memory(monkeypatch):
+    model, (prompts, completions) = copy.deepcopy(tiny_model(7)), groups()
+    expected = one_by_one(model, prompts, completions)
+    calls = counted(model)
+    bytes_per_token = 2 * 2 * 1 * 16 * 4  # keys and values, layers, heads, width, float32
+    monkeypatch.setattr("selfdistill.rewards.scorer.CACHE_AT_ONCE", 200 * bytes_per_token)
+    close(PolicyScorer(model, tiny_tokenizer()).token_logprobs(prompts, completions), expected)
+    assert len(calls) > 3
+
+
+def test_a_model_with_a_sliding_window_shares_nothing():
+    config = copy.deepcopy(tiny_model().config)
+    config.layer_types, config.sliding_window, config.use_sliding_window = ["sliding_attention"] * 2, 4, True
+    torch.manual_seed(0)
+    model, (prompts, completions) = type(tiny_model())(config).eval(), groups()
+    scorer = PolicyScorer(model, tiny_tokenizer())
+    close(scorer.token_logprobs(prompts, completions), one_by_one(model, prompts, completions))
+    assert scorer._shares_prompts is False
+
+
+def test_a_learned_prompt_is_refused():
+    adapter = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(copy.deepcopy(tiny_model()), adapter)
+    with pytest.raises(ValueError, match="learned prompt"):
+        PolicyScorer(model, tiny_tokenizer()).token_logprobs(*rows())
+
+
 def test_no_gradient_is_recorded():
     prompts, completions = rows()
     found = PolicyScorer(tiny_model(), tiny_tokenizer()).token_logprobs(prompts, completions)
@@ -106,7 +162,7 @@ def test_an_adapter_counts(targets):
     torch.manual_seed(0)
     base = copy.deepcopy(tiny_model(5, tied=False))
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
-    prompts, completions = rows()
+    prompts, completions = groups()
     scorer = PolicyScorer(model, tiny_tokenizer())
     expected = one_by_one(model.eval(), prompts, completions)
     found = scorer.token_logprobs(prompts, completions)
@@ -126,8 +182,8 @@ def test_the_head_sees_the_needed_positions_alone():
         scorer.token_logprobs(prompts, completions)
     finally:
         del model.lm_head.forward
-    # Once all targets, once one of them for the comparison, once what the model itself is left with.
-    assert sorted(seen) == sorted([sum(map(len, completions)), 1, 1])
+    # All targets once, and single tokens: the first look at the model (twice), and what the model itself is left with.
+    assert sorted(seen) == sorted([sum(map(len, completions)), 1, 1, 1])
 
 
 def test_logits_are_read_in_chunks(monkeypatch):
@@ -162,7 +218,7 @@ def test_what_a_model_does_behind_its_head_is_kept(setting):
     for key, value in setting.items():
         setattr(config, key, value)
     torch.manual_seed(0)
-    model, (prompts, completions) = Finished(config).eval(), rows()
+    model, (prompts, completions) = Finished(config).eval(), groups()
     found = PolicyScorer(model, tiny_tokenizer()).token_logprobs(prompts, completions)
     close(found, one_by_one(model, prompts, completions))
 

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -41,11 +42,11 @@ def test_seed_form_equals_the_reference():
 
 def test_seed_form_of_answer_perplexity():
     table = torch.randn(28, 28, generator=torch.Generator().manual_seed(0))
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="PAID"):
         reward = supervised(TableModel(table), coverage="seed", mode="answer_perplexity")
     logprobs = table.log_softmax(-1)
     path = ids("qanswer")
-    perplexity = math.exp(-sum(float(logprobs[a, b]) for a, b in zip(path, path[1:], strict=False)) / 6)
+    perplexity = math.exp(-sum(float(logprobs[a, b]) for a, b in pairwise(path)) / 6)
     found = score(reward, "q", ["ans", "answer", "answer and more"], "answer")
     assert found == pytest.approx([-perplexity / 2, -perplexity, -perplexity], rel=1e-5)
 
@@ -85,7 +86,7 @@ def test_cutting_short_never_pays_through_the_model(coverage, mode):
     found = score(
         supervised(TableModel(table), coverage=coverage, mode=mode), "q", ["a", "ab", "abcd", "abcde"], "abcde"
     )
-    assert all(a < b + 1e-9 for a, b in zip(found, found[1:], strict=False))
+    assert all(a < b + 1e-9 for a, b in pairwise(found))
     assert found[0] < found[-1] or coverage == "pad"  # ln V is what each token costs anyway
 
 
@@ -190,5 +191,17 @@ def test_wrong_settings_name_the_key(arguments, key):
 
 def test_a_missing_column_is_named():
     reward = supervised(TableModel(torch.zeros(28, 28)), answer_field="solution")
-    with pytest.raises(UserError, match="solution.*answer.*reward.answer_field"):
+    with pytest.raises(UserError, match=r"solution.*answer.*reward.answer_field"):
         score(reward, "q", ["a"], "a")
+
+
+def test_seed_form_knows_no_eos():
+    with pytest.warns(UserWarning, match="PAID"):
+        plain = supervised(TableModel(torch.zeros(28, 28)), coverage="seed")
+    with pytest.warns(UserWarning, match="PAID"):
+        asked = supervised(TableModel(torch.zeros(28, 28)), coverage="seed", include_eos=True)
+    written = [[*ids("ab"), EOS], ids("ab")]
+    for answer in ("a", "abc"):
+        call = {"completions": ["ab", "ab"], "answer": answer, "completion_ids": written}
+        assert score(asked, "q", **call) == score(plain, "q", **call)
+        assert len(set(score(plain, "q", **call))) == 1

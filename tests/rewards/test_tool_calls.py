@@ -78,7 +78,7 @@ def test_any_accepted_alternative_counts_and_the_nearest_is_compared():
 
 def test_bounds_and_errors():
     assert len(judge("Action: " + "x" * 5000 + "\nAction Input: {}", feedback_characters=200)["feedback"]) == 200
-    with pytest.raises(UserError, match="row 0 .*'golden_response'.*reward.answer_field"):
+    with pytest.raises(UserError, match=r"row 0 .*'golden_response'.*reward.answer_field"):
         judge("x", golden="no calls")
 
 

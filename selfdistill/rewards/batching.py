@@ -1,0 +1,78 @@
+"""Which rows go through the model together."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+# Shared prompts cost a second call and an attention mask: they must save at least this share of the tokens.
+LEAST_SAVING = 0.25
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one micro-batch.
+
+    Attributes:
+        rows: their indices.
+        prompts: for every row the place of its prompt among the batch's distinct ones, whose pass is shared; None where
+            each row goes through with a prompt of its own.
+        padded_tokens: what the model computes, padding included.
+    """
+
+    rows: list[int]
+    prompts: list[int] | None
+    padded_tokens: int
+
+
+def plan(
+    prompts: Sequence[Sequence[int]], counts: Sequence[int], budget_tokens: int, shared_budget_tokens: int | None
+) -> list[Batch]:
+    """Micro-batches of all rows with something to score, with each prompt's pass shared by its rows where that pays.
+
+    Args:
+        prompts: the prompt of each row.
+        counts: tokens to score in each row.
+        budget_tokens: padded tokens of a batch without sharing.
+        shared_budget_tokens: prompt and completion tokens of all rows of a batch with sharing, since the prompt's keys
+            and values are held for each row; None = never share.
+    """
+    rows = [row for row, count in enumerate(counts) if count]
+    alone = list(_alone(rows, prompts, counts, budget_tokens))
+    if shared_budget_tokens is None or any(len(prompts[row]) < 2 for row in rows):
+        return alone
+    shared = list(_shared(rows, prompts, counts, shared_budget_tokens))
+    spent, without = (sum(batch.padded_tokens for batch in batches) for batches in (shared, alone))
+    return shared if spent <= (1 - LEAST_SAVING) * without else alone
+
+
+def _alone(rows: list[int], prompts: Sequence[Sequence[int]], counts: Sequence[int], budget: int) -> Iterator[Batch]:
+    """Similar lengths together: the last row of a batch is its longest."""
+    lengths = {row: len(prompts[row]) + counts[row] - 1 for row in rows}
+    batch: list[int] = []
+    for row in sorted(rows, key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * lengths[row] > budget:
+            yield Batch(batch, None, len(batch) * lengths[batch[-1]])
+            batch = []
+        batch.append(row)
+    if batch:
+        yield Batch(batch, None, len(batch) * lengths[batch[-1]])
+
+
+def _shared(rows: list[int], prompts: Sequence[Sequence[int]], counts: Sequence[int], budget: int) -> Iterator[Batch]:
+    """Equal prompts together, prompts of similar length next to each other."""
+    batch: list[int] = []
+    for row in sorted(rows, key=lambda row: (len(prompts[row]), tuple(prompts[row]), counts[row])):
+        longest = max(counts[other] for other in [*batch, row])
+        if batch and (len(batch) + 1) * (len(prompts[row]) + longest) > budget:
+            yield _with_prompts(batch, prompts, counts)
+            batch = []
+        batch.append(row)
+    if batch:
+        yield _with_prompts(batch, prompts, counts)
+
+
+def _with_prompts(batch: list[int], prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> Batch:
+    distinct: dict[tuple[int, ...], int] = {}
+    places = [distinct.setdefault(tuple(prompts[row]), len(distinct)) for row in batch]
+    # The prompt's last token predicts the first of the completion, and goes through with it.
+    padded = len(distinct) * (len(prompts[batch[-1]]) - 1) + len(batch) * max(counts[row] for row in batch)
+    return Batch(batch, places, padded)
