@@ -121,7 +121,7 @@ class Distiller:
                 teacher, head = self._views(model, part)[0]
                 theirs = token_logps(teacher, tokens, head, self.trainer.temperature)
             values = torch.zeros(keep.shape, device=mask.device)
-            values[keep] = torch.where(theirs.isfinite(), theirs - ours, 0.0)
+            values[keep] = torch.where(theirs.isfinite(), theirs - ours, 0.0).float()
             advantages[rows] = values
         self._log("distill/divergence", -advantages.sum().item() / max(int(mask.sum()), 1))
         return advantages

@@ -85,7 +85,7 @@ def test_two_steps_equal_the_naive_computation(form: str, tmp_path: Path) -> Non
     for step, batch in enumerate(batches):
         assert len({len(c) for c in batch.completions}) > 2
         loss = settings.weight * distillation_loss(student, of(start, temperature), batch, settings, temperature=0.9)
-        assert logged(trainer, "loss")[step] == pytest.approx(float(loss), rel=1e-4)
+        assert logged(trainer, "loss")[step] == pytest.approx(loss.item(), rel=1e-4)
         sgd(student, loss, 0.05)
     assert_same_parameters(trainer.model, student, start)
 
@@ -135,7 +135,8 @@ def test_lora_equals_the_naive_computation(trained: bool, tmp_path: Path) -> Non
     student = frozen(start)
     for batch in batches:
         sgd(student, distillation_loss(student, of(start), batch, settings), 1.0)
-    assert_same_parameters(trainer.model, student, start)
+    # PEFT keeps adapters in float32.
+    assert_same_parameters(trainer.model, student, start, rtol=1e-4)
 
 
 @pytest.mark.parametrize("mode", AGGREGATIONS)
@@ -158,7 +159,7 @@ def test_rollouts_for_two_steps_are_normalised_over_each(tmp_path: Path) -> None
     trainer.train()
     assert len(batches) == 1
     whole = distillation_loss(start, of(start), batches[0], settings)
-    assert sum(logged(trainer, "loss")) == pytest.approx(2 * float(whole), rel=1e-4)
+    assert sum(logged(trainer, "loss")) == pytest.approx(2 * whole.item(), rel=1e-4)
 
 
 def test_importance_weights_on_rollouts_used_twice(tmp_path: Path) -> None:
@@ -206,7 +207,7 @@ def test_bfloat16_model(tmp_path: Path) -> None:
     trainer.train()
     exact = frozen(start).double()
     loss = distillation_loss(exact, of(exact), batches[0], settings)
-    assert logged(trainer, "loss")[0] == pytest.approx(float(loss), rel=0.1)
+    assert logged(trainer, "loss")[0] == pytest.approx(loss.item(), rel=0.1)
     assert {t.dtype for t in teacher.weights.shadow.values()} == {torch.float32}
     assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
 
@@ -236,15 +237,15 @@ def test_soft_capped_and_scaled_logits(tmp_path: Path) -> None:
         "final_logit_softcapping": 2.0, "attn_logit_softcapping": None, "pad_token_id": 0, "eos_token_id": 2,
         "bos_token_id": None, "query_pre_attn_scalar": 16, "attn_implementation": "eager",
     }  # fmt: skip
-    model = Gemma2ForCausalLM(Gemma2Config(**shape)).double().eval()
+    model = Gemma2ForCausalLM(Gemma2Config(**shape)).eval()  # its attention masks fail in float64
     with torch.no_grad():
         for p in model.parameters():
-            p.mul_(6.0)
+            p.mul_(6.0 if p.dim() > 1 else 1.0)
     start, settings = frozen(model), Distillation(alpha=0.5)
     trainer, batches = make(tmp_path, model, {"max_steps": 1}, teacher=Teacher(context=Hint()), distillation=settings)
     trainer.train()
     loss = distillation_loss(start, of(start), batches[0], settings)
-    assert logged(trainer, "loss")[0] == pytest.approx(float(loss), rel=1e-4)
+    assert logged(trainer, "loss")[0] == pytest.approx(loss.item(), rel=1e-4)
 
 
 def test_a_teacher_with_a_wider_head(tmp_path: Path) -> None:
@@ -260,7 +261,7 @@ def test_a_teacher_with_a_wider_head(tmp_path: Path) -> None:
     loss = distillation_loss(
         start, lambda p, c: completion_logps(wide, p, c, 1.0)[:, :size].log_softmax(1), batches[0], settings
     )
-    assert logged(trainer, "loss")[0] == pytest.approx(float(loss), rel=1e-4)
+    assert logged(trainer, "loss")[0] == pytest.approx(loss.item(), rel=1e-4)
 
 
 # ---- what runs ----
@@ -452,18 +453,13 @@ def test_off_policy_rows(fraction: float, tmp_path: Path) -> None:
     assert taken[0] == taken[1] and taken[0][::2] == taken[0][1::2]
     assert sum(demonstrated) == 8 if fraction == 0 else 0 < sum(demonstrated) < 8
     (batch,) = batches
-    nll, count = torch.zeros(()), 0
     for i in range(8):
-        if demonstrated[i]:
-            text = tiny_tokenizer().decode(batch.completions[i])
-            assert text in [f"{'abcd'[:k]}{tiny_tokenizer().eos_token}" for k in range(1, 5)]
-            tokens = torch.tensor(batch.completions[i])[:, None]
-            nll = nll - completion_logps(start, batch.prompts[i], batch.completions[i], 1.0).gather(1, tokens).sum()
-            count += len(batch.completions[i])
-    loss = 2.0 * nll / count * sum(demonstrated) / 8
-    assert logged(trainer, "loss")[0] == pytest.approx(float(loss), rel=1e-4)
+        text = tiny_tokenizer().decode(batch.completions[i])
+        assert demonstrated[i] == (text in [f"{'abcd'[:k]}{tiny_tokenizer().eos_token}" for k in range(1, 5)])
     student = frozen(start)
-    sgd(student, loss if False else _cross_entropy(student, batch, demonstrated), 0.05)
+    loss = _cross_entropy(student, batch, demonstrated)
+    assert logged(trainer, "loss")[0] == pytest.approx(loss.item(), rel=1e-4)
+    sgd(student, loss, 0.05)
     assert_same_parameters(trainer.model, student, start, rtol=1e-5)
 
 
@@ -551,7 +547,7 @@ def test_log_probabilities_that_trl_has_are_used(args: dict, known: bool, tmp_pa
     assert sum(p.rows for p in seen if not p.gradient) == rows * (int(makes_old) + int(not known))
     for i, completion in enumerate(batches[0].completions):
         logps = completion_logps(start, batches[0].prompts[i], completion, 1.0).gather(1, torch.tensor(completion)[:, None])
-        assert batches[0].scores[i] == pytest.approx(float(logps.mean()), rel=1e-4)
+        assert batches[0].scores[i] == pytest.approx(logps.mean().item(), rel=1e-4)
 
 
 def test_the_reference_adapter_is_not_taken_for_the_policy(tmp_path: Path) -> None:
