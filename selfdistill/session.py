@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -81,12 +80,15 @@ class Record:
         self._rows: list[dict] = []
         self._prompts_written = cfg.resume is not None
         self.places: dict[str, Any] = {"run": folder.path}
+        self.begun = False
 
     # ---- before training ----
 
     def begin(self, parts: "build.Parts") -> None:
         """Shows the plan, evaluates the start, and puts the callbacks in place."""
         trainer = parts.trainer
+        self.logger.start(self.folder, self.cfg)
+        self.begun = True
         self.folder.write_bad_rows(parts.data.bad_rows)
         console.print_all(self.screen, console.config_tree(self.cfg), console.plan_table(self._plan(parts)))
         if parts.data.bad_rows:
@@ -96,8 +98,8 @@ class Record:
             self.before = stored or self._evaluate(parts, 0)
         record = RecordCallback(self.folder, self.logger)
         callbacks: list[TrainerCallback] = [record]
-        if self.cfg.monitors is not None:
-            self.monitor = MonitorCallback(instantiate(self.cfg.monitors), self.folder, self.screen)
+        if parts.monitors is not None:
+            self.monitor = MonitorCallback(parts.monitors, self.folder, self.screen)
             callbacks.append(self.monitor)
         if parts.evaluator is not None and self.cfg.eval.every:
             callbacks.append(EvalCallback(parts.evaluator, parts.tokenizer, every=self.cfg.eval.every, log=self._log_eval_of(trainer)))
@@ -246,7 +248,11 @@ def train(parts: "build.Parts", record: Record) -> None:
 
 @contextmanager
 def recorded(cfg: DictConfig, hydra_config: Any) -> Iterator[Record]:
-    """The run's folder and logger, closed in every case: finished, stopped, interrupted or failed."""
+    """The run's folder and logger, closed in every case: finished, stopped, interrupted or failed.
+
+    A new run that is refused before it has begun (no such model, a malformed file) leaves no folder.
+    """
+    logger = build.make(cfg, "logger") if _is_main() else None
     if cfg.resume:
         folder = RunFolder.open(Path(cfg.resume), write=_is_main())
     elif _is_main():
@@ -254,17 +260,18 @@ def recorded(cfg: DictConfig, hydra_config: Any) -> Iterator[Record]:
         _share(str(folder.path))
     else:
         folder = RunFolder.open(Path(_share(None)), write=False)
-    logger = instantiate(cfg.logger) if cfg.logger is not None and _is_main() else NoLogger()
-    failed = True
-    with Interruption() as interruption:
+    record, failed = Record(cfg, folder, logger or NoLogger(), Interruption()), True
+    with record.interruption:
         try:
-            logger.start(folder, cfg)
-            yield Record(cfg, folder, logger, interruption)
+            yield record
             failed = False
         except KeyboardInterrupt:
             folder.finish("interrupted")
             raise SystemExit(130) from None
         except UserError as error:
+            if not record.begun and not cfg.resume:
+                folder.discard()
+                raise
             interrupted = getattr(error, "resumable", False)
             folder.finish("interrupted" if interrupted else "failed", error=error)
             hint = f" Continue with: python -m selfdistill.train resume={folder.path}" if interrupted else ""
@@ -277,7 +284,7 @@ def recorded(cfg: DictConfig, hydra_config: Any) -> Iterator[Record]:
                 f"The traceback is in {folder.path / 'error.txt'}; continue from the last checkpoint with resume={folder.path}"
             ) from error
         finally:
-            logger.finish(failed=failed)
+            record.logger.finish(failed=failed)
 
 
 def _is_main() -> bool:
