@@ -1,16 +1,18 @@
 """From a checked configuration to the parts of a run: model, data, rewards, teacher, trainer."""
 
+import importlib
 import inspect
 import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
-from hydra.utils import get_method, instantiate
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from selfdistill.config import closest, targets
+from selfdistill.config import closest, mismatch, targets
 from selfdistill.data import load_data
 from selfdistill.errors import UserError
 from selfdistill.models import load_model, lora_config
@@ -30,35 +32,75 @@ def check_targets(cfg: DictConfig) -> None:
         UserError: the key, what is wrong with it, and the closest argument there is.
     """
     for key, node in targets(cfg):
-        name = node["_target_"]
-        try:
-            target = get_method(name) if not inspect.isclass(found := _locate(name)) else found
-        except Exception as error:  # whatever the import of a user's module raises
-            raise UserError(f"{key}._target_={name} cannot be imported: {str(error).strip().splitlines()[0]}") from None
-        arguments = {str(k) for k in node if not str(k).startswith("_")}
-        try:
-            parameters = inspect.signature(target).parameters
-        except (TypeError, ValueError):
-            continue  # builtins without a signature
-        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            continue
-        for argument in arguments - parameters.keys():
-            raise UserError(f"{key}.{argument}: {name} takes no such argument; {closest(argument, parameters)}")
-        if node.get("_partial_") or "_args_" in node:
-            continue
-        required = {n for n, p in parameters.items() if p.default is p.empty and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
-        for argument in sorted(required - arguments - PASSED_LATER):
-            raise UserError(f"{key}.{argument} is missing: {name} needs it; write {key}.{argument}=…")
+        _check_arguments(key, node, _find(f"{key}._target_", node["_target_"]))
     known = {f.name for f in fields(SelfDistillConfig)}
     for argument in cfg.training.arguments:
         if argument not in known:
             raise UserError(f"training.arguments.{argument}: trl.GRPOConfig takes no such argument; {closest(str(argument), known)}")
 
 
-def _locate(name: str) -> Any:
-    from hydra.utils import get_object
+def _find(key: str, name: str) -> Any:
+    """What a dotted name stands for: the longest part that is a module, then attributes."""
+    parts = name.split(".")
+    found, missing = None, ""
+    for count in range(1, len(parts) + 1):
+        module = ".".join(parts[:count])
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if not f"{module}.".startswith(f"{error.name}."):
+                raise UserError(f"{key}={name}: {module} cannot be imported: {error}.") from None
+            missing = parts[count - 1]
+            break
+        except Exception as error:  # whatever a user's module raises
+            raise UserError(f"{key}={name}: {module} cannot be imported: {type(error).__name__}: {error}") from None
+    if found is None:
+        raise UserError(f"{key}={name}: there is no module {missing} here. Is its folder on PYTHONPATH, or is it installed?")
+    for part in parts[count - 1 :] if missing else ():
+        if not hasattr(found, part):
+            public = [n for n in dir(found) if not n.startswith("_")]
+            raise UserError(f"{key}={name}: {getattr(found, '__name__', found)} has no {part}; {closest(part, public)}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise UserError(f"{key}={name} is no class or function: name one that is in it.")
+    return found
 
-    return get_object(name)
+
+def _check_arguments(key: str, node: DictConfig, target: Any) -> None:
+    name = node["_target_"]
+    arguments = {str(k): node[k] for k in node if not str(k).startswith("_")}
+    try:
+        parameters = inspect.signature(target).parameters
+        hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except (TypeError, ValueError, NameError, AttributeError):
+        return  # builtins without a signature, annotations that only a type checker can read
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for argument, value in arguments.items():
+        if argument not in parameters and not open_ended:
+            raise UserError(f"{key}.{argument}: {name} takes no such argument; {closest(argument, parameters.keys() - PASSED_LATER)}")
+        plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        if "_target_" not in (plain if isinstance(plain, dict) else ()) and (wanted := mismatch(plain, hints.get(argument, Any))):
+            raise UserError(f"{key}.{argument}={plain!r}: write {wanted}.")
+    if node.get("_partial_") or "_args_" in node:
+        return
+    required = {n for n, p in parameters.items() if p.default is p.empty and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    for argument in sorted(required - arguments.keys() - PASSED_LATER):
+        raise UserError(f"{key}.{argument} is missing: {name} needs it; write {key}.{argument}=…")
+
+
+def make(cfg: DictConfig, key: str) -> Any:
+    """The group `key`, built; None where it is null.
+
+    Raises:
+        UserError: its arguments are refused.
+    """
+    try:
+        return instantiate(cfg[key])
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, UserError):
+            raise UserError(str(cause)) from error
+        raise UserError(f"{key} cannot be built: {str(cause).strip().splitlines()[0]}") from error
 
 
 @dataclass
@@ -71,6 +113,7 @@ class Parts:
     data: Any
     trainer: SelfDistillTrainer
     evaluator: Any
+    monitors: Any
     exporter: Any
 
 
@@ -165,10 +208,9 @@ def build(cfg: DictConfig, folder: Any) -> Parts:
     disable_progress_bar()  # loading and writing a model; the run has a bar of its own
     if cfg.hardware.threads:
         torch.set_num_threads(cfg.hardware.threads)
-    rewards = instantiate(cfg.reward)  # before the model: a wrong argument should not cost the loading
-    teacher = instantiate(cfg.teacher)
-    settings = instantiate(cfg.eval)
-    exporter = instantiate(cfg.export)
+    use_cuda(cfg)
+    rewards, teacher, settings = make(cfg, "reward"), make(cfg, "teacher"), make(cfg, "eval")
+    monitors, exporter = make(cfg, "monitors"), make(cfg, "export")
     model_config = OmegaConf.to_container(cfg.model)
     model, tokenizer = load_model(**model_config)
     data = load_data(tokenizer=tokenizer, **{k: v for k, v in OmegaConf.to_container(cfg.data, resolve=True).items() if k != "_target_"})
@@ -195,7 +237,7 @@ def build(cfg: DictConfig, folder: Any) -> Parts:
         evaluator = settings.evaluator(
             judged, chat=bool(tokenizer.chat_template), seed=cfg.seed, chat_template_kwargs=model_config["chat_template_kwargs"]
         )
-    return Parts(cfg, folder, tokenizer, data, trainer, evaluator, exporter)
+    return Parts(cfg, folder, tokenizer, data, trainer, evaluator, monitors, exporter)
 
 
 def with_server(cfg: DictConfig, server: Any, data: Any, model: Any, tokenizer: Any) -> tuple[Any, Any]:

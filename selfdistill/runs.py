@@ -18,6 +18,7 @@ import platform
 import re
 import secrets
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -73,6 +74,7 @@ class RunFolder:
         self._summary = summary
         self._lock = lock
         self._redactor = redactor
+        self._made_roots: list[Path] = []
         self._metrics = StepLog(path / "metrics.jsonl", write=lock is not None)
         self._completions = StepLog(path / "completions.jsonl", write=lock is not None)
         # A killed process wrote no last summary: its last metrics know how long it ran.
@@ -95,6 +97,7 @@ class RunFolder:
         redactor = Redactor(config)
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:60] or "run"
         started = datetime.now(UTC)
+        made_roots = [folder for folder in (Path(root), *Path(root).parents) if not folder.exists()]
         try:
             Path(root).mkdir(parents=True, exist_ok=True)
             path = _new_folder(Path(root), f"{started:%Y%m%d-%H%M%S}-{name}")
@@ -104,6 +107,7 @@ class RunFolder:
         _replace(path / "config.yaml", redactor.yaml())
         summary = {"run_id": path.name, "status": "running", "started": started.isoformat(timespec="seconds")}
         run = cls(path, summary, lock, redactor)
+        run._made_roots = made_roots
         run._begin()
         return run
 
@@ -239,6 +243,19 @@ class RunFolder:
             self._wall_before_s = self.wall_s
             self._lock.close()
             self._lock = None
+
+    def discard(self) -> None:
+        """Remove the folder of a run that was refused before it began, and the folders made for it; only by its maker."""
+        self._metrics.close()
+        self._completions.close()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+            shutil.rmtree(self.path)
+            for root in self._made_roots:
+                if any(root.iterdir()):
+                    break
+                root.rmdir()
 
     def _begin(self, **values: Any) -> None:
         reset_peak_memory()

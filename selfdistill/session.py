@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -97,12 +96,15 @@ class Record:
         self._rows: list[dict] = []
         self._prompts_written = cfg.resume is not None
         self.places: dict[str, Any] = {"run": folder.path}
+        self.begun = False
 
     # ---- before training ----
 
     def begin(self, parts: "build.Parts") -> None:
         """Shows the plan, evaluates the start, and puts the callbacks in place."""
         trainer = parts.trainer
+        self.logger.start(self.folder, self.cfg)
+        self.begun = True
         self.folder.write_bad_rows(parts.data.bad_rows)
         console.print_all(self.screen, console.config_tree(self.cfg), console.plan_table(self._plan(parts)))
         if parts.data.bad_rows:
@@ -113,8 +115,8 @@ class Record:
             self.folder.update_summary(eval={"before": self.before})
         record = RecordCallback(self.folder, self.logger)
         callbacks: list[TrainerCallback] = [record]
-        if self.cfg.monitors is not None:
-            self.monitor = MonitorCallback(instantiate(self.cfg.monitors), self.folder, self.screen)
+        if parts.monitors is not None:
+            self.monitor = MonitorCallback(parts.monitors, self.folder, self.screen)
             callbacks.append(self.monitor)
         if parts.evaluator is not None and self.cfg.eval.every:
             callbacks.append(EvalCallback(parts.evaluator, parts.tokenizer, every=self.cfg.eval.every, log=self._log_eval_of(trainer)))
@@ -294,7 +296,11 @@ def train(parts: "build.Parts", record: Record) -> None:
 
 @contextmanager
 def recorded(cfg: DictConfig, hydra_config: Any) -> Iterator[Record]:
-    """The run's folder and logger, closed in every case: finished, stopped, interrupted or failed."""
+    """The run's folder and logger, closed in every case: finished, stopped, interrupted or failed.
+
+    A new run that is refused before it has begun (no such model, a malformed file) leaves no folder.
+    """
+    logger = build.make(cfg, "logger") if _is_main() else None
     if cfg.resume:
         folder = RunFolder.open(Path(cfg.resume), write=_is_main())
     elif _is_main():
@@ -302,34 +308,33 @@ def recorded(cfg: DictConfig, hydra_config: Any) -> Iterator[Record]:
         _share(str(folder.path))
     else:
         folder = RunFolder.open(Path(_share(None)), write=False)
-    logger = instantiate(cfg.logger) if cfg.logger is not None and _is_main() else NoLogger()
-    failed = True
-    with Interruption() as interruption:
+    record, failed = Record(cfg, folder, logger or NoLogger(), Interruption()), True
+    with record.interruption:
         try:
-            logger.start(folder, cfg)
-            yield Record(cfg, folder, logger, interruption)
+            yield record
             failed = False
-            if interruption.requested:
-                raise SystemExit(interruption.exit_code)
+            if record.interruption.requested:
+                raise SystemExit(record.interruption.exit_code)
         except KeyboardInterrupt:
             folder.finish("interrupted")
-            raise SystemExit(interruption.exit_code) from None
+            raise SystemExit(record.interruption.exit_code) from None
         except UserError as error:
+            if not record.begun and not cfg.resume:
+                folder.discard()
+                raise
             interrupted = isinstance(error, ServerUnavailable) and newest_checkpoint(folder.path) is not None
             folder.finish("interrupted" if interrupted else "failed", error=error)
             hint = f" Continue with: python -m selfdistill.train resume={folder.path}" if interrupted else ""
             raise UserError(f"{error}{hint}") from error
         except Exception as error:
             folder.finish("failed", error=error)
-            if isinstance(error.__cause__, UserError):  # Hydra wraps what a `_target_` raises
-                raise error.__cause__ from None
             last = traceback.extract_tb(error.__traceback__)[-1]
             raise UserError(
                 f"the run failed: {type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno}). "
                 f"The traceback is in {folder.path / 'error.txt'}; continue from the last checkpoint with resume={folder.path}"
             ) from error
         finally:
-            logger.finish(failed=failed)
+            record.logger.finish(failed=failed)
 
 
 def _is_main() -> bool:

@@ -28,6 +28,7 @@ def load_model(
     adapter_path: str | None = None,
     loader: str = "transformers",
     max_seq_tokens: int = 4096,
+    key: str = "model.name",
     **_: Any,
 ) -> tuple[Any, Any]:
     """A causal language model in training precision, and its tokenizer.
@@ -60,7 +61,7 @@ def load_model(
         hint = "a folder with config.json and weights, or a hub name that this machine can reach"
         if local_files_only:
             hint += "; with model.local_files_only=true it must be in the local cache already"
-        raise UserError(f"model.name={name} cannot be loaded: {str(error).strip().splitlines()[0]} Write {hint}.") from error
+        raise UserError(f"{key}={name} cannot be loaded: {str(error).strip().splitlines()[0]} Write {hint}.") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if adapter_path:

@@ -201,7 +201,7 @@ class Model(Weights):
         if self.module is None:
             from selfdistill.models import load_model
 
-            self.module, self.tokenizer = load_model(name=self.name, tuning="full", **self.loading)
+            self.module, self.tokenizer = load_model(name=self.name, tuning="full", key="teacher.weights.name", **self.loading)
         self.module.requires_grad_(False).eval().to(next(model.parameters()).device)
 
     def check_vocabulary(self, tokenizer: Any) -> None:

@@ -1,0 +1,101 @@
+"""One message for the person who made the mistake: which key, what is wrong, what to write instead."""
+
+import difflib
+import re
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from selfdistill.config.schema import Run
+from selfdistill.errors import UserError
+
+# What Hydra and OmegaConf raise for a mistake on the command line or in a configuration file.
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
+SHOWN = 12
+# How to do without a group; the others are always there.
+WITHOUT = {"reward": "none", "teacher": "none", "eval": "none", "export": "none", "logger": "none", "monitors": "off"}
+
+
+def fail(message: str) -> int:
+    """Prints the message and gives the exit code of a refused command."""
+    print(f"selfdistill: {message}", file=sys.stderr)
+    return 2
+
+
+def closest(word: str, choices: Iterable[Any]) -> str:
+    """`did you mean X?`, or the choices; of many, those that are most like the word."""
+    known = sorted({str(choice) for choice in choices if not str(choice).startswith("_")})
+    if match := difflib.get_close_matches(word, known, n=1, cutoff=0.5):
+        return f"did you mean {match[0]}?"
+    if len(known) > SHOWN:
+        known = [*difflib.get_close_matches(word, known, n=SHOWN, cutoff=0.0), "…"]
+    return f"known here: {', '.join(known)}" if known else "nothing can be set here"
+
+
+def explain(error: BaseException) -> str:
+    """A UserError's message, or Hydra's, OmegaConf's or YAML's error as one line that names the key or the file."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, YAMLError):
+        return _yaml(error)
+    if isinstance(error, OverrideParseException):
+        return _syntax(error)
+    text = str(error)
+    if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+        options = [option for option in re.findall(r"^\t(\S+)$", text, flags=re.M) if not option.startswith("_")]
+        return f"{match[1]}={match[2]}: there is no such choice; {closest(match[2], options)}"
+    if match := re.search(r"Could not override '([^']+)'\.\s+No match in the defaults list", text):
+        return f"{match[1]}=…: what was chosen above it has no such group. Choose that first, e.g. teacher=demonstration teacher/weights=ema."
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return _unknown_key(match[1], error)
+    if match := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
+        return f"+{match[1]}: the key is there already; write {match[1]}=VALUE without the plus sign."
+    if match := re.search(r"Could not delete from config\. '([^']+)' does not exist", text):
+        return f"~{match[1]}: there is no such key to remove; {closest(match[1].split('.')[0], _root())}"
+    if match := re.search(r"Ambiguous value for argument '(([^'=]+)=([^']*))'", text):
+        return f"{match[1]}: several values are a sweep, which needs --multirun; for one list write {match[2]}=[{match[3]}]."
+    if match := re.search(r"Multiple values for (\S+)\. To override a value use 'override \S+ (\S+)'", text):
+        return f"+{match[1]}={match[2]}: this group is chosen already; write {match[1]}={match[2]} without the plus sign."
+    return _general(error)
+
+
+def _root() -> list[str]:
+    return list(Run.__dataclass_fields__)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """OmegaConf's own error, under Hydra's."""
+    while isinstance(error.__cause__, OmegaConfBaseException):
+        error = error.__cause__
+    return error
+
+
+def _unknown_key(key: str, error: BaseException) -> str:
+    above, _, last = key.rpartition(".")
+    parent = getattr(_cause(error), "parent_node", None)
+    if not above or not isinstance(parent, DictConfig):
+        return f"{key} is not a key: {closest(last, _root())}"
+    return f"{key} is not a key: {closest(last, map(str, parent))}" if len(parent) else f"{key} is not a key: {above} has no keys here."
+
+
+def _syntax(error: OverrideParseException) -> str:
+    first = str(error).strip().splitlines()[0]
+    return f"{error.override} cannot be read: {first}. Write KEY=VALUE, and quotes around special characters: 'KEY=\"VALUE\"'."
+
+
+def _yaml(error: YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    where = f"{mark.name}, line {mark.line + 1}" if mark is not None else "a configuration file"
+    return f"{where}: {getattr(error, 'problem', None) or str(error).splitlines()[0]}"
+
+
+def _general(error: BaseException) -> str:
+    cause = _cause(error)
+    key = getattr(cause, "full_key", None) or getattr(error, "full_key", None)
+    lines = [line.strip() for line in str(cause if str(cause) else error).strip().splitlines()] or [type(error).__name__]
+    return f"{key}: {lines[0]}" if key and key not in lines[0] else lines[0]

@@ -1,0 +1,61 @@
+"""The command line in this process: what `python -m selfdistill.train …` prints, leaves behind and exits with."""
+
+import contextlib
+import io
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import hydra
+import pytest
+from omegaconf import DictConfig
+
+from selfdistill import config, train
+
+CONF = Path(config.__file__).parents[1] / "conf"
+
+
+@dataclass
+class Outcome:
+    """`left` are the files and folders that were not there before, relative to the folder it ran in."""
+
+    code: int
+    out: str
+    err: str
+    left: set[str]
+
+
+def command(arguments: Sequence[str], folder: Path) -> Outcome:
+    """Runs the entrypoint in `folder`, as a process of its own would."""
+    before = _listing(folder)
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["selfdistill.train", *arguments])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                train.main()
+            except SystemExit as end:
+                code = int(end.code or 0)
+    return Outcome(code, out.getvalue(), err.getvalue(), _listing(folder) - before)
+
+
+def _listing(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def composed(overrides: Sequence[str] = ()) -> DictConfig:
+    """The composed configuration, without running anything."""
+    with hydra.initialize_config_module("selfdistill.conf", version_base="1.3"):
+        return hydra.compose("train", list(overrides))
+
+
+def options(group: str) -> list[str]:
+    """The options of a group, e.g. of `teacher/weights`."""
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml") if not file.stem.startswith("_"))
+
+
+def groups() -> list[str]:
+    """Every group, nested ones with a slash."""
+    return sorted({str(file.parent.relative_to(CONF)) for file in CONF.rglob("*.yaml")} - {"."})

@@ -1,0 +1,231 @@
+"""Wrong commands and files: each is refused with one message that names the key or the file, and leaves nothing behind."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.command import command
+
+GPU = pytest.mark.skipif("CUDA_VISIBLE_DEVICES" not in os.environ and Path("/dev/nvidia0").exists(), reason="there is a GPU")
+TAUGHT = "reward=none teacher=demonstration"
+
+# What is written (split at spaces), and what the message must say.
+COMPOSITION = [
+    # typing errors in keys, with and without the plus sign, at every depth
+    ("betta=1", ["betta is not a key", "did you mean beta?"]),
+    ("+betta=1", ["betta is not a key", "did you mean beta?"]),
+    ("++betta=1", ["betta is not a key", "did you mean beta?"]),
+    ("distillation.tpo_k=3", ["distillation.tpo_k is not a key", "did you mean top_k?"]),
+    ("+distillation.tpo_k=3", ["distillation.tpo_k is not a key", "did you mean top_k?"]),
+    ("hardware.vllm.mod=colocate", ["hardware.vllm.mod is not a key", "did you mean mode?"]),
+    ("+model.lora.ranks=3", ["model.lora.ranks is not a key", "known here: alpha, dropout, r, target_modules"]),
+    ("data.pth=my.jsonl", ["data.pth is not a key", "did you mean path?"]),
+    ("monitors.entropy.actoin=stop", ["monitors.entropy.actoin is not a key", "did you mean action?"]),
+    ("eval=none eval.max_rows=3", ["eval.max_rows is not a key", "eval has no keys here"]),
+    ("rollout.temperature.x=3", ["rollout.temperature.x is not a key", "rollout.temperature has no keys here"]),
+    ("+experiment.seed=1", ["experiment is not a key"]),
+    ("+beta=1", ["+beta: the key is there already", "beta=VALUE"]),
+    ("~beta", ["beta was removed"]),
+    ("~model.name", ["model.name was removed"]),
+    ("~gamma", ["~gamma: there is no such key"]),
+    # groups and their choices
+    ("modle=tiny", ["modle is not a key", "did you mean model?"]),
+    ("model=tini", ["model=tini: there is no such choice", "did you mean tiny?"]),
+    ("reward=superviced", ["reward=superviced: there is no such choice", "did you mean supervised?"]),
+    ("experiment=sdpoo", ["experiment=sdpoo: there is no such choice", "did you mean sdpo?"]),
+    ("teacher=demonstration teacher/weights=emma", ["teacher/weights=emma: there is no such choice", "did you mean ema?"]),
+    ("teacher/weights=ema", ["teacher/weights", "Choose that first"]),
+    ("+experiment=sdft", ["+experiment=sdft", "write experiment=sdft"]),
+    ("reward=null", ["reward=null", "write reward=none"]),
+    ("model=null", ["model=null", "choose one of its options"]),
+    # types, ranges and choices
+    ("beta=abc", ["beta='abc': write a number"]),
+    ("beta=nan", ["beta=nan: write a finite number"]),
+    ("beta=inf", ["beta=inf: write a finite number"]),
+    ("max_steps=1.5", ["max_steps=1.5: write a whole number"]),
+    ("max_steps=true", ["max_steps=True: write a whole number"]),
+    ("dry_run=perhaps", ["dry_run='perhaps': write true or false"]),
+    ("tags=a", ["tags='a': write a list"]),
+    ("tags=[1]", ["tags=[1]: write a list of texts"]),
+    ("name=5", ["name=5: write text, in quotes"]),
+    ("rollout=5", ["rollout is a group of keys", "rollout.temperature=…"]),
+    ("model.lora=null", ["model.lora is a group of keys", "model.lora.r=…"]),
+    ("training.arguments=5", ["training.arguments=5: write keys and values"]),
+    ("beta=-1", ["beta=-1 is out of range", "at least 0"]),
+    ("alpha=2", ["alpha=2 is out of range", "at least 0 and at most 1"]),
+    ("learning_rate=0", ["learning_rate=0 is out of range", "above 0"]),
+    ("rollout.top_p=0", ["rollout.top_p=0 is out of range", "above 0 and at most 1"]),
+    ("teacher=demonstration distillation.signal=tokens", ["distillation.signal=tokens", "sampled_token"]),
+    ("training.loss_type=gpro", ["training.loss_type=gpro", "grpo"]),
+    # what cannot be read, and what is missing
+    ("data.path=[1,", ["data.path=[1, cannot be read"]),
+    ('data.path="my', ['data.path="my cannot be read']),
+    ("beta=0,0.04", ["beta=0,0.04", "--multirun"]),
+    ("learning_rate=${model.rate}", ["learning_rate refers to a key that does not exist", "model.rate"]),
+    ("logger.project=${oc.env:NO_SUCH_VARIABLE}", ["logger.project", "NO_SUCH_VARIABLE"]),
+    ("model=local", ["model.name is missing"]),
+    ("data=jsonl", ["data.path is missing"]),
+    ("teacher=model", ["teacher.weights.name is missing"]),
+    ("reward=function", ["reward._target_ is missing"]),
+    ("--config-name nothing", ["Cannot find primary config 'nothing'"]),
+    ("--config-dir nowhere", ["nowhere", "not found"]),
+    ("--config-dir mine model=broken", ["broken.yaml, line 2"]),
+    ("--chekc", ["--chekc is not a flag", "did you mean --check?"]),
+    ("--cfg jobs", ["--cfg", "jobs"]),
+    ("--experimental-rerun x", ["--experimental-rerun", "resume="]),
+    # what may not be built
+    ("reward._target_=os.system", ["reward._target_=os.system", "trusted_prefixes=[os]"]),
+    ("reward._target_=torchvision.ops.nms", ["reward._target_=torchvision.ops.nms", "trusted_prefixes=[torchvision]"]),
+    ("reward._target_=my_reward", ["reward._target_='my_reward': write a dotted path"]),
+    ("~reward._target_", ["reward has no _target_"]),
+    # combinations
+    ("reward=none", ["Nothing to learn from", "reward=supervised", "teacher=demonstration"]),
+    ("reward=none rollout.cross_entropy_weight=1", ["rollout.cross_entropy_weight", "rollout.on_policy_fraction=0"]),
+    (f"{TAUGHT} distillation.weight=0", ["distillation.weight=0 leaves nothing to learn"]),
+    ("alpha=0.5", ["alpha is set but nothing reads it", "there is no teacher"]),
+    ("distillation.top_k=5", ["distillation.top_k is set but nothing reads it", "there is no teacher"]),
+    ("policy_weight=0.5", ["policy_weight is set but nothing reads it"]),
+    (f"{TAUGHT} policy_weight=0.5", ["policy_weight is set but nothing reads it", "there is no reward"]),
+    (f"{TAUGHT} distillation.signal=advantage alpha=0.5", ["alpha is set but nothing reads it", "signal=advantage"]),
+    (f"{TAUGHT} distillation.tail=false", ["distillation.tail is set but nothing reads it", "distillation.top_k"]),
+    ("model.lora.r=8", ["model.lora.r is set but nothing reads it", "model.tuning=lora"]),
+    ("hardware.vllm.standby=true", ["hardware.vllm.standby is set but nothing reads it", "hardware.vllm.mode is null"]),
+    ("num_generations=7", ["num_generations=7 does not divide a batch of 32", "num_generations=8", "accumulation_steps=7"]),
+    ("num_generations=1", ["num_generations=1", "at least 2"]),
+    ("rollout.max_completion_tokens=9999", ["rollout.max_completion_tokens=9999 is above model.max_seq_tokens=512"]),
+    (f"{TAUGHT} distillation.signal=sampled_token", ["distillation.signal=sampled_token", "write alpha=1"]),
+    (f"{TAUGHT} distillation.top_k=1 distillation.tail=false", ["distillation.top_k=1", "tail=true"]),
+    (f"{TAUGHT} distillation.route=failures", ["distillation.route=failures needs a reward"]),
+    ("rollout.from_teacher=true", ["rollout.from_teacher=true needs a teacher"]),
+    ("reward=none teacher=feedback", ["teacher", "reward=exact_match"]),
+    ("model.load_in_4bit=true", ["model.load_in_4bit=true", "model.tuning=lora"]),
+    ("export=lora", ["export=lora", "export=merged_16bit"]),
+    ("hardware=cpu hardware.vllm.mode=colocate", ["hardware.vllm.mode=colocate needs a GPU"]),
+    ("hardware=gpu_80gb hardware.vllm.mode=server", ["hardware.vllm.server_base_url"]),
+    (f"{TAUGHT} hardware=gpu_24gb rollout.from_teacher=true", ["rollout.from_teacher=true", "hardware.vllm.mode=null"]),
+    # sweeps: all jobs are checked before the first starts
+    ("--multirun beta=0,-1", ["beta=-1 is out of range"]),
+    ("--multirun betta=0,1", ["betta is not a key"]),
+    ("--multirun reward=inverse_loss,superviced", ["reward=superviced: there is no such choice"]),
+    ("--multirun num_generations=4,7", ["num_generations=7 does not divide"]),
+    ("--multirun alpha=0,1", ["alpha is set but nothing reads it"]),
+    ("--multirun beta=choice(0,", ["beta=choice(0, cannot be read"]),
+]
+# These need torch: signatures, data, weights.
+LOADING = [
+    ("reward.score_eos=maybe", ["reward.score_eos='maybe': write true or false"]),
+    ("eval.max_rows=many", ["eval.max_rows='many': write a whole number"]),
+    ("data.eval_fraction=abc", ["data.eval_fraction='abc': write a number"]),
+    ("reward._target_=selfdistill.rewards.InverseLos", ["selfdistill.rewards has no InverseLos", "did you mean InverseLoss?"]),
+    ("reward._target_=selfdistill.rewordz.InverseLoss", ["selfdistill has no rewordz", "did you mean rewards?"]),
+    ("reward._target_=torch.nn", ["reward._target_=torch.nn is no class or function"]),
+    ("trusted_prefixes=[absent] reward._target_=absent.f", ["reward._target_=absent.f", "there is no module absent"]),
+    ("+reward.weight=3", ["reward.weight: selfdistill.rewards.InverseLoss takes no such argument", "score_eos"]),
+    ("+data.colour=red", ["data.colour: selfdistill.data.load_data takes no such argument"]),
+    ("+training.arguments.lernin_rate=1", ["training.arguments.lernin_rate", "did you mean learning_rate?"]),
+    ("~teacher.weights.name teacher=model reward=none", ["teacher.weights.name is missing"]),
+    ("--multirun reward.score_eos=true,5", ["reward.score_eos=5: write true or false"]),
+    ("resume=nowhere", ["nowhere is no run's folder"]),
+    ("resume=mine", ["mine is no run's folder: config.yaml and summary.json are missing"]),
+    ("resume=nowhere seed=3", ["seed cannot be changed when a run is resumed"]),
+    ("logger.mode=loud", ["logger.mode is 'loud'", "offline"]),
+    ("monitors.entropy.action=shout", ["monitors.entropy.action is 'shout'", "warn, stop, off"]),
+    ("eval.max_rows=0", ["eval.max_rows=0", "at least 1"]),
+    ("export=merged_16bit export.dtype=float8", ["export.dtype=float8", "bfloat16"]),
+    ("reward=python_tests", ["allow_code_execution=true"]),
+    (f"{TAUGHT} teacher/weights=ema teacher.weights.rate=2", ["teacher.weights.rate=2 is outside (0, 1]"]),
+    (f"{TAUGHT} teacher.context.template='nothing'", ["teacher.context.template", "{prompt}, {demonstration}"]),
+    (f"{TAUGHT} teacher.context.template=file:absent.txt", ["teacher.context.template", "absent.txt"]),
+    (f"{TAUGHT} distillation.top_k=5000", ["distillation.top_k=5000 is above the vocabulary of 102 tokens"]),
+    pytest.param("hardware=gpu_16gb", ["hardware.device=cuda", "hardware=cpu"], marks=GPU),
+    ("model=local model.name=absent/model model.local_files_only=true", ["model.name=absent/model cannot be loaded"]),
+    ("model=local model.name=mine", ["model.name=mine cannot be loaded"]),
+    (
+        "reward=none teacher=model teacher.weights.name=absent/model model.local_files_only=true",
+        ["teacher.weights.name=absent/model cannot be loaded"],
+    ),
+    ("data=jsonl data.path=absent.jsonl", ["data.path=absent.jsonl: there is no such file"]),
+    ("data=jsonl data.path=empty.jsonl", ["empty.jsonl is empty"]),
+    ("data=jsonl data.path=malformed.jsonl", ["malformed.jsonl, line 2: malformed JSON"]),
+    ("data=jsonl data.path=no_prompt.jsonl", ["no_prompt.jsonl, line 2"]),
+    ("data=jsonl data.path=latin.jsonl", ["latin.jsonl", "UTF-8"]),
+    ("data=jsonl data.path=mine", ["data.path=mine is a folder"]),
+    ("data.path=embedded:absent", ["data.path=embedded:absent", "half_known_train"]),
+    ("data.on_bad_row=ignore", ["data.on_bad_row=ignore", "error or skip"]),
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with bad files in it."""
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "malformed.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": \n')
+    (tmp_path / "no_prompt.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"promt": "c", "answer": "d"}\n')
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "a", "answer": "é"}\n'.encode("latin-1"))
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    (tmp_path / "mine" / "model" / "broken.yaml").write_text("name: x\nlora: {r: 8\n")
+    return tmp_path
+
+
+def check_refusal(code: int, err: str, left: set[str], words: list[str]) -> None:
+    assert code == 2, err
+    assert err.startswith("selfdistill: ")
+    assert len(err.splitlines()) == 1, err
+    assert "Traceback" not in err
+    assert "append to your config" not in err  # what Hydra advises, and what would let a typing error pass
+    for word in words:
+        assert word in err, err
+    assert not left
+
+
+@pytest.mark.parametrize(("line", "words"), COMPOSITION)
+def test_refused_by_the_composition(line: str, words: list[str], folder: Path) -> None:
+    outcome = command(line.split(), folder)
+    check_refusal(outcome.code, outcome.err, outcome.left, words)
+
+
+@pytest.mark.parametrize(("line", "words"), LOADING)
+def test_refused_before_the_run_begins(line: str, words: list[str], folder: Path) -> None:
+    outcome = command(line.split(), folder)
+    check_refusal(outcome.code, outcome.err, outcome.left, words)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("+model.lora.ranks=3", ["model.lora.ranks is not a key"]),
+        ("--multirun beta=0,-1", ["beta=-1 is out of range"]),
+        ("data=jsonl data.path=malformed.jsonl", ["malformed.jsonl, line 2: malformed JSON"]),
+    ],
+)
+def test_refused_as_a_process_from_another_folder(line: str, words: list[str], folder: Path) -> None:
+    before = set(folder.rglob("*"))
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-m", "selfdistill.train", *line.split()], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    check_refusal(done.returncode, done.stderr, {str(path) for path in set(folder.rglob("*")) - before}, words)
+
+
+def test_a_folder_that_a_refused_run_was_given_stays(folder: Path) -> None:
+    (folder / "runs").mkdir()
+    outcome = command(["output_dir=runs", "data=jsonl", "data.path=empty.jsonl"], folder)
+    assert outcome.code == 2
+    assert list((folder / "runs").iterdir()) == []
+
+
+def test_folders_made_for_a_refused_run_go_with_it(folder: Path) -> None:
+    outcome = command(["output_dir=new/runs", "data=jsonl", "data.path=empty.jsonl"], folder)
+    check_refusal(outcome.code, outcome.err, outcome.left, ["empty.jsonl"])
+
+
+def test_a_module_that_cannot_be_imported_is_named_with_its_reason(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "half_done_reward.py").write_text("import no_such_dependency\n")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    line = ["reward=function", "trusted_prefixes=[half_done_reward]", "reward._target_=half_done_reward.score"]
+    outcome = command(line, folder)
+    check_refusal(outcome.code, outcome.err, outcome.left, ["half_done_reward cannot be imported", "no_such_dependency"])
