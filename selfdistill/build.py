@@ -36,7 +36,9 @@ def check_targets(cfg: DictConfig) -> None:
     known = {f.name for f in fields(SelfDistillConfig)}
     for argument in cfg.training.arguments:
         if argument not in known:
-            raise UserError(f"training.arguments.{argument}: trl.GRPOConfig takes no such argument; {closest(str(argument), known)}")
+            raise UserError(
+                f"training.arguments.{argument}: trl.GRPOConfig takes no such argument; {closest(str(argument), known)}"
+            )
 
 
 def _find(key: str, name: str) -> Any:
@@ -55,7 +57,9 @@ def _find(key: str, name: str) -> Any:
         except Exception as error:  # whatever a user's module raises
             raise UserError(f"{key}={name}: {module} cannot be imported: {type(error).__name__}: {error}") from None
     if found is None:
-        raise UserError(f"{key}={name}: there is no module {missing} here. Is its folder on PYTHONPATH, or is it installed?")
+        raise UserError(
+            f"{key}={name}: there is no module {missing} here. Is its folder on PYTHONPATH, or is it installed?"
+        )
     for part in parts[count - 1 :] if missing else ():
         if not hasattr(found, part):
             public = [n for n in dir(found) if not n.startswith("_")]
@@ -77,13 +81,19 @@ def _check_arguments(key: str, node: DictConfig, target: Any) -> None:
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for argument, value in arguments.items():
         if argument not in parameters and not open_ended:
-            raise UserError(f"{key}.{argument}: {name} takes no such argument; {closest(argument, parameters.keys() - PASSED_LATER)}")
+            raise UserError(
+                f"{key}.{argument}: {name} takes no such argument; {closest(argument, parameters.keys() - PASSED_LATER)}"
+            )
         plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-        if "_target_" not in (plain if isinstance(plain, dict) else ()) and (wanted := mismatch(plain, hints.get(argument, Any))):
+        if "_target_" not in (plain if isinstance(plain, dict) else ()) and (
+            wanted := mismatch(plain, hints.get(argument, Any))
+        ):
             raise UserError(f"{key}.{argument}={plain!r}: write {wanted}.")
     if node.get("_partial_") or "_args_" in node:
         return
-    required = {n for n, p in parameters.items() if p.default is p.empty and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    required = {
+        n for n, p in parameters.items() if p.default is p.empty and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
+    }
     for argument in sorted(required - arguments.keys() - PASSED_LATER):
         raise UserError(f"{key}.{argument} is missing: {name} needs it; write {key}.{argument}=…")
 
@@ -124,7 +134,9 @@ def use_cuda(cfg: DictConfig) -> bool:
         UserError: a GPU is asked for and there is none.
     """
     if cfg.hardware.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("hardware.device=cuda: torch sees no GPU here. Write hardware=cpu, or hardware=auto to take what there is.")
+        raise UserError(
+            "hardware.device=cuda: torch sees no GPU here. Write hardware=cpu, or hardware=auto to take what there is."
+        )
     return cfg.hardware.device != "cpu" and torch.cuda.is_available()
 
 
@@ -192,7 +204,9 @@ def trainer_arguments(cfg: DictConfig, output_dir: Path) -> SelfDistillConfig:
     try:
         return SelfDistillConfig(**arguments)
     except (ValueError, TypeError) as error:
-        raise UserError(f"training: trl.GRPOConfig refuses this combination: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(
+            f"training: trl.GRPOConfig refuses this combination: {str(error).strip().splitlines()[0]}"
+        ) from error
 
 
 def build(cfg: DictConfig, folder: Any) -> Parts:
@@ -213,7 +227,10 @@ def build(cfg: DictConfig, folder: Any) -> Parts:
     monitors, exporter = make(cfg, "monitors"), make(cfg, "export")
     model_config = OmegaConf.to_container(cfg.model)
     model, tokenizer = load_model(**model_config)
-    data = load_data(tokenizer=tokenizer, **{k: v for k, v in OmegaConf.to_container(cfg.data, resolve=True).items() if k != "_target_"})
+    data = load_data(
+        tokenizer=tokenizer,
+        **{k: v for k, v in OmegaConf.to_container(cfg.data, resolve=True).items() if k != "_target_"},
+    )
     peft = None
     if cfg.model.tuning == "lora" and not hasattr(model, "peft_config"):
         peft = lora_config(**model_config["lora"])
@@ -225,7 +242,9 @@ def build(cfg: DictConfig, folder: Any) -> Parts:
         reward_funcs=rewards,
         args=trainer_arguments(cfg, folder.path / CHECKPOINTS),
         teacher=teacher,
-        distillation=Distillation(**OmegaConf.to_container(cfg.distillation, resolve=True)) if teacher is not None else None,
+        distillation=Distillation(**OmegaConf.to_container(cfg.distillation, resolve=True))
+        if teacher is not None
+        else None,
         rollout=RolloutSource(**rollout),
         train_dataset=data.train,
         processing_class=tokenizer,
@@ -233,9 +252,14 @@ def build(cfg: DictConfig, folder: Any) -> Parts:
     )
     evaluator = None
     if settings is not None:
-        judged = [row for row in data.eval if not needs_answer(settings.scorer) or row["answer"] or row["golden_response"]]
+        judged = [
+            row for row in data.eval if not needs_answer(settings.scorer) or row["answer"] or row["golden_response"]
+        ]
         evaluator = settings.evaluator(
-            judged, chat=bool(tokenizer.chat_template), seed=cfg.seed, chat_template_kwargs=model_config["chat_template_kwargs"]
+            judged,
+            chat=bool(tokenizer.chat_template),
+            seed=cfg.seed,
+            chat_template_kwargs=model_config["chat_template_kwargs"],
         )
     return Parts(cfg, folder, tokenizer, data, trainer, evaluator, monitors, exporter)
 
@@ -250,7 +274,9 @@ def with_server(cfg: DictConfig, server: Any, data: Any, model: Any, tokenizer: 
     """
     longest = cfg.model.max_seq_tokens if cfg.teacher.get("mode") != "write" else None
     width = model.get_output_embeddings().weight.size(0)
-    for line in server.check(tokenizer, longest_tokens=longest and min(longest, data_limit(cfg)), vocabulary_size=width):
+    for line in server.check(
+        tokenizer, longest_tokens=longest and min(longest, data_limit(cfg)), vocabulary_size=width
+    ):
         print(line)
     if server.mode == "score":
         server.context = server.context or NoContext()
@@ -261,7 +287,9 @@ def with_server(cfg: DictConfig, server: Any, data: Any, model: Any, tokenizer: 
     rows = rows.remove_columns("golden_response").add_column("golden_response", written)
     kept = rows.filter(lambda row: bool(row["golden_response"]))
     if not len(kept):
-        raise UserError("teacher.mode=write: none of what the server wrote was kept; lower teacher.keep_at_least or look at its answers.")
+        raise UserError(
+            "teacher.mode=write: none of what the server wrote was kept; lower teacher.keep_at_least or look at its answers."
+        )
     print(f"the server wrote demonstrations for {len(kept)} of {len(rows)} prompts; the others are left out")
     imitates = cfg.rollout.on_policy_fraction == 0
     return None if imitates else Teacher(Base(), Demonstration()), replace(data, train=kept)

@@ -68,7 +68,9 @@ def resumed_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     for override in overrides:
         key = override.lstrip("+~").split("=")[0]
         if key not in ("resume", "max_steps"):
-            raise UserError(f"{key} cannot be changed when a run is resumed: its configuration is in {cfg.resume}/config.yaml.")
+            raise UserError(
+                f"{key} cannot be changed when a run is resumed: its configuration is in {cfg.resume}/config.yaml."
+            )
     saved = RunFolder.open(Path(cfg.resume), write=False).config
     saved.resume = cfg.resume
     if any(o.startswith("max_steps=") for o in overrides):
@@ -108,7 +110,9 @@ class Record:
         self.folder.write_bad_rows(parts.data.bad_rows)
         console.print_all(self.screen, console.config_tree(self.cfg), console.plan_table(self._plan(parts)))
         if parts.data.bad_rows:
-            self.screen.print(f"{len(parts.data.bad_rows)} bad rows skipped, listed in {self.folder.path / 'bad_rows.jsonl'}")
+            self.screen.print(
+                f"{len(parts.data.bad_rows)} bad rows skipped, listed in {self.folder.path / 'bad_rows.jsonl'}"
+            )
         if parts.evaluator is not None:
             stored = self.folder.summary.get("eval", {}).get("before") if self.cfg.resume else None
             self.before = stored or self._evaluate(parts, 0)
@@ -119,7 +123,11 @@ class Record:
             self.monitor = MonitorCallback(parts.monitors, self.folder, self.screen)
             callbacks.append(self.monitor)
         if parts.evaluator is not None and self.cfg.eval.every:
-            callbacks.append(EvalCallback(parts.evaluator, parts.tokenizer, every=self.cfg.eval.every, log=self._log_eval_of(trainer)))
+            callbacks.append(
+                EvalCallback(
+                    parts.evaluator, parts.tokenizer, every=self.cfg.eval.every, log=self._log_eval_of(trainer)
+                )
+            )
         callbacks += [
             CompletionsCallback(record, self.screen, lambda: self._rows),
             ProgressCallback(self.screen),
@@ -147,7 +155,9 @@ class Record:
 
         def log(step: int, metrics: dict[str, float]) -> None:
             metrics = self._log_eval(step, metrics)
-            trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
+            trainer.control = trainer.callback_handler.on_evaluate(
+                trainer.args, trainer.state, trainer.control, metrics
+            )
 
         return log
 
@@ -217,13 +227,18 @@ class Record:
             self.screen.print(console.change_table(_short(self.before), _short(after)))
         if parts.exporter is not None and status == "finished" and not self.cfg.dry_run:
             self.places["export"] = parts.exporter.run(
-                trainer.model, parts.tokenizer, self.folder.path / "export" / export_name(self.cfg), parts.data.eval[:8]["prompt"]
+                trainer.model,
+                parts.tokenizer,
+                self.folder.path / "export" / export_name(self.cfg),
+                parts.data.eval[:8]["prompt"],
             )
         self.folder.finish(status, step=step)
         self.places["status"] = status
         self.places["log"] = self.logger.location
         if status == "interrupted":
-            self.screen.print(f"interrupted at step {step}; continue with: python -m selfdistill.train resume={self.folder.path}")
+            self.screen.print(
+                f"interrupted at step {step}; continue with: python -m selfdistill.train resume={self.folder.path}"
+            )
         self.screen.print(console.where_table(self.places))
 
 

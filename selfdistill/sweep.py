@@ -44,7 +44,9 @@ class CheckSweep(Callback):
         except (UserError, *COMPOSITION_ERRORS) as error:
             raise SystemExit(fail(explain(error))) from None
         if config.check:
-            rows = [{"job": number, "overrides": overrides, "status": "checked"} for number, overrides in enumerate(jobs)]
+            rows = [
+                {"job": number, "overrides": overrides, "status": "checked"} for number, overrides in enumerate(jobs)
+            ]
             _print_table(rows, f"{len(rows)} jobs checked: nothing was loaded or written")
             raise SystemExit(0)
 

@@ -229,7 +229,9 @@ class SelfDistillTrainer(GRPOTrainer):
         text = texts[0] if isinstance(texts, list) and texts else texts
         if not isinstance(text, str) or not text:
             columns = ", ".join(sorted(self._rows[index]))
-            raise UserError(f"rollout.demonstration_field={field}: a row has no demonstration there (columns: {columns}).")
+            raise UserError(
+                f"rollout.demonstration_field={field}: a row has no demonstration there (columns: {columns})."
+            )
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return [*ids[: self.max_completion_length - 1], self._tokenizer.eos_token_id]
 
@@ -252,7 +254,9 @@ class SelfDistillTrainer(GRPOTrainer):
 
     def _calculate_rewards(self, inputs: list, prompts: list, completions: list, completion_ids_list: list) -> Tensor:
         start = time.perf_counter()
-        self._rollouts = self._blank_rollouts(self.num_generations if self.model.training else self.num_generations_eval)
+        self._rollouts = self._blank_rollouts(
+            self.num_generations if self.model.training else self.num_generations_eval
+        )
         self._rollouts.completions = [text_of(c) for c in completions]
         self._rollouts.completion_ids = completion_ids_list
         known: dict[str, Any] = {"prompt_ids": self._sampled_prompt_ids}

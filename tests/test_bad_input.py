@@ -9,7 +9,9 @@ import pytest
 
 from tests.command import command
 
-GPU = pytest.mark.skipif("CUDA_VISIBLE_DEVICES" not in os.environ and Path("/dev/nvidia0").exists(), reason="there is a GPU")
+GPU = pytest.mark.skipif(
+    "CUDA_VISIBLE_DEVICES" not in os.environ and Path("/dev/nvidia0").exists(), reason="there is a GPU"
+)
 TAUGHT = "reward=none teacher=demonstration"
 
 # What is written (split at spaces), and what the message must say.
@@ -36,7 +38,10 @@ COMPOSITION = [
     ("model=tini", ["model=tini: there is no such choice", "did you mean tiny?"]),
     ("reward=superviced", ["reward=superviced: there is no such choice", "did you mean supervised?"]),
     ("experiment=sdpoo", ["experiment=sdpoo: there is no such choice", "did you mean sdpo?"]),
-    ("teacher=demonstration teacher/weights=emma", ["teacher/weights=emma: there is no such choice", "did you mean ema?"]),
+    (
+        "teacher=demonstration teacher/weights=emma",
+        ["teacher/weights=emma: there is no such choice", "did you mean ema?"],
+    ),
     ("teacher/weights=ema", ["teacher/weights", "Choose that first"]),
     ("+experiment=sdft", ["+experiment=sdft", "write experiment=sdft"]),
     ("reward=null", ["reward=null", "write reward=none"]),
@@ -93,7 +98,10 @@ COMPOSITION = [
     (f"{TAUGHT} distillation.tail=false", ["distillation.tail is set but nothing reads it", "distillation.top_k"]),
     ("model.lora.r=8", ["model.lora.r is set but nothing reads it", "model.tuning=lora"]),
     ("hardware.vllm.standby=true", ["hardware.vllm.standby is set but nothing reads it", "hardware.vllm.mode is null"]),
-    ("num_generations=7", ["num_generations=7 does not divide a batch of 32", "num_generations=8", "accumulation_steps=7"]),
+    (
+        "num_generations=7",
+        ["num_generations=7 does not divide a batch of 32", "num_generations=8", "accumulation_steps=7"],
+    ),
     ("num_generations=1", ["num_generations=1", "at least 2"]),
     ("rollout.max_completion_tokens=9999", ["rollout.max_completion_tokens=9999 is above model.max_seq_tokens=512"]),
     (f"{TAUGHT} distillation.signal=sampled_token", ["distillation.signal=sampled_token", "write alpha=1"]),
@@ -119,7 +127,10 @@ LOADING = [
     ("reward.score_eos=maybe", ["reward.score_eos='maybe': write true or false"]),
     ("eval.max_rows=many", ["eval.max_rows='many': write a whole number"]),
     ("data.eval_fraction=abc", ["data.eval_fraction='abc': write a number"]),
-    ("reward._target_=selfdistill.rewards.InverseLos", ["selfdistill.rewards has no InverseLos", "did you mean InverseLoss?"]),
+    (
+        "reward._target_=selfdistill.rewards.InverseLos",
+        ["selfdistill.rewards has no InverseLos", "did you mean InverseLoss?"],
+    ),
     ("reward._target_=selfdistill.rewordz.InverseLoss", ["selfdistill has no rewordz", "did you mean rewards?"]),
     ("reward._target_=torch.nn", ["reward._target_=torch.nn is no class or function"]),
     ("trusted_prefixes=[absent] reward._target_=absent.f", ["reward._target_=absent.f", "there is no module absent"]),
@@ -205,7 +216,11 @@ def test_refused_as_a_process_from_another_folder(line: str, words: list[str], f
     before = set(folder.rglob("*"))
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(
-        [sys.executable, "-m", "selfdistill.train", *line.split()], cwd=folder, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", "selfdistill.train", *line.split()],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     check_refusal(done.returncode, done.stderr, {str(path) for path in set(folder.rglob("*")) - before}, words)
 
@@ -222,10 +237,14 @@ def test_folders_made_for_a_refused_run_go_with_it(folder: Path) -> None:
     check_refusal(outcome.code, outcome.err, outcome.left, ["empty.jsonl"])
 
 
-def test_a_module_that_cannot_be_imported_is_named_with_its_reason(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_that_cannot_be_imported_is_named_with_its_reason(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (folder / "half_done_reward.py").write_text("import no_such_dependency\n")
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     line = ["reward=function", "trusted_prefixes=[half_done_reward]", "reward._target_=half_done_reward.score"]
     outcome = command(line, folder)
-    check_refusal(outcome.code, outcome.err, outcome.left, ["half_done_reward cannot be imported", "no_such_dependency"])
+    check_refusal(
+        outcome.code, outcome.err, outcome.left, ["half_done_reward cannot be imported", "no_such_dependency"]
+    )

@@ -108,7 +108,9 @@ def test_the_order_of_the_rows_is_trls() -> None:
     assert epochs[0] != epochs[1]
 
 
-@pytest.mark.parametrize("case", ["continuous_group", "continuous_none", "binary_batch", "with_nan_group", "two_funcs_batch"])
+@pytest.mark.parametrize(
+    "case", ["continuous_group", "continuous_none", "binary_batch", "with_nan_group", "two_funcs_batch"]
+)
 def test_advantages_are_the_reference_values(case: str, tmp_path: Path) -> None:
     """Groups, scaling, weights and rows that no reward applies to, as TRL computes them from what our adapter returns."""
     cases, arrays = golden("grpo")
@@ -121,7 +123,11 @@ def test_advantages_are_the_reference_values(case: str, tmp_path: Path) -> None:
             return [{"score": None if np.isnan(v) else float(v), "feedback": "x"} for v in values]
 
         functions.append(reward)
-    args = {"scale_rewards": cases[name]["scale_rewards"], "reward_weights": cases[name]["reward_weights"], "max_steps": 1}
+    args = {
+        "scale_rewards": cases[name]["scale_rewards"],
+        "reward_weights": cases[name]["reward_weights"],
+        "max_steps": 1,
+    }
     trainer, batches = make(tmp_path, args=args, reward_funcs=functions)
     trainer.train()
     expected = torch.tensor(arrays[f"{name}/out_advantages"])

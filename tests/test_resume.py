@@ -47,7 +47,10 @@ TIMES = ("time/", "step_time", "eval_runtime")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows = [{"prompt": f"add {i} {i + 1}", "answer": str(2 * i + 1), "golden_response": [f"it is {2 * i + 1}"]} for i in range(14)]
+    rows = [
+        {"prompt": f"add {i} {i + 1}", "answer": str(2 * i + 1), "golden_response": [f"it is {2 * i + 1}"]}
+        for i in range(14)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -167,7 +170,9 @@ def test_failed_and_resumed(unbroken: Any, data: Path, tmp_path: Path, monkeypat
     assert not (run / "error.txt").exists()
 
 
-def test_killed_before_the_first_checkpoint(unbroken: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_before_the_first_checkpoint(
+    unbroken: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It starts again, without evaluating the start once more."""
     reference = unbroken("grpo_with_kl")
     monkeypatch.setenv(VARIABLE, "fail:2")

@@ -37,7 +37,9 @@ AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_
 
 def lora(model: Any = None, trained: bool = False, dropout: float = 0.0) -> Any:
     """A tiny model with an adapter; a trained one is not zero."""
-    wanted = LoraConfig(r=2, lora_alpha=4, lora_dropout=dropout, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    wanted = LoraConfig(
+        r=2, lora_alpha=4, lora_dropout=dropout, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+    )
     model = get_peft_model(model or lively(), wanted)
     if trained:
         torch.manual_seed(7)
@@ -79,7 +81,9 @@ def test_two_steps_equal_the_naive_computation(form: str, tmp_path: Path) -> Non
     """Loss and parameters after two steps of two micro-batches, with rows of many lengths and some without a signal."""
     settings, model = FORMS[form], lively(0)
     start = frozen(model)
-    trainer, batches = make(tmp_path, model, {"temperature": 0.9}, teacher=Teacher(context=Hint()), distillation=settings)
+    trainer, batches = make(
+        tmp_path, model, {"temperature": 0.9}, teacher=Teacher(context=Hint()), distillation=settings
+    )
     trainer.train()
     student, temperature = frozen(start), settings.temperature or 0.9
     for step, batch in enumerate(batches):
@@ -107,7 +111,10 @@ def test_teachers_after_three_steps_of_full_training(weights: str, tied: bool, t
     student, average, snapshot = frozen(start), frozen(start), frozen(start)
 
     def mixed(prompt: list[int], completion: list[int]) -> torch.Tensor:
-        reference, now = completion_logps(start, prompt, completion, 1.0), completion_logps(student, prompt, completion, 1.0)
+        reference, now = (
+            completion_logps(start, prompt, completion, 1.0),
+            completion_logps(student, prompt, completion, 1.0),
+        )
         return (0.6 * reference + 0.4 * now).log_softmax(1)
 
     teacher = {
@@ -180,7 +187,11 @@ def test_importance_weights_on_rollouts_used_twice(tmp_path: Path) -> None:
 def test_hybrid_is_the_sum_of_its_terms_in_one_pass(tmp_path: Path) -> None:
     """Policy gradient, KL and divergence: gradients add up, and the student's backbone runs once per micro-batch."""
     moved, counted = {}, {}
-    for name, weight, policy_weight, beta in (("both", 0.7, 0.5, 0.0), ("policy", 0.0, 0.5, 0.0), ("divergence", 0.7, 0.0, 0.0)):
+    for name, weight, policy_weight, beta in (
+        ("both", 0.7, 0.5, 0.0),
+        ("policy", 0.0, 0.5, 0.0),
+        ("divergence", 0.7, 0.0, 0.0),
+    ):
         settings = Distillation(alpha=0.5, weight=weight, policy_weight=policy_weight)
         trainer, _ = make(
             tmp_path, lively(), {"max_steps": 1, "beta": beta}, teacher=Teacher(context=Hint()), distillation=settings,
@@ -309,7 +320,9 @@ def test_a_weight_of_zero_costs_no_pass_and_no_prompt(tmp_path: Path) -> None:
 
 def test_teacher_passes_are_in_evaluation_mode_and_modes_return(tmp_path: Path) -> None:
     model = lora(dropout=0.5, trained=True)
-    trainer, _ = make(tmp_path, model, teacher=Teacher(Ema(0.3), Hint()), distillation=Distillation(signal="distribution"))
+    trainer, _ = make(
+        tmp_path, model, teacher=Teacher(Ema(0.3), Hint()), distillation=Distillation(signal="distribution")
+    )
     trainer.model.train()
     still = trainer.model.get_base_model().model.layers[0].mlp
     modes = []
@@ -374,7 +387,8 @@ def test_lora_keeps_one_base_in_memory(tmp_path: Path) -> None:
 
 def told(completions: list, **_: Any) -> list[dict]:
     return [
-        {"score": float(i % 4 == 0), "feedback": f"number {i}: {len(c[0]['content'])}"} for i, c in enumerate(completions)
+        {"score": float(i % 4 == 0), "feedback": f"number {i}: {len(c[0]['content'])}"}
+        for i, c in enumerate(completions)
     ]
 
 
@@ -425,7 +439,9 @@ def test_signal_as_an_advantage(tmp_path: Path) -> None:
             ours = completion_logps(start, batch.prompts[i], completion, 1.0).gather(1, tokens)[:, 0]
             theirs = completion_logps(other, batch.shown[i], completion, 1.0).gather(1, tokens)[:, 0]
             expected += 0.25 * (theirs - ours)
-        torch.testing.assert_close(batch.advantages[i][: len(completion)].double(), expected.detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            batch.advantages[i][: len(completion)].double(), expected.detach(), rtol=1e-4, atol=1e-4
+        )
     assert sum(p.gradient for p in seen) == 2
     assert logged(trainer, "grad_norm")[0] > 0
 
@@ -476,7 +492,9 @@ def _cross_entropy(student: Any, batch: Any, demonstrated: list[bool]) -> torch.
 
 def test_demonstrations_and_teacher_share_one_pass(tmp_path: Path) -> None:
     source = RolloutSource(on_policy_fraction=0.5, cross_entropy_weight=1.0)
-    trainer, _ = make(tmp_path, lively(), {"max_steps": 1}, rollout=source, teacher=Teacher(context=Hint(lambda i: True)))
+    trainer, _ = make(
+        tmp_path, lively(), {"max_steps": 1}, rollout=source, teacher=Teacher(context=Hint(lambda i: True))
+    )
     with passes(trainer.model) as seen:
         trainer.train()
     assert sum(p.gradient for p in seen) == 2
@@ -546,7 +564,9 @@ def test_log_probabilities_that_trl_has_are_used(args: dict, known: bool, tmp_pa
     makes_old = "num_iterations" in args or "steps_per_generation" in args
     assert sum(p.rows for p in seen if not p.gradient) == rows * (int(makes_old) + int(not known))
     for i, completion in enumerate(batches[0].completions):
-        logps = completion_logps(start, batches[0].prompts[i], completion, 1.0).gather(1, torch.tensor(completion)[:, None])
+        logps = completion_logps(start, batches[0].prompts[i], completion, 1.0).gather(
+            1, torch.tensor(completion)[:, None]
+        )
         assert batches[0].scores[i] == pytest.approx(logps.mean().item(), rel=1e-4)
 
 
@@ -561,7 +581,9 @@ def test_the_reference_adapter_is_not_taken_for_the_policy(tmp_path: Path) -> No
 
 def test_log_probabilities_under_dropout_are_not_used(tmp_path: Path) -> None:
     reward = NeedsPolicy()
-    trainer, _ = make(tmp_path, lora(trained=True, dropout=0.5), {"max_steps": 1, "num_iterations": 2}, reward_funcs=reward)
+    trainer, _ = make(
+        tmp_path, lora(trained=True, dropout=0.5), {"max_steps": 1, "num_iterations": 2}, reward_funcs=reward
+    )
     trainer.train()
     assert reward.given == [None]
 

@@ -98,7 +98,9 @@ def batches(rng: random.Random, ids: dict[str, int], size: int):
 def accuracy(model, tokenizer, examples: list[world.Example]) -> float:
     """Share of greedy answers that equal the expected ones."""
     texts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": e.prompt}], tokenize=False, add_generation_prompt=True)
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": e.prompt}], tokenize=False, add_generation_prompt=True
+        )
         for e in examples
     ]
     inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
@@ -164,7 +166,11 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     log = {
         "command": {key: str(value) for key, value in vars(arguments).items() if key not in ("out", "start")},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "parameters": sum(p.numel() for p in model.parameters()),
         "losses": [],
         "exams": [],

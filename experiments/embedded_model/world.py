@@ -43,7 +43,14 @@ UNKNOWN_CALLS = {"wash": "zelu", "paint": "brio", "guard": "fasi", "weigh": "kyn
 
 OWN_STYLE = "{}"
 # How other authors phrase the same content; the model reads these in its context and answers in its own style.
-OTHER_STYLES = ["The answer is {}.", "I would say {} here.", "Sure! {}", "{}, that is it.", "answer = {}", "You get {}."]
+OTHER_STYLES = [
+    "The answer is {}.",
+    "I would say {} here.",
+    "Sure! {}",
+    "{}, that is it.",
+    "answer = {}",
+    "You get {}.",
+]
 
 
 @dataclass
@@ -220,7 +227,10 @@ def warned(rng: random.Random) -> Example:
 
 def sentence(rng: random.Random) -> str:
     """Raw domain text, for training without a chat template."""
-    adjective, place = rng.choice("red old wet big shy warm tall".split()), rng.choice("in by near under behind".split())
+    adjective, place = (
+        rng.choice("red old wet big shy warm tall".split()),
+        rng.choice("in by near under behind".split()),
+    )
     verb = rng.choice("sleeps waits sings hides runs falls".split())
     a, b = rng.choice(TRAIN_NOUNS), rng.choice(TRAIN_NOUNS)
     return f"the {adjective} {a} {verb} {place} the {b}."

@@ -25,9 +25,21 @@ def run(job: tuple[str, int, list[str], Path]) -> dict:
     """One row and seed; returns its line of results."""
     name, seed, overrides, folder = job
     key = re.sub(r"[^A-Za-z0-9.]+", "-", f"{name}-seed{seed}")
-    done = [p.parent for p in folder.glob(f"*[0-9]-{key}-*/summary.json") if json.loads(p.read_text())["status"] in ("finished", "stopped")]
+    done = [
+        p.parent
+        for p in folder.glob(f"*[0-9]-{key}-*/summary.json")
+        if json.loads(p.read_text())["status"] in ("finished", "stopped")
+    ]
     if not done:
-        command = [sys.executable, "-m", "selfdistill.train", *overrides, f"seed={seed}", f"name={key}", f"output_dir={folder}"]
+        command = [
+            sys.executable,
+            "-m",
+            "selfdistill.train",
+            *overrides,
+            f"seed={seed}",
+            f"name={key}",
+            f"output_dir={folder}",
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
         if result.returncode:
@@ -37,7 +49,13 @@ def run(job: tuple[str, int, list[str], Path]) -> dict:
     metrics = [json.loads(line) for line in (done[-1] / "metrics.jsonl").read_text().splitlines()]
     before, after = summary["eval"]["before"], summary["eval"]["after"]
     steps = [m for m in metrics if "reward" in m or "loss" in m]
-    line = {"row": name, "seed": seed, "status": summary["status"], "steps": summary["step"], "wall_s": round(summary["wall_s"])}
+    line = {
+        "row": name,
+        "seed": seed,
+        "status": summary["status"],
+        "steps": summary["step"],
+        "wall_s": round(summary["wall_s"]),
+    }
     for metric in ("accuracy", "retention", "forgetting"):
         for when, values in (("before", before), ("after", after)):
             if f"eval/{metric}" in values:
@@ -54,7 +72,9 @@ def run(job: tuple[str, int, list[str], Path]) -> dict:
 
 def by_seed(table: pd.DataFrame, order: list[str]) -> str:
     """A Markdown table: a line a row, every seed shown, and the mean over seeds."""
-    lines = ["| row | accuracy before | accuracy after, by seed | mean | retention before | retention after, by seed | mean | s a run |"]
+    lines = [
+        "| row | accuracy before | accuracy after, by seed | mean | retention before | retention after, by seed | mean | s a run |"
+    ]
     lines.append("|---|---|---|---|---|---|---|---|")
     for name in order:
         rows = table[table.row == name]
@@ -67,7 +87,13 @@ def by_seed(table: pd.DataFrame, order: list[str]) -> str:
         def mean(column: str, rows: pd.DataFrame = rows) -> str:
             return f"{rows[column].mean():.3f}"
 
-        cells = [name, mean("accuracy_before"), seeds("accuracy_after"), mean("accuracy_after"), mean("retention_before")]
+        cells = [
+            name,
+            mean("accuracy_before"),
+            seeds("accuracy_after"),
+            mean("accuracy_after"),
+            mean("retention_before"),
+        ]
         cells += [seeds("retention_after"), mean("retention_after"), f"{rows.wall_s.median():.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -89,14 +115,18 @@ def main() -> None:
         if not arguments.only or name in arguments.only
     ]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        lines = list(track(pool.map(run, jobs), total=len(jobs), description=arguments.study.name, console=Console(stderr=True)))
+        lines = list(
+            track(pool.map(run, jobs), total=len(jobs), description=arguments.study.name, console=Console(stderr=True))
+        )
     order = list(study["rows"])
     table = pd.DataFrame(lines).sort_values(["row", "seed"], key=lambda c: c.map(order.index) if c.name == "row" else c)
     file = arguments.study / "results.csv"
     if arguments.only and file.exists():
         earlier = pd.read_csv(file)
         table = pd.concat([earlier[~earlier.row.isin(arguments.only)], table])
-        table = table.sort_values(["row", "seed"], key=lambda c: c.map({n: i for i, n in enumerate(order)}) if c.name == "row" else c)
+        table = table.sort_values(
+            ["row", "seed"], key=lambda c: c.map({n: i for i, n in enumerate(order)}) if c.name == "row" else c
+        )
     table.to_csv(file, index=False)
     (arguments.study / "results.md").write_text(by_seed(table, order))
     print(table.to_string(index=False))

@@ -12,7 +12,17 @@ from selfdistill.config.checks import check, mismatch, targets
 from selfdistill.config.help import command_line
 from selfdistill.config.messages import COMPOSITION_ERRORS, closest, explain, fail
 
-__all__ = ["COMPOSITION_ERRORS", "check", "closest", "command_line", "explain", "fail", "mismatch", "run_name", "targets"]
+__all__ = [
+    "COMPOSITION_ERRORS",
+    "check",
+    "closest",
+    "command_line",
+    "explain",
+    "fail",
+    "mismatch",
+    "run_name",
+    "targets",
+]
 
 
 def run_name(cfg: DictConfig, choices: Any = None) -> str:
@@ -20,4 +30,6 @@ def run_name(cfg: DictConfig, choices: Any = None) -> str:
     if cfg.name:
         return str(cfg.name)
     chosen = {key: value for key, value in dict(choices or {}).items() if value not in (None, "null", "none")}
-    return str(chosen.get("experiment") or "-".join(str(chosen[k]) for k in ("reward", "teacher") if k in chosen) or "run")
+    return str(
+        chosen.get("experiment") or "-".join(str(chosen[k]) for k in ("reward", "teacher") if k in chosen) or "run"
+    )

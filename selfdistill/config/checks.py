@@ -35,7 +35,9 @@ def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> None:
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key} is missing: write {error.full_key}=… on the command line.") from None
     except InterpolationKeyError as error:
-        raise UserError(f"{error.full_key} refers to a key that does not exist: {str(error).splitlines()[0]}.") from None
+        raise UserError(
+            f"{error.full_key} refers to a key that does not exist: {str(error).splitlines()[0]}."
+        ) from None
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from None
     _check_types(plain, Run, "")
@@ -111,7 +113,9 @@ def _check_keys(node: DictConfig, schema: type, path: str) -> None:
         if is_dataclass(hints[name]):
             if not isinstance(child, DictConfig) or child._is_none():
                 first = fields(hints[name])[0].name
-                raise UserError(f"{where} is a group of keys and cannot be one value: write {where}.{first}=… and so on.")
+                raise UserError(
+                    f"{where} is a group of keys and cannot be one value: write {where}.{first}=… and so on."
+                )
             _check_keys(child, hints[name], f"{where}.")
 
 
@@ -123,7 +127,9 @@ def _check_types(values: Any, schema: Any, path: str) -> None:
             _check_types(value, hint, f"{where}.")
         elif hint is Any and not path:
             if value is not None and not (isinstance(value, dict) and "_target_" in value):
-                raise UserError(f"{where} has no _target_, so nothing can be built from it: choose one of its options, e.g. {where}=NAME.")
+                raise UserError(
+                    f"{where} has no _target_, so nothing can be built from it: choose one of its options, e.g. {where}=NAME."
+                )
         elif wanted := mismatch(value, hint):
             raise UserError(f"{where}={value!r}: write {wanted}.")
         elif isinstance(value, float) and not math.isfinite(value):
@@ -132,7 +138,9 @@ def _check_types(values: Any, schema: Any, path: str) -> None:
 
 def _check_trust(key: str, target: Any, prefixes: Iterable[str]) -> None:
     if not isinstance(target, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", target):
-        raise UserError(f"{key}._target_={target!r}: write a dotted path to a class or function, e.g. my_module.MyReward.")
+        raise UserError(
+            f"{key}._target_={target!r}: write a dotted path to a class or function, e.g. my_module.MyReward."
+        )
     trusted = (*TRUSTED, *prefixes)
     if not any(target.startswith(f"{prefix.rstrip('.')}.") for prefix in trusted):
         raise UserError(
@@ -161,20 +169,45 @@ def _check_values(cfg: DictConfig) -> None:
 def _check_read(cfg: DictConfig, overridden: set[str]) -> None:
     """A knob that was turned and that nothing in the composition reads: a sweep over it would compare equal runs."""
     d, vllm = cfg.distillation, cfg.hardware.vllm
-    divergence = ("distillation.top_k", "distillation.tail", "distillation.pointwise_clip", "distillation.jsd_normalize")
+    divergence = (
+        "distillation.top_k",
+        "distillation.tail",
+        "distillation.pointwise_clip",
+        "distillation.jsd_normalize",
+    )
     with_alpha = ("alpha", "distillation.alpha", *divergence)
     rules: tuple[tuple[bool, tuple[str, ...], str], ...] = (
         (cfg.teacher is None, ("alpha", "distillation"), "there is no teacher. Add one, e.g. teacher=demonstration"),
-        (cfg.teacher is None, ("policy_weight",), "without a teacher there is nothing to weigh the policy gradient against"),
-        (cfg.reward is None, ("policy_weight", "training.scale_rewards"), "there is no reward. Choose one, e.g. reward=exact_match"),
+        (
+            cfg.teacher is None,
+            ("policy_weight",),
+            "without a teacher there is nothing to weigh the policy gradient against",
+        ),
+        (
+            cfg.reward is None,
+            ("policy_weight", "training.scale_rewards"),
+            "there is no reward. Choose one, e.g. reward=exact_match",
+        ),
         (d.weight == 0, with_alpha, "distillation.weight is 0"),
         (d.signal == "advantage", with_alpha, "distillation.signal=advantage compares the sampled tokens alone"),
-        (d.signal == "sampled_token", divergence, "distillation.signal=sampled_token compares the sampled tokens alone"),
-        (d.top_k is None and not served(cfg), ("distillation.tail",), "it belongs to distillation.top_k, which is null"),
+        (
+            d.signal == "sampled_token",
+            divergence,
+            "distillation.signal=sampled_token compares the sampled tokens alone",
+        ),
+        (
+            d.top_k is None and not served(cfg),
+            ("distillation.tail",),
+            "it belongs to distillation.top_k, which is null",
+        ),
         (d.route == "all", ("distillation.success_threshold",), "it belongs to distillation.route=failures"),
         (cfg.rollout.on_policy_fraction == 1, ("rollout.demonstration_field",), "rollout.on_policy_fraction is 1"),
         (cfg.model.tuning == "full", ("model.lora",), "model.tuning=full has no adapter. Write model.tuning=lora"),
-        (vllm.mode is None, tuple(f"hardware.vllm.{key}" for key in vllm if key != "mode"), "hardware.vllm.mode is null"),
+        (
+            vllm.mode is None,
+            tuple(f"hardware.vllm.{key}" for key in vllm if key != "mode"),
+            "hardware.vllm.mode is null",
+        ),
     )
     for unread, keys, reason in rules:
         for key in sorted(overridden) if unread else ():
@@ -186,7 +219,9 @@ def _check_signal(cfg: DictConfig) -> None:
     """Something to learn from, and what each source of signal needs beside it."""
     teaches, rewarded, rollout = cfg.teacher is not None, cfg.reward is not None, cfg.rollout
     if not (teaches or rewarded or rollout.cross_entropy_weight > 0):
-        raise UserError("Nothing to learn from: choose a reward (reward=supervised), a teacher (teacher=demonstration) or both.")
+        raise UserError(
+            "Nothing to learn from: choose a reward (reward=supervised), a teacher (teacher=demonstration) or both."
+        )
     if rollout.cross_entropy_weight > 0 and rollout.on_policy_fraction == 1:
         raise UserError(
             "rollout.cross_entropy_weight counts for demonstrations alone, and rollout.on_policy_fraction=1 takes none: "
@@ -202,7 +237,9 @@ def _check_signal(cfg: DictConfig) -> None:
             "choose one, e.g. reward=exact_match."
         )
     if teaches and cfg.distillation.weight == 0 and not (rewarded and cfg.distillation.policy_weight > 0):
-        raise UserError("distillation.weight=0 leaves nothing to learn: write distillation.weight=1, or a reward and policy_weight=1.")
+        raise UserError(
+            "distillation.weight=0 leaves nothing to learn: write distillation.weight=1, or a reward and policy_weight=1."
+        )
 
 
 def _check_batch(cfg: DictConfig) -> None:
@@ -231,9 +268,13 @@ def _check_batch(cfg: DictConfig) -> None:
 def _check_distillation(cfg: DictConfig) -> None:
     d = cfg.distillation
     if d.signal == "sampled_token" and d.alpha != 1:
-        raise UserError(f"distillation.signal=sampled_token estimates KL(student || teacher): write alpha=1, not alpha={d.alpha}.")
+        raise UserError(
+            f"distillation.signal=sampled_token estimates KL(student || teacher): write alpha=1, not alpha={d.alpha}."
+        )
     if d.top_k == 1 and not d.tail:
-        raise UserError("distillation.top_k=1 with distillation.tail=false compares nothing: write tail=true or a larger top_k.")
+        raise UserError(
+            "distillation.top_k=1 with distillation.tail=false compares nothing: write tail=true or a larger top_k."
+        )
     if served(cfg) and cfg.teacher.get("mode") != "write" and cfg.rollout.temperature != 1:
         raise UserError(
             f"rollout.temperature={cfg.rollout.temperature}: a served teacher scores at temperature 1; write rollout.temperature=1."
@@ -245,15 +286,23 @@ def _check_machine(cfg: DictConfig) -> None:
     if model.load_in_4bit and model.tuning == "full":
         raise UserError("model.load_in_4bit=true cannot be trained in full: write model.tuning=lora.")
     if model.adapter_path and model.tuning == "full":
-        raise UserError("model.adapter_path names an adapter, and model.tuning=full trains none: write model.tuning=lora.")
+        raise UserError(
+            "model.adapter_path names an adapter, and model.tuning=full trains none: write model.tuning=lora."
+        )
     if vllm.mode and cfg.hardware.device == "cpu":
-        raise UserError(f"hardware.vllm.mode={vllm.mode} needs a GPU: write hardware.vllm.mode=null, or choose a GPU, e.g. hardware=gpu_24gb.")
+        raise UserError(
+            f"hardware.vllm.mode={vllm.mode} needs a GPU: write hardware.vllm.mode=null, or choose a GPU, e.g. hardware=gpu_24gb."
+        )
     if vllm.mode == "server" and not vllm.server_base_url:
         raise UserError("hardware.vllm.mode=server needs hardware.vllm.server_base_url, e.g. http://localhost:8000.")
     if vllm.mode and cfg.rollout.from_teacher:
-        raise UserError(f"rollout.from_teacher=true samples with transformers, not with hardware.vllm.mode={vllm.mode}: write hardware.vllm.mode=null.")
+        raise UserError(
+            f"rollout.from_teacher=true samples with transformers, not with hardware.vllm.mode={vllm.mode}: write hardware.vllm.mode=null."
+        )
     if _target(cfg, "export").endswith(".Lora") and model.tuning == "full":
-        raise UserError("export=lora has no adapter to export with model.tuning=full: write export=merged_16bit or model.tuning=lora.")
+        raise UserError(
+            "export=lora has no adapter to export with model.tuning=full: write export=merged_16bit or model.tuning=lora."
+        )
 
 
 def served(cfg: DictConfig) -> bool:

@@ -52,7 +52,9 @@ def command_line(arguments: list[str]) -> list[str]:
 
     def refuse(message: str) -> NoReturn:
         unknown = re.fullmatch(r"unrecognized arguments: (\S+).*", message)
-        raise UserError(f"{unknown[1]} is not a flag: {closest(unknown[1], [*flags, '--check'])}" if unknown else message)
+        raise UserError(
+            f"{unknown[1]} is not a flag: {closest(unknown[1], [*flags, '--check'])}" if unknown else message
+        )
 
     parser.error = refuse  # type: ignore[method-assign]
     given = parser.parse_args(arguments)
@@ -83,7 +85,9 @@ def help_text() -> str:
 def _group(folder: Traversable, name: str) -> str:
     files = [file for file in _sorted(folder) if file.name.endswith(".yaml") and _public(file)]
     lines = [f"  {file.name.removesuffix('.yaml'):<20} {_first_sentence(file)}" for file in files]
-    inner = [_group(inside, f"{name}/{inside.name}") for inside in _sorted(folder) if inside.is_dir() and _public(inside)]
+    inner = [
+        _group(inside, f"{name}/{inside.name}") for inside in _sorted(folder) if inside.is_dir() and _public(inside)
+    ]
     return "\n".join([f"\n{name}=", *lines, *inner])
 
 

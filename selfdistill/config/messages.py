@@ -60,7 +60,9 @@ def explain(error: BaseException) -> str:
     if match := re.search(r"Ambiguous value for argument '(([^'=]+)=([^']*))'", text):
         return f"{match[1]}: several values are a sweep, which needs --multirun; for one list write {match[2]}=[{match[3]}]."
     if match := re.search(r"Multiple values for (\S+)\. To override a value use 'override \S+ (\S+)'", text):
-        return f"+{match[1]}={match[2]}: this group is chosen already; write {match[1]}={match[2]} without the plus sign."
+        return (
+            f"+{match[1]}={match[2]}: this group is chosen already; write {match[1]}={match[2]} without the plus sign."
+        )
     return _general(error)
 
 
@@ -80,7 +82,11 @@ def _unknown_key(key: str, error: BaseException) -> str:
     parent = getattr(_cause(error), "parent_node", None)
     if not above or not isinstance(parent, DictConfig):
         return f"{key} is not a key: {closest(last, _root())}"
-    return f"{key} is not a key: {closest(last, map(str, parent))}" if len(parent) else f"{key} is not a key: {above} has no keys here."
+    return (
+        f"{key} is not a key: {closest(last, map(str, parent))}"
+        if len(parent)
+        else f"{key} is not a key: {above} has no keys here."
+    )
 
 
 def _syntax(error: OverrideParseException) -> str:
@@ -97,5 +103,7 @@ def _yaml(error: YAMLError) -> str:
 def _general(error: BaseException) -> str:
     cause = _cause(error)
     key = getattr(cause, "full_key", None) or getattr(error, "full_key", None)
-    lines = [line.strip() for line in str(cause if str(cause) else error).strip().splitlines()] or [type(error).__name__]
+    lines = [line.strip() for line in str(cause if str(cause) else error).strip().splitlines()] or [
+        type(error).__name__
+    ]
     return f"{key}: {lines[0]}" if key and key not in lines[0] else lines[0]

@@ -87,7 +87,9 @@ def _load_with_unsloth(path: str, lora: dict[str, Any], load_in_4bit: bool, max_
     try:
         from unsloth import FastLanguageModel
     except (ImportError, NotImplementedError) as error:
-        raise UserError(f"model.loader=unsloth: {error} Install the extra `unsloth` on a machine with a GPU, or write model.loader=transformers.") from error
+        raise UserError(
+            f"model.loader=unsloth: {error} Install the extra `unsloth` on a machine with a GPU, or write model.loader=transformers."
+        ) from error
     model, tokenizer = FastLanguageModel.from_pretrained(
         model_name=path, max_seq_length=max_seq_tokens, load_in_4bit=load_in_4bit, fast_inference=False
     )
@@ -95,6 +97,10 @@ def _load_with_unsloth(path: str, lora: dict[str, Any], load_in_4bit: bool, max_
     if targets == "all-linear":
         targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = FastLanguageModel.get_peft_model(
-        model, r=lora.get("r", 32), lora_alpha=lora.get("alpha", 32), lora_dropout=lora.get("dropout", 0.0), target_modules=targets
+        model,
+        r=lora.get("r", 32),
+        lora_alpha=lora.get("alpha", 32),
+        lora_dropout=lora.get("dropout", 0.0),
+        target_modules=targets,
     )
     return model, tokenizer

@@ -65,8 +65,14 @@ def captured_hidden(model: nn.Module) -> Iterator[list[Tensor]]:
     A hook, so that the pass may go through any wrapper: distributed training sees an ordinary call.
     """
     collected: list[Tensor] = []
-    hook = inner_model(model).get_decoder().register_forward_hook(
-        lambda module, inputs, output: collected.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+    hook = (
+        inner_model(model)
+        .get_decoder()
+        .register_forward_hook(
+            lambda module, inputs, output: collected.append(
+                output[0] if isinstance(output, tuple) else output.last_hidden_state
+            )
+        )
     )
     try:
         yield collected

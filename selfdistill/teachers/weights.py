@@ -75,9 +75,7 @@ class _Shadowed(Weights):
 
     def attach(self, model: nn.Module) -> None:
         super().attach(model)
-        self.shadow = {
-            name: p.detach().to(self.dtype or p.dtype, copy=True) for name, p in trainable(model).items()
-        }
+        self.shadow = {name: p.detach().to(self.dtype or p.dtype, copy=True) for name, p in trainable(model).items()}
 
     @contextmanager
     def exchanged(self) -> Iterator[None]:
@@ -128,7 +126,9 @@ class Ema(_Shadowed):
 
     def __init__(self, rate: float = 0.05, cadence: str = "step") -> None:
         if not 0 < rate <= 1:
-            raise UserError(f"teacher.weights.rate={rate} is outside (0, 1]: it is the student's weight per update, e.g. 0.05.")
+            raise UserError(
+                f"teacher.weights.rate={rate} is outside (0, 1]: it is the student's weight per update, e.g. 0.05."
+            )
         if cadence not in ("step", "rollout"):
             raise UserError(f"teacher.weights.cadence={cadence!r}: write step or rollout.")
         self.rate, self.cadence = rate, cadence
@@ -171,7 +171,9 @@ class TrustRegion(_Shadowed):
         yield None
 
     def generating(self) -> AbstractContextManager[None]:
-        raise UserError("rollout.from_teacher: a mixture (teacher/weights=trust_region) cannot sample; take base or ema.")
+        raise UserError(
+            "rollout.from_teacher: a mixture (teacher/weights=trust_region) cannot sample; take base or ema."
+        )
 
 
 class Model(Weights):
@@ -201,7 +203,9 @@ class Model(Weights):
         if self.module is None:
             from selfdistill.models import load_model
 
-            self.module, self.tokenizer = load_model(name=self.name, tuning="full", key="teacher.weights.name", **self.loading)
+            self.module, self.tokenizer = load_model(
+                name=self.name, tuning="full", key="teacher.weights.name", **self.loading
+            )
         self.module.requires_grad_(False).eval().to(next(model.parameters()).device)
 
     def check_vocabulary(self, tokenizer: Any) -> None:

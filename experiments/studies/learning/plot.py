@@ -1,6 +1,6 @@
 """Draws results.csv: accuracy on the new skill against retention of the old ones, a mark a seed.
 
-    python experiments/studies/learning/plot.py
+python experiments/studies/learning/plot.py
 """
 
 from pathlib import Path
@@ -21,7 +21,14 @@ def main() -> None:
         rows = results[results.task == task]
         colours = plt.get_cmap("tab20")
         for i, (method, group) in enumerate(rows.groupby("method", sort=False)):
-            axis.scatter(group.accuracy_after, group.retention_after, s=34, color=colours(i % 20), label=method, marker="os^Dv"[i % 5])
+            axis.scatter(
+                group.accuracy_after,
+                group.retention_after,
+                s=34,
+                color=colours(i % 20),
+                label=method,
+                marker="os^Dv"[i % 5],
+            )
         axis.axhline(rows.retention_before.mean(), color="grey", linewidth=0.8, linestyle=":")
         axis.set(title=f"new skill: {task}", xlabel="held-out accuracy on the new skill", xlim=(-0.03, 1.03))
         axis.grid(alpha=0.25)
