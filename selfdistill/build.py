@@ -169,7 +169,7 @@ def trainer_arguments(cfg: DictConfig, output_dir: Path) -> SelfDistillConfig:
         "top_k": cfg.rollout.top_k,
         "min_p": cfg.rollout.min_p,
         "max_completion_length": cfg.rollout.max_completion_tokens,
-        "chat_template_kwargs": OmegaConf.to_container(cfg.model.chat_template_kwargs) or None,
+        "chat_template_kwargs": plain(cfg.model.chat_template_kwargs) or None,
         "loss_type": training.loss_type,
         "scale_rewards": training.scale_rewards,
         "num_iterations": training.num_iterations,
@@ -200,13 +200,18 @@ def trainer_arguments(cfg: DictConfig, output_dir: Path) -> SelfDistillConfig:
         }
         if vllm.server_base_url:
             arguments["vllm_server_base_url"] = vllm.server_base_url
-    arguments |= OmegaConf.to_container(training.arguments)
+    arguments |= plain(training.arguments)
     try:
         return SelfDistillConfig(**arguments)
     except (ValueError, TypeError) as error:
         raise UserError(
             f"training: trl.GRPOConfig refuses this combination: {str(error).strip().splitlines()[0]}"
         ) from error
+
+
+def plain(node: DictConfig) -> dict[str, Any]:
+    """A part of the configuration as a dictionary, interpolations replaced."""
+    return dict(OmegaConf.to_container(node, resolve=True))  # type: ignore[arg-type]
 
 
 def build(cfg: DictConfig, folder: Any) -> Parts:
@@ -225,11 +230,11 @@ def build(cfg: DictConfig, folder: Any) -> Parts:
     use_cuda(cfg)
     rewards, teacher, settings = make(cfg, "reward"), make(cfg, "teacher"), make(cfg, "eval")
     monitors, exporter = make(cfg, "monitors"), make(cfg, "export")
-    model_config = OmegaConf.to_container(cfg.model)
+    model_config = plain(cfg.model)
     model, tokenizer = load_model(**model_config)
     data = load_data(
         tokenizer=tokenizer,
-        **{k: v for k, v in OmegaConf.to_container(cfg.data, resolve=True).items() if k != "_target_"},
+        **{k: v for k, v in plain(cfg.data).items() if k != "_target_"},
     )
     peft = None
     if cfg.model.tuning == "lora" and not hasattr(model, "peft_config"):
@@ -242,9 +247,7 @@ def build(cfg: DictConfig, folder: Any) -> Parts:
         reward_funcs=rewards,
         args=trainer_arguments(cfg, folder.path / CHECKPOINTS),
         teacher=teacher,
-        distillation=Distillation(**OmegaConf.to_container(cfg.distillation, resolve=True))
-        if teacher is not None
-        else None,
+        distillation=Distillation(**plain(cfg.distillation)) if teacher is not None else None,
         rollout=RolloutSource(**rollout),
         train_dataset=data.train,
         processing_class=tokenizer,

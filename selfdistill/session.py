@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -19,7 +19,7 @@ from selfdistill.callbacks import CompletionsCallback, MonitorCallback, Progress
 from selfdistill.client import ServerUnavailable
 from selfdistill.config import run_name
 from selfdistill.errors import UserError
-from selfdistill.evaluation import EvalCallback, Evaluation
+from selfdistill.evaluation import EvalCallback
 from selfdistill.interruption import Interruption
 from selfdistill.logging import NoLogger
 from selfdistill.memory_estimate import estimate
@@ -94,7 +94,7 @@ class Record:
         self.screen = console.make_console()
         self.monitor: MonitorCallback | None = None
         self.final_accuracy: float | None = None
-        self.before: Evaluation | dict | None = None
+        self.before: dict[str, float] | None = None
         self._rows: list[dict] = []
         self._prompts_written = cfg.resume is not None
         self.places: dict[str, Any] = {"run": folder.path}
@@ -195,7 +195,7 @@ class Record:
             advantages = (advantages * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
         columns = rollouts.prompts, rollouts.completions, rollouts.scores, rollouts.feedback, advantages.tolist()
         names = ("prompt", "completion", "reward", "feedback", "advantage")
-        watched = completion_metrics(rollouts.completion_ids)
+        watched: dict[str, float | None] = dict(completion_metrics(rollouts.completion_ids))
         if parts.trainer.rewards:
             watched["monitor/reward_spread"] = reward_spread(rollouts.scores, rollouts.num_generations)
         for name, value in watched.items():
@@ -365,8 +365,3 @@ def _share(path: str | None) -> str:
     holder = [path]
     broadcast_object_list(holder)
     return str(holder[0])
-
-
-def resolved(cfg: DictConfig) -> Any:
-    """A plain copy with every interpolation replaced."""
-    return OmegaConf.to_container(cfg, resolve=True)

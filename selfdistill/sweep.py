@@ -53,7 +53,7 @@ class CheckSweep(Callback):
 
 def overrides_of(hydra_config: Any) -> list[str]:
     """The command line's keys as they were written: an interpolation in one is for the run to resolve, not for Hydra."""
-    return OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
+    return [str(override) for override in OmegaConf.to_container(hydra_config.overrides.task, resolve=False)]  # type: ignore[union-attr]
 
 
 def check_jobs(config: DictConfig) -> list[list[str]]:

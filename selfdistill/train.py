@@ -29,7 +29,8 @@ def run(cfg: DictConfig) -> float | None:
             cfg = session.resumed_config(cfg, overrides)
         build.check_targets(cfg)
         if cfg.check:
-            return session.show_plan(cfg)
+            session.show_plan(cfg)
+            return None
         with session.recorded(cfg, hydra_config) as record:
             job.folder = record.folder
             parts = build.build(cfg, record.folder)

@@ -56,7 +56,7 @@ def load_model(
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **common)
-        model = AutoModelForCausalLM.from_pretrained(path, **arguments)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, **arguments)
     except (OSError, ValueError, ImportError) as error:
         hint = "a folder with config.json and weights, or a hub name that this machine can reach"
         if local_files_only:
