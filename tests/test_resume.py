@@ -34,7 +34,7 @@ RUNS = {
     "teacher_average": [
         "eval=none", "teacher=demonstration", "teacher/weights=ema", "teacher.weights.rate=0.2",
         "teacher.weights.cadence=rollout", "policy_weight=0.5", "beta=0", "rollout.on_policy_fraction=0.7",
-        "rollout.cross_entropy_weight=0.5", "training.arguments={steps_per_generation: 8}",
+        "rollout.cross_entropy_weight=0.5", "+training.arguments.steps_per_generation=8",
     ],
     "adapter": [
         "eval=none", "model.tuning=lora", "model.lora.r=4", "model.lora.dropout=0.2", "beta=0.04",
@@ -61,7 +61,7 @@ def _unharmed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def overrides(run: str, data: Path, folder: Path) -> list[str]:
-    paths = [f"data.path={data}", "data.eval_size=2", f"output_dir={folder}"]
+    paths = [f"data.path={data}", f"data.eval_path={data}", f"output_dir={folder}"]
     return [*COMMON, *RUNS[run], *paths]
 
 
