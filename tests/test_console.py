@@ -63,7 +63,7 @@ def test_the_plan_s_arithmetic():
     assert "860 K, 43 K trained (5.0%; LoRA, rank 32)" in text
     assert "8 completions x 4 accumulated x 2 processes = 64: 16 prompts x 4" in text
     assert "300 steps = 19,200 completions = 12.00 passes over the data" in text
-    assert "about 1.2 GiB (weights 256 MiB, optimizer 1.0 GiB)" in text
+    assert "about 1.2 GiB and activations (weights 256 MiB, optimizer 1.0 GiB)" in text
     assert PLAN.completions == 64
 
 

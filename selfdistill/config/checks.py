@@ -81,6 +81,8 @@ def mismatch(value: Any, hint: Any) -> str | None:
             fits, write = value in get_args(option), " or ".join(map(str, get_args(option)))
         elif kind in WRITE:
             fits, write = _fits(value, kind, get_args(option)), WRITE[kind]
+            if kind is list and get_args(option) == (str,):
+                write = "a list of texts"
             if kind is str and isinstance(value, bool | int | float):
                 write = f"text, in quotes: '\"{value}\"'"
         else:

@@ -124,7 +124,7 @@ class Ema(_Shadowed):
 
     dtype = torch.float32
 
-    def __init__(self, rate: float = 0.05, cadence: str = "step") -> None:
+    def __init__(self, rate: float | int = 0.05, cadence: str = "step") -> None:
         if not 0 < rate <= 1:
             raise UserError(
                 f"teacher.weights.rate={rate} is outside (0, 1]: it is the student's weight per update, e.g. 0.05."
@@ -160,7 +160,7 @@ class TrustRegion(_Shadowed):
     Both see the teacher's prompt; the reference is the frozen start. Two teacher passes.
     """
 
-    def __init__(self, coef: float = 0.3) -> None:
+    def __init__(self, coef: float | int = 0.3) -> None:
         if not 0 <= coef <= 1:
             raise UserError(f"teacher.weights.coef={coef} is outside [0, 1]: 0 is the frozen start, 1 the student.")
         self.mix_coef = coef

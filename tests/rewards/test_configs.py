@@ -21,6 +21,10 @@ DELIBERATE = {
 }
 
 
+# what a user fills in
+FILES = [path for path in FILES if path.stem != "function"]
+
+
 def load(path: Path):
     root = OmegaConf.create({"seed": 0, "allow_code_execution": True})
     root.reward = OmegaConf.load(path)
