@@ -130,8 +130,13 @@ class Client:
         self._probes: set[asyncio.Task[None]] = set()
         self._warned_s = float("-inf")
 
+    @property
+    def name(self) -> str:
+        """The servers' addresses, for messages."""
+        return ", ".join(server.name for server in self.servers)
+
     def __repr__(self) -> str:
-        return f"Client({', '.join(server.name for server in self.servers)})"
+        return f"Client({self.name})"
 
     # The face for threads that run no event loop.
 
@@ -358,11 +363,10 @@ class Client:
         return RequestRefused(message, status, detail)
 
     def _unavailable(self, trouble: list[str], waited_s: float, wait_s: float = 0.0) -> ServerUnavailable:
-        names = ", ".join(server.name for server in self.servers)
         last = trouble[-1] if trouble else "it could not be reached by earlier requests either"
         asks = f" It asks to wait {wait_s:.0f} s, {self.prefix}patience_s allows {self.patience_s:g}." if wait_s else ""
         return ServerUnavailable(
-            f"No usable answer from {names} for {waited_s:.0f} s ({len(trouble)} attempts; the last one: {last}).{asks}\n"
+            f"No usable answer from {self.name} for {waited_s:.0f} s ({len(trouble)} attempts; the last one: {last}).{asks}\n"
             f"Is the server running? To start one: vllm serve MODEL --served-model-name NAME --port PORT\n"
             f"Another address: {self.prefix}base_url=http://HOST:PORT/v1. Waiting longer: {self.prefix}patience_s=SECONDS."
         )

