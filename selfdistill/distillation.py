@@ -14,8 +14,9 @@ from selfdistill.settings import Distillation
 from selfdistill.teachers.context import SCORE_TOLERANCE
 from selfdistill.teachers.scored import Scored
 
-# How many tokens the entropy is estimated from where no policy gradient computes it: enough for an alarm.
-ENTROPY_SAMPLE_TOKENS = 256
+# How many tokens the entropy is estimated from where no policy gradient computes it: enough for an alarm, and few beside
+# what the loss projects. So many at a time are projected, so that no tensor of tokens x vocabulary is held.
+ENTROPY_SAMPLE_TOKENS, ENTROPY_BLOCK_TOKENS = 64, 16
 
 # Hidden states (N, H) of the tokens in a mask (B, T), in row order.
 States = Callable[[Tensor], Tensor]
@@ -220,9 +221,13 @@ def token_logps(hidden: Tensor, ids: Tensor, head: Head, temperature: Any, weigh
 
 @torch.no_grad()
 def sampled_entropy(hidden: Tensor, head: Head, temperature: Any) -> float:
-    """Mean entropy in nats over the first few tokens, so that no tensor of tokens x vocabulary is held."""
-    logits = head.logits(hidden[:ENTROPY_SAMPLE_TOKENS]) / temperature
-    return torch.distributions.Categorical(logits=logits).entropy().mean().item()
+    """Mean entropy in nats of the predictions from some of the hidden states (N, H), evenly spread; N at least 1."""
+    if len(hidden) > ENTROPY_SAMPLE_TOKENS:
+        hidden = hidden[torch.linspace(0, len(hidden) - 1, ENTROPY_SAMPLE_TOKENS, device=hidden.device).long()]
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for block in hidden.split(ENTROPY_BLOCK_TOKENS):
+        total += torch.special.entr(torch.softmax(head.logits(block) / temperature, dim=-1)).sum()
+    return total.item() / len(hidden)
 
 
 def _left_padded(rows: list[list[int]], padding: int, device: torch.device) -> tuple[Tensor, Tensor]:
