@@ -82,7 +82,9 @@ def show_plan(cfg: DictConfig) -> None:
     """The composed tree and a memory estimate; nothing is loaded or written."""
     screen = console.make_console()
     console.print_all(screen, console.config_tree(cfg))
-    screen.print("memory:", console.memory_line(estimate(cfg), cfg.hardware.memory_gib and float(cfg.hardware.memory_gib)))
+    screen.print(
+        "memory:", console.memory_line(estimate(cfg), cfg.hardware.memory_gib and float(cfg.hardware.memory_gib))
+    )
     screen.print("checked: nothing was loaded or written")
 
 

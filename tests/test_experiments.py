@@ -18,7 +18,13 @@ from tests.command import command, composed, options
 
 KEPT = Path(__file__).parent / "configs"
 EXPERIMENTS = options("experiment")
-SHORT = ["debug=fast", "eval=none", "hardware=cpu", "hardware.per_device_batch_size=8", "rollout.max_completion_tokens=16"]
+SHORT = [
+    "debug=fast",
+    "eval=none",
+    "hardware=cpu",
+    "hardware.per_device_batch_size=8",
+    "rollout.max_completion_tokens=16",
+]
 # Their teachers are silent unless one of the group is right, which with few rollouts is a matter of luck.
 SEEDS: dict[str, int] = {}
 

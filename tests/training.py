@@ -96,7 +96,8 @@ def make(folder: Path, model: Any = None, args: dict | None = None, **given: Any
                 prompts=[i[m.bool()].tolist() for i, m in zip(tensors["prompt_ids"], tensors["prompt_mask"])],
                 completions=[list(c) for c in rollouts.completion_ids],
                 shown=[i if shown is not None and s is not None else None for i, s in zip(ids, shown or ids)],
-                scores=list(rollouts.scores), feedback=list(rollouts.feedback),
+                scores=list(rollouts.scores),
+                feedback=list(rollouts.feedback),
                 advantages=tensors["advantages"].clone(),
             )  # fmt: skip
         )
@@ -199,7 +200,9 @@ def assert_same_parameters(ours: nn.Module, theirs: nn.Module, start: nn.Module,
     moved = 0.0
     for (name, a), b, c in zip(ours.named_parameters(), theirs.parameters(), start.parameters(), strict=True):
         if a.requires_grad:
-            torch.testing.assert_close(a.detach() - c, b.detach() - c, rtol=rtol, atol=rtol * 1e-2, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                a.detach() - c, b.detach() - c, rtol=rtol, atol=rtol * 1e-2, msg=lambda m, n=name: f"{n}: {m}"
+            )
             moved = max(moved, (a - c).detach().abs().max().item())
     assert moved > 1e-5
 

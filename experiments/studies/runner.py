@@ -21,15 +21,17 @@ from rich.console import Console
 from rich.progress import track
 
 
-def run(job: tuple[str, int, list[str], Path]) -> dict:
-    """One row and seed; returns its line of results."""
-    name, seed, overrides, folder = job
+def run(job: tuple[str, int, list[str], Path, bool]) -> dict | None:
+    """One row and seed; returns its line of results, None where nothing is to be run and nothing has been."""
+    name, seed, overrides, folder, collect = job
     key = re.sub(r"[^A-Za-z0-9.]+", "-", f"{name}-seed{seed}")
     done = [
         p.parent
         for p in folder.glob(f"*[0-9]-{key}-*/summary.json")
         if json.loads(p.read_text())["status"] in ("finished", "stopped")
     ]
+    if not done and collect:
+        return None
     if not done:
         command = [
             sys.executable,
@@ -105,12 +107,14 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("outputs/studies"))
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, one thread each")
     parser.add_argument("--only", nargs="*", help="rows to run; all without")
+    parser.add_argument("--seeds", nargs="*", type=int, help="seeds to run; the study's without")
+    parser.add_argument("--collect", action="store_true", help="run nothing, gather what has finished")
     arguments = parser.parse_args()
     study = yaml.safe_load((arguments.study / "study.yaml").read_text())
     folder = (arguments.runs / arguments.study.name).resolve()
     jobs = [
-        (name, seed, [*study.get("common", []), *overrides], folder)
-        for seed in study["seeds"]
+        (name, seed, [*study.get("common", []), *overrides], folder, arguments.collect)
+        for seed in arguments.seeds or study["seeds"]
         for name, overrides in study["rows"].items()
         if not arguments.only or name in arguments.only
     ]
@@ -119,14 +123,12 @@ def main() -> None:
             track(pool.map(run, jobs), total=len(jobs), description=arguments.study.name, console=Console(stderr=True))
         )
     order = list(study["rows"])
-    table = pd.DataFrame(lines).sort_values(["row", "seed"], key=lambda c: c.map(order.index) if c.name == "row" else c)
+    order = list(study["rows"])
+    table = pd.DataFrame([line for line in lines if line])
+    table = table.sort_values(
+        ["row", "seed"], key=lambda column: column.map(order.index) if column.name == "row" else column
+    )
     file = arguments.study / "results.csv"
-    if arguments.only and file.exists():
-        earlier = pd.read_csv(file)
-        table = pd.concat([earlier[~earlier.row.isin(arguments.only)], table])
-        table = table.sort_values(
-            ["row", "seed"], key=lambda c: c.map({n: i for i, n in enumerate(order)}) if c.name == "row" else c
-        )
     table.to_csv(file, index=False)
     (arguments.study / "results.md").write_text(by_seed(table, order))
     print(table.to_string(index=False))

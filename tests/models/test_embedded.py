@@ -25,7 +25,9 @@ def test_the_exam_of_the_log_is_passed_again(results):
     logged = json.loads((FOLDER / "build_log.json").read_text())[-1]["exams"][-1]
     for name, share in results.items():
         # 40 examples against 200: three standard errors, and some room at the ends
-        assert share == pytest.approx(logged[name], abs=0.06 + 3 * (logged[name] * (1 - logged[name]) / 40) ** 0.5), name
+        assert share == pytest.approx(logged[name], abs=0.06 + 3 * (logged[name] * (1 - logged[name]) / 40) ** 0.5), (
+            name
+        )
 
 
 def test_skills_come_in_grades(results):
