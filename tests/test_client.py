@@ -148,9 +148,9 @@ def test_retry_after_headers(header: str, seconds: float) -> None:
 
 
 def test_an_absent_server_says_what_was_tried_and_how_to_start_one() -> None:
-    with Client("http://127.0.0.1:9/v1", timeout_s=1.0, patience_s=0.3, key_prefix="teacher.") as client:
-        with pytest.raises(ServerUnavailable) as error:
-            client.run(ask(client, 1))
+    absent = Client("http://127.0.0.1:9/v1", timeout_s=1.0, patience_s=0.3, key_prefix="teacher.")
+    with absent as client, pytest.raises(ServerUnavailable) as error:
+        client.run(ask(client, 1))
     message = str(error.value)
     assert "http://127.0.0.1:9/v1" in message
     assert "cannot connect" in message

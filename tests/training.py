@@ -22,7 +22,7 @@ def lively(seed: int = 0, tied: bool = True, dtype: torch.dtype = torch.float64)
     """A tiny model with peaked predictions that ends its answers after a few tokens."""
     model = tiny_model(seed, tied=tied)
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for _, p in model.named_parameters():
             if p.dim() > 1:
                 p.mul_(8.0)
     model.generation_config.eos_token_id = [2, 20, 30, 40, 50]  # answers of many lengths

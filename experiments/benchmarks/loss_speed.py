@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -142,7 +143,7 @@ def peak_mb(case: str, side: str, tokens: int) -> float:
     x = Inputs.make(tokens, options.pop("trained", False))
     function = {"ours": ours, "trl": trl}[side]
     if side == "trl":
-        import trl.experimental.sdpo.sdpo_trainer  # noqa: F401
+        import_module("trl.experimental.sdpo.sdpo_trainer")  # what it loads is not the loss's memory
     small = Inputs(*(v.detach() for v in (x.student_hidden[:1, :8], x.teacher_hidden[:1, :8])), x.student_head,
                    x.teacher_head, x.mask[:1, :8], x.trained)  # fmt: skip
     small.student_hidden.requires_grad_()

@@ -10,6 +10,7 @@ one {"prompt": …, "answer": …} a line.
 import argparse
 import json
 from importlib import resources
+from pathlib import Path
 
 from datasets import Dataset
 from trl import GRPOConfig
@@ -28,7 +29,7 @@ def exact(completions: list, answer: list[str], **_: object) -> list[float]:
 def rows(path: str | None) -> Dataset:
     """Questions as messages, each with its answer."""
     file = resources.files("selfdistill.data") / "embedded" / "half_known_train.jsonl"
-    text = open(path, encoding="utf-8").read() if path else file.read_text(encoding="utf-8")
+    text = Path(path).read_text(encoding="utf-8") if path else file.read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
     return Dataset.from_list(
         [{"prompt": [{"role": "user", "content": line["prompt"]}], "answer": line["answer"]} for line in lines]
