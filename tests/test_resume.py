@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,8 +27,8 @@ COMMON = [
     "hardware=cpu", "hardware.per_device_batch_size=4", "hardware.accumulation_steps=2", "hardware.threads=1",
     "rollout.max_completion_tokens=8", "learning_rate=0.003",
 ]  # fmt: skip
-# The checkpoint of step 5 lies in the third pass over the data, and in the second and third run in the middle of what
-# was sampled together. The first run evaluates on the way.
+# The checkpoint of step 5 lies within a pass over the data, in the first two runs not the first one, and in the second
+# and third run amid the steps that share rollouts. The first run evaluates on the way.
 RUNS = {
     "grpo_with_kl": [
         "beta=0.04", "eval.every=4", "eval.max_rows=6", "eval.max_new_tokens=8", "eval.max_rows_per_suite=2",
@@ -49,7 +51,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
     rows = [
         {"prompt": f"add {i} {i + 1}", "answer": str(2 * i + 1), "golden_response": [f"it is {2 * i + 1}"]}
-        for i in range(14)
+        for i in range(18)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -72,7 +74,11 @@ def here(arguments: list[str]) -> None:
     HydraConfig.instance().set_config(cfg)
     with open_dict(cfg):
         del cfg["hydra"]
-    train.run(cfg)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            train.sweep, "job", lambda _: nullcontext(SimpleNamespace())
+        )  # which would print the error and exit
+        train.run(cfg)
 
 
 def command(arguments: list[str], sabotage: str | None = None) -> subprocess.CompletedProcess[str]:

@@ -179,6 +179,6 @@ def test_finish_without_start():
 @pytest.mark.parametrize("name", ["wandb", "trackio", "none"])
 def test_the_shipped_configurations(name):
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        logger = instantiate(compose(overrides=[f"+logger={name}", "+group=null"]).logger)
+        logger = instantiate(compose(overrides=[f"+logger={name}", "+group=null", "+tags=[]", "+name=null"]).logger)
     assert isinstance(logger, RunLogger)
     assert isinstance(logger, NoLogger) == (name == "none")
