@@ -25,8 +25,8 @@ COMMON = [
     "hardware=cpu", "hardware.per_device_batch_size=4", "hardware.accumulation_steps=2", "hardware.threads=1",
     "rollout.max_completion_tokens=8", "learning_rate=0.003",
 ]  # fmt: skip
-# The checkpoint of step 5 lies in the third pass over the data, and in the second and third run in the middle of what
-# was sampled together. The first run evaluates on the way.
+# The checkpoint of step 5 lies within a pass over the data, in the first two runs not the first one, and in the second
+# and third run amid the steps that share rollouts. The first run evaluates on the way.
 RUNS = {
     "grpo_with_kl": [
         "beta=0.04", "eval.every=4", "eval.max_rows=6", "eval.max_new_tokens=8", "eval.max_rows_per_suite=2",
@@ -34,7 +34,7 @@ RUNS = {
     "teacher_average": [
         "eval=none", "teacher=demonstration", "teacher/weights=ema", "teacher.weights.rate=0.2",
         "teacher.weights.cadence=rollout", "policy_weight=0.5", "beta=0", "rollout.on_policy_fraction=0.7",
-        "rollout.cross_entropy_weight=0.5", "training.arguments={steps_per_generation: 8}",
+        "rollout.cross_entropy_weight=0.5", "+training.arguments.steps_per_generation=8",
     ],
     "adapter": [
         "eval=none", "model.tuning=lora", "model.lora.r=4", "model.lora.dropout=0.2", "beta=0.04",
@@ -47,7 +47,7 @@ TIMES = ("time/", "step_time", "eval_runtime")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "rows.jsonl"
-    rows = [{"prompt": f"add {i} {i + 1}", "answer": str(2 * i + 1), "golden_response": [f"it is {2 * i + 1}"]} for i in range(14)]
+    rows = [{"prompt": f"add {i} {i + 1}", "answer": str(2 * i + 1), "golden_response": [f"it is {2 * i + 1}"]} for i in range(18)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -58,7 +58,7 @@ def _unharmed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def overrides(run: str, data: Path, folder: Path) -> list[str]:
-    paths = [f"data.path={data}", "data.eval_size=2", f"output_dir={folder}"]
+    paths = [f"data.path={data}", f"data.eval_path={data}", f"output_dir={folder}"]
     return [*COMMON, *RUNS[run], *paths]
 
 

@@ -200,7 +200,7 @@ def assert_same_parameters(ours: nn.Module, theirs: nn.Module, start: nn.Module,
     for (name, a), b, c in zip(ours.named_parameters(), theirs.parameters(), start.parameters(), strict=True):
         if a.requires_grad:
             torch.testing.assert_close(a.detach() - c, b.detach() - c, rtol=rtol, atol=rtol * 1e-2, msg=lambda m, n=name: f"{n}: {m}")
-            moved = max(moved, float((a - c).abs().max()))
+            moved = max(moved, (a - c).detach().abs().max().item())
     assert moved > 1e-5
 
 
