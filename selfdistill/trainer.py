@@ -102,6 +102,7 @@ class SelfDistillTrainer(GRPOTrainer):
             super().__init__(
                 model=model, reward_funcs=self.rewards or [no_reward], args=args, train_dataset=train_dataset, **kwargs
             )
+        self._check_size(train_dataset)
         unwrapped = self.accelerator.unwrap_model(self.model)
         if self.ref_model is not None and not self._sharded:
             copy_weights(unwrapped, self.accelerator.unwrap_model(self.ref_model))
@@ -121,6 +122,16 @@ class SelfDistillTrainer(GRPOTrainer):
             for several_turns in ("tools", "environment_factory", "rollout_func"):
                 if given.get(several_turns):
                     raise UserError(f"rollout: {several_turns} goes with the student's own completions only.")
+
+    def _check_size(self, dataset: Any) -> None:
+        """Rows that do not fill a batch are left out, which may be all of them."""
+        together = self.args.generation_batch_size // self.num_generations
+        if hasattr(dataset, "__len__") and len(dataset) < together:
+            raise UserError(
+                f"The training data has {len(dataset)} rows, but completions are sampled for {together} prompts at a "
+                "time, so that nothing would be trained. Give more rows, or a smaller batch (per_device_batch_size, "
+                "accumulation_steps, steps_per_generation), or more completions per prompt."
+            )
 
     def _attach_teacher(self, model: Any) -> None:
         top_k, size = self.distillation.top_k, len(inner_model(model).get_output_embeddings().weight)

@@ -652,6 +652,11 @@ def test_impossible_combinations(given: dict, message: str | None, tmp_path: Pat
         make(tmp_path, lively(), **given)
 
 
+def test_too_few_rows_for_one_batch(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has 3 rows, but completions are sampled for 4 prompts"):
+        make(tmp_path, lively(), {"num_generations": 2}, reward_funcs=by_length, train_dataset=questions(3))
+
+
 def test_a_teacher_that_lacks_its_column(tmp_path: Path) -> None:
     from selfdistill.teachers.context import Demonstration
 
