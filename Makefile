@@ -1,5 +1,6 @@
 # make demo   own environment, then the main job on the embedded model
-# make test   own environment, then the tests (with the real vLLM server where it can be installed)
+# make test   own environment, then the tests; those of the real vLLM server run where `make vllm` was run before
+# make vllm   a real vLLM for the CPU, in an environment of its own
 # make lint   style and types
 PYTHON ?= python3
 VENV := .venv
@@ -19,7 +20,7 @@ $(BIN)/.installed: pyproject.toml
 demo: $(BIN)/.installed
 	$(BIN)/python -m selfdistill.train experiment=grpo_supervised
 
-test: $(BIN)/.installed vllm
+test: $(BIN)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: $(BIN)/.installed
