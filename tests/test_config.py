@@ -35,6 +35,8 @@ LEFT_OUT = {
     "context": "a group of its own",
     "feedback": "an evaluation gives none",
     "feedback_characters": "an evaluation gives none",
+    "golden_template": "the demonstration's, of generate_data",
+    "key_prefix": "for messages of other commands",
 }
 
 

@@ -40,7 +40,7 @@ def compose(overrides: Sequence[str]) -> Any:
         with initialize_config_module("selfdistill.conf", version_base="1.3"):
             return hydra_compose("train", given)
     except (HydraException, OmegaConfBaseException) as problem:
-        raise UserError(config.explain(problem, given)) from None
+        raise UserError(config.explain(problem)) from None
 
 
 def diagnose(overrides: Sequence[str]) -> list[Line]:

@@ -155,4 +155,9 @@ def test_code_that_ignores_the_alarm_is_killed_and_earlier_results_kept(wait, na
     tests = ["assert f(0) is None", "f(1)"]
     code = f"{IGNORES_THE_ALARM}def f(x):\n    if x:\n        {wait}\n"
     found = judge(code, tests, timeout_s=2.0, partial=True)
-    assert found == {"score": 0.5, "feedback": "1 of 2 tests fail.\n\nf(1)\nThe time limit was exceeded."}
+    # A busy loop can meet the limit on processor time first, which the system enforces.
+    ends = {"The time limit was exceeded."} | (
+        {"The process ended before the test did."} if wait.startswith("while") else set()
+    )
+    assert found["score"] == 0.5
+    assert found["feedback"] in {f"1 of 2 tests fail.\n\nf(1)\n{end}" for end in ends}
