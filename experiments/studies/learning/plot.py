@@ -16,7 +16,7 @@ def main() -> None:
     results["task"] = results.row.str.split(":").str[0]
     results["method"] = results.row.str.split(": ").str[1]
     tasks = list(dict.fromkeys(results.task))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(5.2 * len(tasks), 4.6), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(1, len(tasks), figsize=(5.2 * len(tasks), 5.6), sharey=True, squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         rows = results[results.task == task]
         colours = plt.get_cmap("tab20")
@@ -32,7 +32,7 @@ def main() -> None:
         axis.axhline(rows.retention_before.mean(), color="grey", linewidth=0.8, linestyle=":")
         axis.set(title=f"new skill: {task}", xlabel="held-out accuracy on the new skill", xlim=(-0.03, 1.03))
         axis.grid(alpha=0.25)
-        axis.legend(fontsize=7, loc="lower left")
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     axes[0][0].set_ylabel("mean retention of the old skills (dotted: before)")
     figure.tight_layout()
     figure.savefig(FOLDER / "new_skill_against_retention.png", dpi=130)
