@@ -6,23 +6,26 @@ Forward and backward from the last hidden states of student and teacher to the g
 (and head, where it is trained). TRL's side runs its own `SDPOTrainer._compute_self_distillation_loss`, imported, on
 logits of all positions; ours projects the valid ones. Both losses and gradients are compared before anything is timed.
 
-Columns: seconds are the least of the repeats, the three taken in turn in one process. `MB` is the peak of resident
-memory above what inputs take, each side in a process of its own. `products` are the bare matrix products of our side
-over the valid tokens in one piece, into memory that is already there: 2 projections and the gradient of the hidden
-states, and of the head where it is trained. A trained head's gradient (V × H floats) is in both sides' MB.
+Columns: seconds are the least of the repeats, the three taken in turn in one process; `others` is the largest share of
+the machine that other processes had during these three (Linux): a table with more than a few percent there means
+little. `MB` is the peak of resident memory above what inputs take, each side in a process of its own. `products` are
+the bare matrix products of our side over the valid tokens in one piece, into memory that is already there: 2
+projections and the gradient of the hidden states, and of the head where it is trained. A trained head's gradient (V × H
+floats) is in both sides' MB.
 """
 
 import argparse
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import import_module
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +33,8 @@ from torch import Tensor
 from selfdistill.losses import aggregate, aggregation_weights, chunked_token_divergence
 
 ROWS, HIDDEN, VOCABULARY, VALID = 4, 512, 151_936, 0.6
-CASES: dict[str, dict] = {
+Options = dict[str, Any]
+CASES: dict[str, Options] = {
     "top_k": {"alpha": 0.5, "top_k": 100},
     "top_k, head trained": {"alpha": 0.5, "top_k": 100, "trained": True},
     "top_k renormalised": {"alpha": 0.5, "top_k": 100, "tail": False},
@@ -62,8 +66,15 @@ class Inputs:
         mask = (torch.arange(shape[1]) < lengths[:, None]).float()
         return Inputs(student.requires_grad_(), teacher, head.requires_grad_(trained), teacher_head, mask, trained)
 
+    def first(self, tokens: int) -> "Inputs":
+        """The first tokens of one row."""
+        student = self.student_hidden.detach()[:1, :tokens].requires_grad_()
+        return replace(
+            self, student_hidden=student, teacher_hidden=self.teacher_hidden[:1, :tokens], mask=self.mask[:1, :tokens]
+        )
 
-def ours(x: Inputs, options: dict) -> Tensor:
+
+def ours(x: Inputs, options: Options) -> Tensor:
     valid = x.mask.bool()
     weights = aggregation_weights(x.mask, MODE)[valid]
     values = chunked_token_divergence(
@@ -72,7 +83,7 @@ def ours(x: Inputs, options: dict) -> Tensor:
     return aggregate(torch.zeros_like(x.mask).masked_scatter(valid, values), x.mask, MODE)
 
 
-def trl(x: Inputs, options: dict) -> Tensor:
+def trl(x: Inputs, options: Options) -> Tensor:
     from trl.experimental.sdpo.sdpo_trainer import DistillationLogits, SDPOTrainer
 
     with torch.no_grad():
@@ -85,7 +96,7 @@ def trl(x: Inputs, options: dict) -> Tensor:
         teacher_logits=teacher_logits,
     )
     top_k = options.get("top_k")
-    trainer = SimpleNamespace(
+    trainer: Any = SimpleNamespace(
         args=SimpleNamespace(
             distillation_mode="topk_logits" if top_k else "full_logits",
             distillation_topk=top_k,
@@ -96,7 +107,7 @@ def trl(x: Inputs, options: dict) -> Tensor:
         accelerator=SimpleNamespace(gather=lambda value: value),
         _log_self_distillation_metric=lambda mode, value: None,
     )
-    model = SimpleNamespace(training=True)
+    model: Any = SimpleNamespace(training=True)
     loss: Tensor = SDPOTrainer._compute_self_distillation_loss(trainer, model, {}, logits)
     return loss
 
@@ -119,15 +130,32 @@ def products(x: Inputs) -> Callable[[], None]:
     return run
 
 
-def gradient_of(side: Callable[[Inputs, dict], Tensor], x: Inputs, options: dict) -> tuple[Tensor, list[Tensor]]:
+def gradient_of(side: Callable[[Inputs, Options], Tensor], x: Inputs, options: Options) -> tuple[Tensor, list[Tensor]]:
     loss = side(x, options)
     return loss.detach(), list(torch.autograd.grad(loss, [x.student_hidden, x.student_head][: 1 + x.trained]))
 
 
-def seconds(action: Callable[[], object]) -> float:
+@dataclass
+class Timing:
+    seconds: float
+    others: float  # share of the machine's CPUs
+
+
+def cpu_seconds() -> tuple[float, float]:
+    """Of all processors and of this process, since boot or start."""
+    fields = [int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    busy = sum(fields) - fields[3] - fields[4]
+    return busy / os.sysconf("SC_CLK_TCK"), time.process_time()
+
+
+def timing(action: Callable[[], object]) -> Timing:
+    busy, own = cpu_seconds()
     start = time.perf_counter()
     action()
-    return time.perf_counter() - start
+    elapsed = time.perf_counter() - start
+    busy_after, own_after = cpu_seconds()
+    others = (busy_after - busy - (own_after - own)) / (elapsed * (os.cpu_count() or 1))
+    return Timing(elapsed, max(0.0, others))
 
 
 def resident_mb(field: str) -> float:
@@ -140,36 +168,34 @@ def resident_mb(field: str) -> float:
 
 def peak_mb(case: str, side: str, tokens: int) -> float:
     options = dict(CASES[case])
-    x = Inputs.make(tokens, options.pop("trained", False))
+    trained = options.pop("trained", False)
     function = {"ours": ours, "trl": trl}[side]
-    if side == "trl":
-        import_module("trl.experimental.sdpo.sdpo_trainer")  # what it loads is not the loss's memory
-    small = Inputs(*(v.detach() for v in (x.student_hidden[:1, :8], x.teacher_hidden[:1, :8])), x.student_head,
-                   x.teacher_head, x.mask[:1, :8], x.trained)  # fmt: skip
-    small.student_hidden.requires_grad_()
-    # Thread pools and work areas of the matrix library are no part of either side.
-    gradient_of(function, small, options)
+    x = Inputs.make(tokens, trained)
+    # Imports, thread pools and work areas of the matrix library are no part of either side.
+    gradient_of(function, x.first(2), options)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident_mb("VmRSS")
     gradient_of(function, x, options)
     return resident_mb("VmHWM") - before
 
 
-def measure(case: str, tokens: int, repeats: int) -> dict[str, float]:
+def measure(case: str, tokens: int, repeats: int) -> dict[str, Timing]:
     options = dict(CASES[case])
     x = Inputs.make(tokens, options.pop("trained", False))
     mine, theirs = gradient_of(ours, x, options), gradient_of(trl, x, options)
     torch.testing.assert_close(mine[0], theirs[0], rtol=1e-4, atol=1e-6)
     for a, b in zip(mine[1], theirs[1], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
+    del mine, theirs
     bare = products(x)
     bare()
-    times: dict[str, list[float]] = {"ours_s": [], "trl_s": [], "products_s": []}
-    for _ in range(repeats):
-        times["ours_s"].append(seconds(lambda: gradient_of(ours, x, options)))
-        times["products_s"].append(seconds(bare))
-        times["trl_s"].append(seconds(lambda: gradient_of(trl, x, options)))
-    return {name: min(values) for name, values in times.items()}
+    actions: dict[str, Callable[[], object]] = {
+        "ours": lambda: gradient_of(ours, x, options),
+        "products": bare,
+        "trl": lambda: gradient_of(trl, x, options),
+    }
+    runs = [{name: timing(action) for name, action in actions.items()} for _ in range(repeats)]
+    return {name: min((run[name] for run in runs), key=lambda t: t.seconds) for name in actions}
 
 
 def in_a_process(*arguments: object) -> float:
@@ -188,14 +214,13 @@ def main() -> None:
     parser.add_argument("--peak", nargs=2, metavar=("CASE", "SIDE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak:
-        print(json.dumps(peak_mb(*arguments.peak, arguments.tokens)))
+        case, side = arguments.peak
+        print(json.dumps(peak_mb(case, side, arguments.tokens)))
         return
     valid = int(Inputs.make(arguments.tokens, False).mask.sum())
-    print(
-        f"{torch.get_num_threads()} threads, {valid} valid of {arguments.tokens} tokens, hidden {HIDDEN}, V {VOCABULARY}"
-    )
-    heads = ["ours s", "TRL s", "products s", "ours MB", "TRL MB", "time/TRL", "memory TRL/ours", "time/products"]
-    print(f"| {'case':30} | " + " | ".join(heads) + " |\n|" + "---|" * (1 + len(heads)))
+    print(f"{torch.get_num_threads()} threads, {valid} valid of {arguments.tokens} tokens, H {HIDDEN}, V {VOCABULARY}")
+    heads = ["ours s", "TRL s", "products s", "ours MB", "TRL MB", "time / TRL", "TRL MB / ours", "time / products"]
+    print(f"| {'case':30} | " + " | ".join([*heads, "others"]) + " |\n|" + "---|" * (2 + len(heads)))
     for case in CASES:
         if arguments.only not in case:
             continue
@@ -205,12 +230,11 @@ def main() -> None:
             mine, theirs = (
                 in_a_process("--tokens", arguments.tokens, "--peak", case, side) for side in ("ours", "trl")
             )
-        ratio = row["ours_s"] / row["trl_s"], theirs / mine, row["ours_s"] / row["products_s"]
-        print(
-            f"| {case:30} | {row['ours_s']:.2f} | {row['trl_s']:.2f} | {row['products_s']:.2f} | {mine:.0f} | {theirs:.0f} "
-            f"| {ratio[0]:.2f} | {ratio[1]:.1f} | {ratio[2]:.2f} |",
-            flush=True,
-        )
+        ours_s, trl_s, products_s = (row[name].seconds for name in ("ours", "trl", "products"))
+        cells = [f"{x:.2f}" for x in (ours_s, trl_s, products_s)] + [f"{x:.0f}" for x in (mine, theirs)]
+        cells += [f"{ours_s / trl_s:.2f}", f"{theirs / mine:.1f}", f"{ours_s / products_s:.2f}"]
+        cells.append(f"{max(t.others for t in row.values()):.0%}")
+        print(f"| {case:30} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def aggregate(
     | `token_mean` | sum of all tokens / number of tokens: long rows weigh more |
     | `seq_mean_token_mean` | mean over rows of (sum over tokens / T_i): rows weigh the same |
     | `seq_mean_token_sum` | mean over rows of the sum over tokens |
-    | `seq_mean_token_sum_norm` | sum over rows and tokens / max_completion_tokens; divided by rows only through `normalizer` |
+    | `seq_mean_token_sum_norm` | sum of all tokens / max_completion_tokens; by rows only through `normalizer` |
 
     Masked tokens may hold anything, NaN too. With nothing active the result is 0 and still attached to the graph.
 

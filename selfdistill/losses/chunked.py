@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from selfdistill.losses.divergence import LOG_ZERO, Divergence, mix_logits, support_divergence
-from selfdistill.losses.projection import Head, Sweep, token_losses
+from selfdistill.losses.divergence import LOG_ZERO, Divergence, support_divergence
+from selfdistill.losses.projection import Head, Sweep, Teacher, softmax_, token_losses
 
 Real = float | int
 
@@ -36,7 +36,7 @@ def chunked_token_divergence(
     student_bias: Float[Tensor, "V"] | None = None,
     teacher_bias: Float[Tensor, "V"] | None = None,
     logit_scale: Real | tuple[Real, Real] = 1.0,
-    soft_cap: Real | None | tuple[Real | None, Real | None] = None,
+    soft_cap: Real | tuple[Real | None, Real | None] | None = None,
     mixture: tuple[Float[Tensor, "N Hm"], Float[Tensor, "V Hm"], Real] | None = None,
 ) -> Float[Tensor, "N"]:
     """`token_divergence` of head(hidden), per token, in nats. Differentiable in student_hidden, _head and _bias.
@@ -47,7 +47,7 @@ def chunked_token_divergence(
 
     Args:
         alpha, top_k, tail, temperature, pointwise_clip, jsd_normalize: as in `token_divergence`.
-        chunk_tokens: tokens whose logits are held at a time; None: as many as fit in 64 MiB per model (GPU: 256 MiB).
+        chunk_tokens: tokens whose logits are held at a time; None: as many as fit in 128 MiB (GPU: 256 MiB).
         weights: what each value will be multiplied by before it is summed (up to one common factor), if that is known;
             see `aggregation_weights`. A hint for speed; it doesn't change the values returned.
         logit_scale: factor of the logits, of both models or as (student, teacher).
@@ -61,21 +61,23 @@ def chunked_token_divergence(
             tokens that differ.
     """
     kind = Divergence(alpha, top_k, tail, temperature, pointwise_clip, jsd_normalize)
+    student_hidden, teacher_hidden, student_head, teacher_head = (
+        _as_autocast(x) for x in (student_hidden, teacher_hidden, student_head, teacher_head)
+    )
     scales = logit_scale if isinstance(logit_scale, tuple) else (logit_scale, logit_scale)
     caps = soft_cap if isinstance(soft_cap, tuple) else (soft_cap, soft_cap)
-    student = _head(student_head, student_bias, scales[0], caps[0], temperature)
-    sides = [(teacher_hidden, teacher_head), *([mixture[:2]] if mixture else [])]
-    teachers = tuple((h.detach(), _head(w, teacher_bias, scales[1], caps[1], temperature)) for h, w in sides)
-    _check(student_hidden, student_head, teachers, chunk_tokens)
+    head = _head(student_head, student_bias, scales[0], caps[0], temperature)
+    sides = [(teacher_hidden, teacher_head), *([tuple(map(_as_autocast, mixture[:2]))] if mixture else [])]
+    teacher = Teacher(
+        tuple((h.detach(), _head(w, teacher_bias, scales[1], caps[1], temperature)) for h, w in sides),
+        coef=mixture[2] if mixture else 0.0,
+    )
+    _check(student_hidden, student_head, chunk_tokens, teacher)
     kind.check_vocabulary(len(student_head))
-    coef = mixture[2] if mixture else None
-
-    def loss(logits: list[Tensor], rows: slice, wants_gradient: bool) -> Tensor:
-        teacher = logits[1] if coef is None else mix_logits(logits[1], logits[2], coef)
-        block = _over_vocabulary if top_k is None else _over_top_k
-        return block(logits[0], teacher, kind, wants_gradient)
-
-    sweep = Sweep(student, teachers, loss, chunk_tokens)
+    if top_k is None:
+        sweep = Sweep(head, partial(_over_vocabulary, kind), chunk_tokens, teacher, tensors=5)
+    else:
+        sweep = Sweep(head, partial(_over_top_k, kind, teacher, teacher.logsumexp()), chunk_tokens)
     return token_losses(student_hidden, student_head, student_bias, sweep, weights)
 
 
@@ -105,18 +107,20 @@ def chunked_support_divergence(
     divergence = partial(
         support_divergence, alpha=alpha, tail=tail, pointwise_clip=pointwise_clip, jsd_normalize=jsd_normalize
     )
+    student_hidden, student_head = _as_autocast(student_hidden), _as_autocast(student_head)
     head = _head(student_head, student_bias, logit_scale, soft_cap, temperature)
-    _check(student_hidden, student_head, (), chunk_tokens)
+    _check(student_hidden, student_head, chunk_tokens)
 
-    def loss(logits: list[Tensor], rows: slice, wants_gradient: bool) -> Tensor:
-        ids, teacher = support_ids[rows], teacher_logps[rows].detach()
-        student = torch.log_softmax(logits[0], dim=-1, out=logits[0]).gather(-1, ids)
-        values, slope = _value_and_slope(divergence, student, teacher)
+    def loss(logits: Tensor, _: Tensor | None, rows: slice, wants_gradient: bool) -> Tensor:
+        ids = support_ids[rows]
+        chosen = logits.gather(-1, ids)
+        normaliser = softmax_(logits, out=logits)
+        values, slope = _value_and_slope(divergence, chosen.sub_(normaliser), teacher_logps[rows])
         if wants_gradient:
-            _to_logits(logits[0].exp_(), ids, slope)
+            _to_logits(logits, ids, slope)
         return values
 
-    sweep = Sweep(head, (), loss, chunk_tokens)
+    sweep = Sweep(head, loss, chunk_tokens)
     return token_losses(student_hidden, student_head, student_bias, sweep, weights)
 
 
@@ -133,17 +137,24 @@ def chunked_token_logps(
     soft_cap: Real | None = None,
 ) -> Float[Tensor, "N"]:
     """log p(ids) of head(hidden), differentiable: what `sampled_token_loss` and `importance_weight` are made from."""
-    projection = _head(head, bias, logit_scale, soft_cap, temperature)
-    _check(hidden, head, (), chunk_tokens)
+    hidden, head = _as_autocast(hidden), _as_autocast(head)
+    _check(hidden, head, chunk_tokens)
 
-    def loss(logits: list[Tensor], rows: slice, wants_gradient: bool) -> Tensor:
-        chosen = ids[rows, None]
-        logps = torch.log_softmax(logits[0], dim=-1, out=logits[0]).gather(-1, chosen)
+    def loss(logits: Tensor, _: Tensor | None, rows: slice, wants_gradient: bool) -> Tensor:
+        chosen = logits.gather(-1, ids[rows, None])
+        chosen.sub_(softmax_(logits, out=logits))
         if wants_gradient:
-            _to_logits(logits[0].exp_(), chosen, torch.ones_like(logps))
-        return logps.squeeze(-1)
+            _to_logits(logits, ids[rows, None], torch.ones_like(chosen))
+        return chosen.squeeze(-1)
 
-    return token_losses(hidden, head, bias, Sweep(projection, (), loss, chunk_tokens), weights)
+    sweep = Sweep(_head(head, bias, logit_scale, soft_cap, temperature), loss, chunk_tokens)
+    return token_losses(hidden, head, bias, sweep, weights)
+
+
+def _as_autocast(tensor: Tensor) -> Tensor:
+    """What a linear layer would do on a GPU: float32 products there would take many times as long."""
+    on = tensor.is_cuda and torch.is_autocast_enabled("cuda")
+    return tensor.to(torch.get_autocast_dtype("cuda")) if on else tensor
 
 
 def _head(weight: Tensor, bias: Tensor | None, scale: Real, cap: Real | None, temperature: Real) -> Head:
@@ -151,14 +162,14 @@ def _head(weight: Tensor, bias: Tensor | None, scale: Real, cap: Real | None, te
     return Head(weight.detach(), bias, float(scale), None if cap is None else float(cap), float(temperature))
 
 
-def _check(hidden: Tensor, head: Tensor, teachers: tuple[tuple[Tensor, Head], ...], chunk_tokens: int | None) -> None:
+def _check(hidden: Tensor, head: Tensor, chunk_tokens: int | None, teacher: Teacher | None = None) -> None:
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
-    for teacher_hidden, teacher in teachers:
-        if len(teacher.weight) != len(head):
-            raise ValueError(f"vocabulary of {len(head)} in the student's head, {len(teacher.weight)} in the teacher's")
-        if len(teacher_hidden) != len(hidden):
-            raise ValueError(f"{len(hidden)} tokens of the student, {len(teacher_hidden)} of the teacher")
+    for other_hidden, other in teacher.sides if teacher else ():
+        if len(other.weight) != len(head):
+            raise ValueError(f"vocabulary of {len(head)} in the student's head, {len(other.weight)} in the teacher's")
+        if len(other_hidden) != len(hidden):
+            raise ValueError(f"{len(hidden)} tokens of the student, {len(other_hidden)} of the teacher")
 
 
 def _value_and_slope(
@@ -177,43 +188,51 @@ def _to_logits(probabilities: Tensor, support: Tensor, slope: Tensor) -> None:
     probabilities.mul_(-slope.sum(-1, keepdim=True)).scatter_add_(-1, support, slope)
 
 
-def _over_vocabulary(student: Tensor, teacher: Tensor, kind: Divergence, wants_gradient: bool) -> Tensor:
-    """Value of each row; the student's logits become their gradient p·(d - sum p·d), d = d value / d log p over p."""
-    log_p = torch.log_softmax(student, dim=-1).clamp_(min=LOG_ZERO)
-    log_q = torch.log_softmax(teacher, dim=-1).clamp_(min=LOG_ZERO)
-    p = log_p.exp()
+def _over_vocabulary(
+    kind: Divergence, student: Tensor, teacher: Tensor | None, rows: slice, wants_gradient: bool
+) -> Tensor:
+    """With d the derivative of the value in log p, the gradient in the logits is d - p·sum(d). In place throughout."""
+    assert teacher is not None
+    p, q = torch.empty_like(student), torch.empty_like(teacher)
+    log_p = student.sub_(softmax_(student, out=p))
+    log_q = teacher.sub_(softmax_(teacher, out=q))
     if kind.alpha == 0:
-        q = log_q.exp()
-        terms, slope = q * (log_q - log_p), -q
+        terms, slope = log_q.sub_(log_p).mul_(q), q.neg_()
     elif kind.alpha == 1:
-        terms = p * (log_p - log_q)
-        slope = terms + p
+        # d is terms + p, but multiples of p drop out of the gradient as long as nothing is clipped.
+        terms = log_p.sub_(log_q).mul_(p)
+        slope = terms if kind.pointwise_clip is None else terms + p
     else:
-        q = log_q.exp()
-        mixture = ((1 - kind.alpha) * p + kind.alpha * q).clamp_(min=torch.finfo(p.dtype).tiny).log_()
-        slope = (1 - kind.alpha) * kind.scale * p * (log_p - mixture)
-        terms = slope + kind.alpha * kind.scale * q * (log_q - mixture)
+        # Where both are 0, the smallest number keeps the logarithm finite.
+        log_m = torch.lerp(p, q, kind.alpha).clamp_(min=torch.finfo(p.dtype).tiny).log_()
+        slope = log_p.sub_(log_m).mul_(p).mul_((1 - kind.alpha) * kind.scale)
+        terms = log_q.sub_(log_m).mul_(q).mul_(kind.alpha * kind.scale).add_(slope)
     if kind.pointwise_clip is not None:
         slope = slope.masked_fill(terms > kind.pointwise_clip, 0.0)
         terms = terms.clamp(max=kind.pointwise_clip)
+    values = terms.sum(-1)
     if wants_gradient:
-        torch.sub(slope, p * slope.sum(-1, keepdim=True), out=student)
-    return terms.sum(-1)
+        torch.addcmul(slope, p, slope.sum(-1, keepdim=True), value=-1, out=student)
+    return values
 
 
-def _over_top_k(student: Tensor, teacher: Tensor, kind: Divergence, wants_gradient: bool) -> Tensor:
-    """The same over the student's top k, where only the k numbers of a row need care, so autograd takes it."""
+def _over_top_k(
+    kind: Divergence,
+    teacher: Teacher,
+    teacher_normaliser: Tensor,
+    student: Tensor,
+    _: Tensor | None,
+    rows: slice,
+    wants_gradient: bool,
+) -> Tensor:
+    """Over the student's k likeliest, where only k numbers of a row need care: autograd takes these."""
     assert kind.top_k is not None
     top, support = _largest(student, kind.top_k)
-    teacher_logps = teacher.gather(-1, support) - teacher.logsumexp(-1, keepdim=True)
-    probabilities = torch.softmax(student, dim=-1, out=student)
-    # The likeliest token's probability never underflows: log of it gives the normaliser without another pass.
-    student_logps = top - (top[:, :1] - probabilities.gather(-1, support[:, :1]).log())
-    values, slope = _value_and_slope(
-        kind.between_supports, student_logps.clamp_(min=LOG_ZERO), teacher_logps.clamp_(min=LOG_ZERO)
-    )
+    student_logps = top.sub_(softmax_(student, out=student)).clamp_(min=LOG_ZERO)
+    teacher_logps = teacher.logits_at(rows, support).sub_(teacher_normaliser[rows, None]).clamp_(min=LOG_ZERO)
+    values, slope = _value_and_slope(kind.between_supports, student_logps, teacher_logps)
     if wants_gradient:
-        _to_logits(probabilities, support, slope)
+        _to_logits(student, support, slope)
     return values
 
 
@@ -224,12 +243,12 @@ def _largest(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     maxima. So a pass for the maxima and two small top-k do.
     """
     rows, vocabulary = logits.shape
-    depth = math.isqrt(vocabulary // k)
-    if depth < 4:
+    depth = math.isqrt(vocabulary // k) // 2
+    if depth < 2:
         return logits.topk(k, dim=-1)
     groups = vocabulary // depth
     dealt = logits[:, : groups * depth].unflatten(-1, (depth, groups))
-    best = dealt.amax(1).topk(k, dim=-1).indices
+    best = dealt.amax(1).topk(k, dim=-1, sorted=False).indices
     columns = (best[:, None, :] + groups * torch.arange(depth, device=logits.device)[:, None]).flatten(1)
     rest = torch.arange(groups * depth, vocabulary, device=logits.device).expand(rows, -1)
     columns = torch.cat([columns, rest], dim=-1)

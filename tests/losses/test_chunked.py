@@ -12,14 +12,23 @@ from selfdistill.losses import (
     chunked_token_divergence,
     chunked_token_logps,
     mix_logits,
+    projection,
     support_divergence,
     token_divergence,
 )
 from selfdistill.losses.chunked import _largest
+from selfdistill.losses.projection import Head, Sweep
 
 N, H, V = 11, 6, 203
 OPTIONS = [{}, {"top_k": 4}, {"top_k": 4, "tail": False}, {"top_k": V}]
 ALPHAS = [0.0, 0.3, 0.5, 1.0]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """So that a small vocabulary takes several, and the last ones are not full."""
+    monkeypatch.setattr(projection, "TILE_COLUMNS", 64)
+    monkeypatch.setattr(projection, "TILE_TOKENS", 5)
 
 
 class Side:
@@ -151,7 +160,7 @@ def test_weights_are_a_hint_and_never_wrong(weights, later):
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("options", OPTIONS[:3])
 def test_bfloat16_is_summed_in_float32(alpha, options):
-    """Against float64 arithmetic on the same bfloat16 numbers, the values are float32-exact; gradients are rounded once."""
+    """Against float64 arithmetic on the same bfloat16 numbers: values float32-exact, gradients rounded once."""
     student, teacher = Side(0, torch.bfloat16).trained(), Side(1, torch.bfloat16)
     ours = chunked_token_divergence(
         student.hidden, teacher.hidden, student.head, teacher.head, alpha=alpha, chunk_tokens=4, **options
@@ -241,17 +250,18 @@ def test_products():
     assert products(Side(0).trained()) == 4
     weights = torch.arange(N).double()
     assert products(Side(0).trained(), weights, weights) == 4
-    assert products(Side(0).trained(), None, weights) == 7, "not announced: once more"
+    assert products(Side(0).trained(), None, weights) == 7, "not announced: projections and head's gradient once more"
+    # Over the top k the teacher is not projected again, and costs k dot products a token beside its projection.
+    assert 3 < products(frozen, top_k=4) < 3.1
+    assert 6 < products(Side(0).trained(), None, weights, top_k=4) < 6.1
 
 
 def test_default_chunks_are_of_equal_size():
-    from selfdistill.losses.projection import Head, Sweep
-
-    sweep = Sweep(Head(torch.empty(0, 1)), (), lambda *_: torch.empty(0), None)
-    assert sweep._chunk(616, 151_936, gpu=False) == 103
-    assert sweep._chunk(616, 151_936, gpu=True) == 308
-    assert sweep._chunk(5, 100, gpu=False) == 5
-    assert sweep._chunk(1, 2**30, gpu=False) == 1
+    sweep = Sweep(Head(torch.empty(0, 1)), lambda *_: torch.empty(0), None)
+    assert sweep._sizes(616, 151_936, gpu=False)[0] == 206
+    assert sweep._sizes(616, 151_936, gpu=True)[0] == 308
+    assert sweep._sizes(5, 100, gpu=False)[0] == 5
+    assert sweep._sizes(1, 2**30, gpu=False) == (1, torch.get_num_threads())
 
 
 # ---- edges

@@ -131,7 +131,7 @@ def test_the_tail_is_a_lower_bound():
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_forbidden_tokens_count_for_nothing(alpha):
-    """A vocabulary padded with entries of probability 0 gives what the vocabulary itself gives, and finite gradients."""
+    """A vocabulary padded with entries of probability 0 gives what it gives unpadded, and finite gradients."""
     student, teacher = random_logits(4, 9)
     padding = torch.full((4, 3), -math.inf, dtype=torch.float64)
     padded = torch.cat([student, padding], -1).requires_grad_()
