@@ -105,7 +105,7 @@ def make(cfg: DictConfig, key: str) -> Any:
         UserError: its arguments are refused.
     """
     try:
-        return instantiate(cfg[key])
+        return instantiate(cfg[key], _convert_="all")  # plain lists and dictionaries
     except InstantiationException as error:
         cause = error.__cause__ or error
         if isinstance(cause, UserError):
@@ -253,6 +253,8 @@ def build(cfg: DictConfig, folder: Any) -> Parts:
         processing_class=tokenizer,
         peft_config=peft,
     )
+    if teacher is not None and hasattr(teacher, "check_length"):
+        teacher.check_length(trainer.longest_teacher_tokens())
     evaluator = None
     if settings is not None:
         judged = [
@@ -275,11 +277,7 @@ def with_server(cfg: DictConfig, server: Any, data: Any, model: Any, tokenizer: 
     Raises:
         UserError: the server cannot be used, or no demonstration was worth keeping.
     """
-    longest = cfg.model.max_seq_tokens if cfg.teacher.get("mode") != "write" else None
-    width = model.get_output_embeddings().weight.size(0)
-    for line in server.check(
-        tokenizer, longest_tokens=longest and min(longest, data_limit(cfg)), vocabulary_size=width
-    ):
+    for line in server.check(tokenizer, vocabulary_size=model.get_output_embeddings().weight.size(0)):
         print(line)
     if server.mode == "score":
         server.context = server.context or NoContext()
@@ -296,12 +294,6 @@ def with_server(cfg: DictConfig, server: Any, data: Any, model: Any, tokenizer: 
     print(f"the server wrote demonstrations for {len(kept)} of {len(rows)} prompts; the others are left out")
     imitates = cfg.rollout.on_policy_fraction == 0
     return None if imitates else Teacher(Base(), Demonstration()), replace(data, train=kept)
-
-
-def data_limit(cfg: DictConfig) -> int:
-    """The longest teacher prompt and completion that can be asked for, in tokens, as far as the configuration tells."""
-    prompt = cfg.data.get("max_prompt_tokens") or cfg.model.max_seq_tokens
-    return int(prompt) + int(cfg.rollout.max_completion_tokens)
 
 
 def needs_answer(scorer: Any) -> bool:

@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from selfdistill import losses
 from selfdistill.models.structure import Head, completion_hidden, evaluating, head_of
@@ -36,6 +38,7 @@ class Distiller:
     def __init__(self, teacher: Any, settings: Distillation, trainer: Any) -> None:
         self.teacher, self.settings, self.trainer = teacher, settings, trainer
         self.served = hasattr(teacher, "score")
+        self._asked: list[tuple[dict[str, Any], Future[list[Scored]]]] = []
 
     # ---- once per batch of rollouts ----
 
@@ -48,8 +51,7 @@ class Distiller:
             output: TRL's tensors of the batch.
 
         Returns:
-            `distill_mask` (B, T), `distill_weights` (B, T) and the teacher's prompt (B, P) with its mask, or what the
-            server said of the tokens.
+            `distill_mask` (B, T), `distill_weights` (B, T) and the teacher's prompt (B, P) with its mask.
         """
         s, device = self.settings, output["completion_ids"].device
         mask = output["completion_mask"] * output.get("tool_mask", 1)
@@ -63,14 +65,9 @@ class Distiller:
             "distill_weights": self._weights(mask, active),
             "distill_mask": mask.bool() & active[:, None],
         }
-        if self.served:
-            start = time.perf_counter()
-            extra |= self._scored(prompt_ids, rollouts.completion_ids, active.tolist(), mask)
-            self._log("time/teacher_s", time.perf_counter() - start)
-        else:
-            extra["teacher_prompt_ids"], extra["teacher_prompt_mask"] = _left_padded(
-                prompt_ids, self.trainer._tokenizer.pad_token_id, device
-            )
+        extra["teacher_prompt_ids"], extra["teacher_prompt_mask"] = _left_padded(
+            prompt_ids, self.trainer._tokenizer.pad_token_id, device
+        )
         return extra
 
     def _failed(self, score: float | None) -> bool:
@@ -86,30 +83,47 @@ class Distiller:
         )
         return weights * trainer.windows_per_generation
 
-    def _scored(self, prompt_ids: list, completion_ids: Any, active: list[bool], mask: Tensor) -> dict[str, Tensor]:
-        """What the server says of the active rows, padded to (B, T) and (B, T, K) with minus infinity."""
-        rows = [i for i, is_active in enumerate(active) if is_active]
-        said: list[Scored] = []
-        if rows:
-            said = self.teacher.score([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows])
+    def prefetch(self, batches: list[dict[str, Any]]) -> None:
+        """Asks a served teacher about micro-batches to come, in the order in which they are learnt from.
+
+        It scores the later ones while the student learns from the first.
+        """
+        if self.served:
+            self._asked = [(batch, self._ask(batch)) for batch in batches]
+
+    def _ask(self, inputs: dict[str, Any]) -> "Future[list[Scored]]":
+        rows = inputs["distill_mask"].any(dim=1)
+        names = ("teacher_prompt_ids", "teacher_prompt_mask", "completion_ids", "completion_mask")
+        ids, mask, completions, completion_mask = (inputs[name][rows] for name in names)
+        return self.teacher.score_async(_unpadded(ids, mask), _unpadded(completions, completion_mask))
+
+    def _said(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """What the server says of the distilled tokens: log-probabilities (N,), its likeliest (N, K) and theirs (N, K)."""
+        start = time.perf_counter()
+        answer = next((future for batch, future in self._asked if batch is inputs), None) or self._ask(inputs)
+        said = answer.result()
+        self._log("time/teacher_s", time.perf_counter() - start)
+        mask = inputs["distill_mask"]
         k = max([one.top_ids.size(1) for one in said], default=1)
-        logps = torch.full(mask.shape, -torch.inf)
-        top_ids = torch.zeros((*mask.shape, k), dtype=torch.long)
-        top_logps = torch.full((*mask.shape, k), -torch.inf)
-        for row, one in zip(rows, said, strict=True):
-            tokens, width = one.top_ids.shape
-            logps[row, :tokens] = one.logprobs
-            top_ids[row, :tokens, :width], top_logps[row, :tokens, :width] = one.top_ids, one.top_logprobs
-        tensors = {"teacher_logps": logps, "teacher_top_ids": top_ids, "teacher_top_logps": top_logps}
-        return {name: tensor.to(mask.device) for name, tensor in tensors.items()}
+        logps, ids, top = [torch.zeros(0)], [torch.zeros(0, k, dtype=torch.long)], [torch.zeros(0, k)]
+        for one, row in zip(said, mask[mask.any(dim=1)].cpu(), strict=True):
+            keep, missing = row[: len(one.logprobs)], (0, k - one.top_ids.size(1))
+            logps.append(one.logprobs[keep])
+            ids.append(pad(one.top_ids[keep], missing))
+            top.append(pad(one.top_logprobs[keep], missing, value=-torch.inf))
+        return torch.cat(logps).to(mask.device), torch.cat(ids).to(mask.device), torch.cat(top).to(mask.device)
 
     @torch.no_grad()
     def token_advantages(self, model: Any, output: dict[str, Any], rows_at_once: int) -> Tensor:
         """log q - log pi of the sampled tokens (B, T), 0 where there is no signal: distillation as an advantage."""
         mask = output["distill_mask"]
         advantages = torch.zeros(mask.shape, device=mask.device)
-        for rows in mask.any(dim=1).nonzero().squeeze(1).split(rows_at_once):
-            part = {k: v[rows] for k, v in output.items() if isinstance(v, Tensor) and v.dim() > 0}
+        parts = [
+            (rows, {k: v[rows] for k, v in output.items() if isinstance(v, Tensor) and v.dim() > 0})
+            for rows in mask.any(dim=1).nonzero().squeeze(1).split(rows_at_once)
+        ]
+        self.prefetch([part for _, part in parts])
+        for rows, part in parts:
             keep, tokens = part["distill_mask"], part["completion_ids"][part["distill_mask"]]
             with evaluating(model), self.trainer.accelerator.autocast():
                 hidden = completion_hidden(
@@ -117,7 +131,7 @@ class Distiller:
                 )
             ours = token_logps(hidden[keep], tokens, head_of(model), self.trainer.temperature)
             if self.served:
-                theirs = part["teacher_logps"][keep]
+                theirs = self._said(part)[0]
             else:
                 teacher, head = self._views(model, part)[0]
                 theirs = token_logps(teacher, tokens, head, self.trainer.temperature)
@@ -138,8 +152,7 @@ class Distiller:
             now = token_logps(student.detach(), tokens, head, sampling)
             weights = weights * losses.importance_weight(now, inputs["old_per_token_logps"][keep], s.is_clip)
         if self.served:
-            support = {name: inputs[name][keep] for name in ("teacher_top_ids", "teacher_top_logps", "teacher_logps")}
-            per_token, shown = self._from_server(student, tokens, head, support, weights)
+            per_token, shown = self._from_server(student, tokens, head, self._said(inputs), weights)
         else:
             start = time.perf_counter()
             views = self._views(model, inputs)
@@ -193,16 +206,15 @@ class Distiller:
         return per_token, per_token
 
     def _from_server(
-        self, student: Tensor, tokens: Tensor, head: Head, support: dict[str, Tensor], weights: Tensor
+        self, student: Tensor, tokens: Tensor, head: Head, said: tuple[Tensor, Tensor, Tensor], weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         """As `_between`, over the tokens whose log-probabilities the server returned; both sides at temperature 1."""
-        s = self.settings
+        s, (logps, top_ids, top_logps) = self.settings, said
         if s.signal == "sampled_token":
-            ours, logps = token_logps(student, tokens, head, 1.0, weights), support["teacher_logps"]
+            ours = token_logps(student, tokens, head, 1.0, weights)
             return losses.sampled_token_loss(ours, logps), torch.where(logps.isfinite(), ours - logps, 0.0)
         per_token = losses.chunked_support_divergence(
-            student, head.weight, support["teacher_top_ids"], support["teacher_top_logps"], alpha=s.alpha, tail=s.tail,
-            pointwise_clip=s.pointwise_clip, jsd_normalize=s.jsd_normalize, weights=weights, student_bias=head.bias,
+            student, head.weight, top_ids, top_logps, alpha=s.alpha, tail=s.tail, pointwise_clip=s.pointwise_clip, jsd_normalize=s.jsd_normalize, weights=weights, student_bias=head.bias,
             logit_scale=head.logit_scale, soft_cap=head.soft_cap,
         )  # fmt: skip
         return per_token, per_token
@@ -235,3 +247,7 @@ def _left_padded(rows: list[list[int]], padding: int, device: torch.device) -> t
     ids = [[padding] * (longest - len(row)) + list(row) for row in rows]
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _unpadded(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    return [row[keep.bool()].tolist() for row, keep in zip(ids.cpu(), mask.cpu(), strict=True)]

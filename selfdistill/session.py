@@ -47,16 +47,22 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 
 class StepBegun(TrainerCallback):
-    """Keeps the random state with which the current step began."""
+    """Keeps the random state with which the current step began, and what was counted by then."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.state = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+        self.state = random.getstate(), numpy.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state_all()
+        self.micro_batches, self.tokens = self.trainer._step, state.num_input_tokens_seen
 
     def restore(self) -> None:
-        ours, numpys, torchs = self.state
+        ours, numpys, torchs, cudas = self.state
         random.setstate(ours)
         numpy.random.set_state(numpys)
         torch.set_rng_state(torchs)
+        torch.cuda.set_rng_state_all(cudas)
+        self.trainer._step, self.trainer.state.num_input_tokens_seen = self.micro_batches, self.tokens
 
 
 def resumed_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
@@ -275,10 +281,8 @@ def prompt_samples(
         scored = tensors["completion_ids"][i][tensors["completion_mask"][i].bool()].tolist()
         theirs, their_ids = None, None
         if i in taught:
-            theirs = teacher_prompts[i]  # type: ignore[index]
-            if "teacher_prompt_ids" in tensors:  # a served teacher's prompt goes to the server
-                mask = tensors["teacher_prompt_mask"][i].bool()
-                theirs = tokenizer.decode(tensors["teacher_prompt_ids"][i][mask])
+            mask = tensors["teacher_prompt_mask"][i].bool()
+            theirs = tokenizer.decode(tensors["teacher_prompt_ids"][i][mask])
             # A completion that is masked as a whole is not scored.
             their_ids = scored or None
         samples.append(
@@ -286,7 +290,7 @@ def prompt_samples(
                 student=tokenizer.decode(student),
                 completion=tokenizer.decode(rollouts.completion_ids[i]),
                 completion_ids=list(rollouts.completion_ids[i]),
-                teacher=theirs if theirs is None or isinstance(theirs, str) else str(theirs),
+                teacher=theirs,
                 teacher_completion_ids=their_ids,
             )
         )
@@ -297,15 +301,15 @@ def train(parts: "build.Parts", record: Record) -> None:
     """Trains from the start, or from the newest whole checkpoint of a resumed run."""
     trainer = parts.trainer
     checkpoint = newest_checkpoint(record.folder.path) if record.cfg.resume else None
-    begun = StepBegun()
+    begun = StepBegun(trainer)
     trainer.add_callback(begun)
     use_callbacks(trainer, [CompleteCallback()])  # stays the last one
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except ServerUnavailable:
-        # The step that asked the server has changed nothing yet but the random state: as it began, it can begin again.
+        # No weight has changed since the step began: from where it began, it can begin again.
         begun.restore()
-        if trainer.state.global_step:
+        if trainer.state.global_step:  # before that there is nothing to keep: resumed, the run starts with its seed
             trainer._save_checkpoint(trainer.model, trial=None)
             trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
         raise
@@ -339,7 +343,7 @@ def recorded(cfg: DictConfig, hydra_config: Any) -> Iterator[Record]:
             if not record.begun and not cfg.resume:
                 folder.discard()
                 raise
-            interrupted = isinstance(error, ServerUnavailable) and newest_checkpoint(folder.path) is not None
+            interrupted = isinstance(error, ServerUnavailable)
             folder.finish("interrupted" if interrupted else "failed", error=error)
             hint = f" Continue with: python -m selfdistill.train resume={folder.path}" if interrupted else ""
             raise UserError(f"{error}{hint}") from error

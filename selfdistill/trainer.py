@@ -43,6 +43,9 @@ from selfdistill.teachers.callback import TeacherCallback
 __all__ = ["Distillation", "RolloutSource", "SelfDistillConfig", "SelfDistillTrainer"]
 
 
+LONGEST_ROWS = 64  # by characters: among them is the one with most tokens, or nearly so
+
+
 def no_reward(completions: list, **_: Any) -> list[float]:
     """Stands where TRL insists on a reward and the run has none."""
     return [0.0] * len(completions)
@@ -198,6 +201,13 @@ class SelfDistillTrainer(GRPOTrainer):
             self.on_rollouts(self._rollouts, prompts, output)
         return output
 
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._teaches and not self._teaches_by_advantage and self._buffered_inputs is not before:
+            self.distiller.prefetch(self._buffered_inputs)
+        return inputs
+
     def _generate_single_turn(
         self, prompt_ids: list, images: Any, multimodal_fields: Any, num_generations: int, *args: Any, **kwargs: Any
     ) -> Any:
@@ -206,7 +216,7 @@ class SelfDistillTrainer(GRPOTrainer):
         self._is_demonstration = self._off_policy_rows(len(prompt_ids), num_generations)
         asked, as_teacher = prompt_ids, nullcontext()
         if self.rollout.from_teacher and self.model.training:
-            shown = self._teacher_prompts(self._blank_rollouts(num_generations))
+            shown = self._teacher_prompts(self._blank_rollouts(self._rows, num_generations))
             ids = self._teacher_prompt_ids(shown)
             asked = [own if s is None else i for own, s, i in zip(prompt_ids, shown, ids, strict=True)]
             as_teacher = self.teacher.weights.generating()
@@ -256,17 +266,18 @@ class SelfDistillTrainer(GRPOTrainer):
         weights = losses.aggregation_weights(mask, "token_mean", **kind, normalizer=tokens)
         return weights * share * self.windows_per_generation
 
-    def _blank_rollouts(self, num_generations: int) -> Rollouts:
-        count = len(self._rows)
-        columns = {key: [row[key] for row in self._rows] for key in self._rows[0] if key != "prompt"}
+    @staticmethod
+    def _blank_rollouts(rows: list[dict], num_generations: int) -> Rollouts:
+        count = len(rows)
+        columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
         nothing: list[None] = [None] * count
-        prompts = [row["prompt"] for row in self._rows]
+        prompts = [row["prompt"] for row in rows]
         return Rollouts(prompts, [""] * count, [[]] * count, columns, nothing, list(nothing), num_generations)
 
     def _calculate_rewards(self, inputs: list, prompts: list, completions: list, completion_ids_list: list) -> Tensor:
         start = time.perf_counter()
         self._rollouts = self._blank_rollouts(
-            self.num_generations if self.model.training else self.num_generations_eval
+            self._rows, self.num_generations if self.model.training else self.num_generations_eval
         )
         self._rollouts.completions = [text_of(c) for c in completions]
         self._rollouts.completion_ids = completion_ids_list
@@ -307,6 +318,14 @@ class SelfDistillTrainer(GRPOTrainer):
         everyone = Rollouts(prompts, texts, ids, columns, scores, feedback, rollouts.num_generations)
         first = self.accelerator.process_index * len(rollouts)
         return self.teacher.context.prompts(everyone, self._tokenizer)[first : first + len(rollouts)]
+
+    def longest_teacher_tokens(self) -> int:
+        """Of teacher prompt and completion together, as far as can be said before there are rollouts."""
+        rows = sorted(self.train_dataset, key=lambda row: len(str(row)))[-LONGEST_ROWS:]
+        student = [row["prompt"] for row in rows]
+        shown = self.teacher.context.prompts(self._blank_rollouts(rows, 1), self._tokenizer)
+        ids = self._teacher_prompt_ids(student) + self._teacher_prompt_ids(shown)
+        return max(map(len, ids)) + self.max_completion_length
 
     def _teacher_prompt_ids(self, prompts: list) -> list[list[int]]:
         """Tokenised as the student's are; a missing prompt stands as one padding token."""

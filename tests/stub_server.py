@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 VOCABULARY = 40
@@ -74,6 +73,8 @@ class StubServer:
 
     Attributes:
         answer: called with every request before the model is; a `Reply` it returns is sent instead.
+        model: from the ids of a row to the log-probabilities of what follows each of them but the last, (T-1, V).
+        tokenizer: with `encode` and `decode`.
         requests: all requests, in order.
         connections: TCP connections accepted.
         most_at_once: the largest number of requests that were under way together.
@@ -94,7 +95,8 @@ class StubServer:
         self.context = context
         self.name = name
         self.table = bigram_table(seed)
-        self.tokenizer = LetterTokenizer()
+        self.model: Callable[[list[int]], list[list[float]]] = lambda row: [self.table[token] for token in row[:-1]]
+        self.tokenizer: Any = LetterTokenizer()
         self.root = "/models/stub"
         self.answer: Callable[[Request], Reply | None] = lambda request: None
         self.write: Callable[[list[dict[str, str]], int], str] = lambda messages, i: f"re: {messages[-1]['content']}"
@@ -240,7 +242,7 @@ class StubServer:
         k = body.get("prompt_logprobs")
         if k is not None and not self.can_score:
             return refusal(400, "prompt_logprobs is not supported")
-        k = VOCABULARY if k == -1 else k
+        k = len(self.tokenizer) if k == -1 else k
         if k is not None and k > self.max_logprobs:
             message = f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.max_logprobs}"
             return refusal(400, message)
@@ -256,9 +258,8 @@ class StubServer:
         choice: dict[str, Any] = {"index": index, "text": "x", "finish_reason": "length", "prompt_token_ids": row}
         if k is not None:
             entries: list[Any] = [None]
-            for previous, token in pairwise(row):
-                logprobs = self.table[previous]
-                likeliest = sorted(range(VOCABULARY), key=lambda t: -logprobs[t])[:k]
+            for token, logprobs in zip(row[1:], self.model(row), strict=True):
+                likeliest = sorted(range(len(logprobs)), key=lambda t: -logprobs[t])[:k]
                 shown = [token, *(t for t in likeliest if t != token)]
                 entries.append({str(t): {"logprob": max(logprobs[t], -9999.0), "rank": 1} for t in shown})
             choice["prompt_logprobs"] = entries

@@ -151,16 +151,21 @@ class ServerTeacher:
                 )
         return lines
 
+    def check_length(self, longest_tokens: int) -> None:
+        """Raises UserError where teacher prompt and completion of so many tokens together do not fit into the context."""
+        # The server generates at least one token after what it scores.
+        if self.context_tokens is not None and longest_tokens >= self.context_tokens:
+            raise UserError(
+                f"{self.client.name} serves {self.model} with a context of {self.context_tokens} tokens; the teacher's prompt "
+                f"and a completion can take {longest_tokens}, and one more is needed. Start it with --max-model-len "
+                f"{longest_tokens + 1}, or shorten the completions (rollout.max_completion_tokens) or what the teacher is shown."
+            )
+
     async def _check_one(self, client: Client, tokenizer: Any, longest_tokens: int | None) -> tuple[str, list[float]]:
         served = await server_probe.find_model(client, self.model)
         self.context_tokens = min(filter(None, [served.context_tokens, self.context_tokens]), default=None)
-        # The server generates at least one token after what it scores.
-        if longest_tokens is not None and served.context_tokens is not None and longest_tokens >= served.context_tokens:
-            raise UserError(
-                f"{client.name} serves {self.model} with a context of {served.context_tokens} tokens; prompt and completion can "
-                f"take {longest_tokens}, and one more is needed. Start it with --max-model-len {longest_tokens + 1}, or "
-                "shorten the completions or the context."
-            )
+        if longest_tokens is not None:
+            self.check_length(longest_tokens)
         line = f"{client.name} serves {self.model}, context {served.context_tokens or 'unknown'} tokens"
         if self.mode == "write":
             return line, []
