@@ -57,10 +57,9 @@ class ReplyError(Exception):
 class _Failed(Exception):
     """An attempt that is worth repeating."""
 
-    def __init__(self, reason: str, *, unreachable: bool = False, malformed: bool = False, wait_s: float = 0.0) -> None:
+    def __init__(self, reason: str, *, unreachable: bool = False, wait_s: float = 0.0) -> None:
         super().__init__(reason)
         self.unreachable = unreachable
-        self.malformed = malformed
         self.wait_s = wait_s
 
 
@@ -127,6 +126,7 @@ class Client:
             headers["Authorization"] = f"Bearer {self._key}"
         self._connections = Connections(max_concurrency + len(self.servers), headers, timeout_s)
         self._slots = asyncio.Semaphore(max_concurrency)
+        self._unread = asyncio.Semaphore(max_concurrency)  # replies that wait to be read are large
         self._probes: set[asyncio.Task[None]] = set()
         self._warned_s = float("-inf")
 
@@ -161,6 +161,7 @@ class Client:
             asyncio.run_coroutine_threadsafe(self._shut_down(), loop).result()
             loop.call_soon_threadsafe(loop.stop)
             self._thread.join()
+            self._reader.shutdown()
             loop.close()
 
     def __enter__(self) -> "Client":
@@ -199,32 +200,59 @@ class Client:
             MalformedReply: `malformed_limit` unusable replies.
         """
         content = None if body is None else json.dumps(body).encode()
+        reason = ""
+        for attempt in range(1, self.malformed_limit + 1):
+            server, started, raw = await self._fetch(method, path, content)
+            try:
+                # In another thread, and after the slot was given back: the server works on while this one reads.
+                value = await asyncio.get_running_loop().run_in_executor(self._reader, _read, raw, decode)
+            except ReplyError as error:
+                reason = str(error)
+            else:
+                server.failures = 0
+                return value
+            finally:
+                self._unread.release()
+            failure = _Failed(reason)
+            self._note_failure(server, started, failure)
+            self._warn(server, failure)
+            self.retries += 1
+            await asyncio.sleep(self._pause_s(attempt))
+        raise MalformedReply(
+            f"{server.name} sent {self.malformed_limit} replies to {path} that cannot be used; the last one: {reason}. "
+            "Look into the server's log, and whether it is a vLLM of a recent version."
+        )
+
+    async def _fetch(self, method: str, path: str, content: bytes | None) -> tuple[Server, float, bytes]:
+        """The bytes of an answer, with the server that gave it and when it was asked. Holds a place among the unread."""
         waiting_since = time.monotonic()
         trouble: list[str] = []  # reasons of the failed attempts
         trouble_since = float("inf")
-        malformed = 0
         async with self._slots:
             while True:
                 server = await self._pick(waiting_since, trouble_since, trouble)
+                started = server.last_used_s = time.monotonic()
+                server.in_flight += 1
+                server.sent += 1
                 try:
-                    return await self._attempt(server, method, path, content, decode)
+                    raw = await self._exchange(server, method, path, content)
+                    break
                 except _Failed as failure:
+                    self._note_failure(server, started, failure)
                     now = time.monotonic()
                     trouble_since = min(trouble_since, now)
                     trouble.append(str(failure))
-                    malformed += failure.malformed
-                    if malformed >= self.malformed_limit:
-                        raise MalformedReply(
-                            f"{server.name} sent {malformed} replies to {path} that cannot be used; the last one: {failure}. "
-                            "Look into the server's log, and whether it is a vLLM of a recent version."
-                        ) from None
                     pause_s = self._pause_s(len(trouble))
                     asked_s = min((max(0.0, s.not_before_s - now) for s in self.servers if s.up), default=0.0)
                     if now + max(pause_s, asked_s) - trouble_since > self.patience_s:
                         raise self._unavailable(trouble, now - trouble_since, asked_s) from None
-                    self.retries += 1
                     self._warn(server, failure)
-                    await asyncio.sleep(pause_s)
+                finally:
+                    server.in_flight -= 1
+                self.retries += 1
+                await asyncio.sleep(pause_s)
+            await self._unread.acquire()
+        return server, started, raw
 
     async def _pick(self, waiting_since: float, trouble_since: float, trouble: list[str]) -> Server:
         """The least busy server that may be asked, once there is one."""
@@ -240,28 +268,8 @@ class Client:
                 raise self._unavailable(trouble, waited_s)
             await asyncio.sleep(POLL_S)
 
-    async def _attempt(
-        self, server: Server, method: str, path: str, content: bytes | None, decode: Callable[[Any], Any]
-    ) -> Any:
-        started = server.last_used_s = time.monotonic()
-        server.in_flight += 1
-        server.sent += 1
-        try:
-            value = decode(await self._exchange(server, method, path, content))
-        except ReplyError as error:
-            failure = _Failed(str(error), malformed=True)
-        except _Failed as error:
-            failure = error
-        else:
-            server.failures = 0
-            return value
-        finally:
-            server.in_flight -= 1
-        self._note_failure(server, started, failure)
-        raise failure
-
-    async def _exchange(self, server: Server, method: str, path: str, content: bytes | None) -> Any:
-        """One HTTP exchange: the parsed JSON of a 200."""
+    async def _exchange(self, server: Server, method: str, path: str, content: bytes | None) -> bytes:
+        """One HTTP exchange: the body of a 200."""
         base = str(server.url)
         url = base.removesuffix("/v1") + path if path.startswith("/") else f"{base}/{path}"
         try:
@@ -272,16 +280,13 @@ class Client:
             what = "cannot connect" if isinstance(error, httpx.ConnectError) else "the connection broke"
             raise _Failed(self._redact(f"{what} ({error or type(error).__name__})"), unreachable=True) from None
         except httpx.DecodingError as error:
-            raise _Failed(f"its body cannot be unpacked ({error})", malformed=True) from None
+            raise _Failed(f"its body cannot be unpacked ({error})") from None
         if response.status_code in RETRIED_STATUS:
             wait_s = retry_after_s(response.headers.get("retry-after", ""))
             raise _Failed(f"HTTP {response.status_code} {self._detail(response)}".strip(), wait_s=wait_s)
         if response.status_code != 200:
             raise self._refused(server, path, response)
-        try:
-            return json.loads(response.content)
-        except (ValueError, RecursionError) as error:
-            raise _Failed(f"its body is not JSON ({error})", malformed=True) from None
+        return response.content
 
     def _note_failure(self, server: Server, started: float, failure: _Failed) -> None:
         """Give a failing server a pause, and watch one that cannot be reached until it can."""
@@ -323,6 +328,7 @@ class Client:
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
+                self._reader = concurrent.futures.ThreadPoolExecutor(1, "selfdistill-reader")
                 self._thread = threading.Thread(target=self._loop.run_forever, name="selfdistill-client", daemon=True)
                 self._thread.start()
             return self._loop
@@ -335,6 +341,7 @@ class Client:
         await self._connections.close()
         await asyncio.sleep(0.01)  # sockets close in a later turn of the loop
         self._slots = asyncio.Semaphore(self.max_concurrency)
+        self._unread = asyncio.Semaphore(self.max_concurrency)
 
     # What is said when it goes wrong.
 
@@ -376,6 +383,15 @@ class Client:
         if now - self._warned_s >= WARN_EVERY_S:
             self._warned_s = now
             log.warning("%s: %s; trying again for up to %g s", server.name, failure, self.patience_s)
+
+
+def _read(raw: bytes, decode: Callable[[Any], Any]) -> Any:
+    """What `decode` makes of a body."""
+    try:
+        reply = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ReplyError(f"its body is not JSON ({error})") from None
+    return decode(reply)
 
 
 async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
