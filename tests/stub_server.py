@@ -113,6 +113,18 @@ class StubServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/v1"
 
+    def speak_for(self, model: Any, tokenizer: Any) -> "StubServer":
+        """From here on the log-probabilities are this causal language model's."""
+        import torch
+
+        def logprobs(row: list[int]) -> list[list[float]]:
+            with torch.no_grad():
+                return model(torch.tensor([row])).logits[0, :-1].double().log_softmax(-1).tolist()
+
+        self.model, self.tokenizer, self.context = logprobs, tokenizer, 512
+        self.max_logprobs = model.config.vocab_size
+        return self
+
     def asked(self, path: str) -> list[Request]:
         """The requests to a path that ends so."""
         return [request for request in self.requests if request.path.endswith(path)]

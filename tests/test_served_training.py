@@ -19,23 +19,9 @@ from tests.test_resume import assert_same_end, only_run, status
 from tests.tiny import tiny_tokenizer
 from tests.training import Hint, by_length, lively, make
 
-VOCABULARY = len(tiny_tokenizer())
-
-
-def serve(stub: StubServer, model: Any) -> StubServer:
-    """The stub speaks for `model`, in float64."""
-
-    def logprobs(row: list[int]) -> list[list[float]]:
-        with torch.no_grad():
-            return model(torch.tensor([row])).logits[0, :-1].double().log_softmax(-1).tolist()
-
-    stub.model, stub.tokenizer, stub.max_logprobs, stub.context = logprobs, tiny_tokenizer(), VOCABULARY, 512
-    return stub
-
-
 @pytest.fixture
 def stub() -> Iterator[StubServer]:
-    with serve(StubServer(), lively()) as stub:
+    with StubServer().speak_for(lively(), tiny_tokenizer()) as stub:
         yield stub
 
 
