@@ -209,7 +209,7 @@ class Monitors:
 
 
 def _judge_signal(threshold: Threshold, named: Mapping[str, Any]) -> tuple[float, str] | None:
-    sources = [named.get(name) for name in ("distill/active_fraction", "monitor/reward_spread")]
+    sources = [named.get(name) for name in ("distill/active_fraction", "monitor/reward_spread", "cross_entropy")]
     known = [source for source in sources if source is not None]
     grad_norm = named.get("monitor/grad_norm")
     if known and all(source < 1e-8 for source in known):

@@ -185,6 +185,9 @@ class SelfDistillTrainer(GRPOTrainer):
         if weights is not None and weights.cadence == "rollout" and self.state.global_step:
             weights.update(self.state.global_step)
         output = super()._generate_and_score_completions(inputs)
+        if not self.rewards:  # those of `no_reward` would read as if something had gone wrong
+            for name in [name for name in self._metrics["train"] if "reward" in name and not name.startswith("time/")]:
+                del self._metrics["train"][name]
         if self.rollout.cross_entropy_weight:
             output["demonstration_weights"] = self._demonstration_weights(output)
         prompts = None

@@ -90,6 +90,8 @@ def test_two_steps(experiment: str, served: list[str], tmp_path: Path) -> None:
     (run,) = (tmp_path / "outputs").iterdir()
     assert json.loads((run / "summary.json").read_text())["status"] == "finished"
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rewarded = composed([f"experiment={experiment}"]).reward is not None
+    assert {"reward" in step for step in steps} == {rewarded}
     losses = [step["loss"] for step in steps if "loss" in step]
     assert len(losses) == 2
     assert all(math.isfinite(loss) for loss in losses)

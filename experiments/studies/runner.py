@@ -20,11 +20,15 @@ import yaml
 from rich.console import Console
 from rich.progress import track
 
+LONGEST_NAME = 60  # of a run; the rest is cut off
+
 
 def run(job: tuple[str, int, list[str], Path, bool]) -> dict | None:
     """One row and seed; returns its line of results, None where nothing is to be run and nothing has been."""
     name, seed, overrides, folder, collect = job
     key = re.sub(r"[^A-Za-z0-9.]+", "-", f"{name}-seed{seed}")
+    if len(key) > LONGEST_NAME:
+        raise SystemExit(f"row {name!r}: its runs' folders would be cut to {LONGEST_NAME} characters; shorten the name")
     done = [
         p.parent
         for p in folder.glob(f"*[0-9]-{key}-*/summary.json")
