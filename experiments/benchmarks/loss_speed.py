@@ -10,7 +10,8 @@ Columns: seconds are the least of the repeats, the three taken in turn in one pr
 the machine that other processes had during these three (Linux): a table with more than a few percent there means
 little. `MB` is the peak of resident memory above what inputs take, each side in a process of its own. `products` are
 the bare matrix products of our side over the valid tokens in one piece, into memory that is already there: 2
-projections and the gradient of the hidden states, and of the head where it is trained. A trained head's gradient (V × H
+projections and the gradient of the hidden states, and of the head where it is trained; `own products` are those that the
+loss really makes, chunk by chunk so as to hold few logits, as the profiler sees them. A trained head's gradient (V × H
 floats) is in both sides' MB.
 """
 
@@ -18,6 +19,7 @@ import argparse
 import contextlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -29,10 +31,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from selfdistill.losses import aggregate, aggregation_weights, chunked_token_divergence
 
 ROWS, HIDDEN, VOCABULARY, VALID = 4, 512, 151_936, 0.6
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm")
 Options = dict[str, Any]
 CASES: dict[str, Options] = {
     "top_k": {"alpha": 0.5, "top_k": 100},
@@ -135,6 +139,17 @@ def gradient_of(side: Callable[[Inputs, Options], Tensor], x: Inputs, options: O
     return loss.detach(), list(torch.autograd.grad(loss, [x.student_hidden, x.student_head][: 1 + x.trained]))
 
 
+def over_own_products(x: Inputs, options: Options) -> float:
+    """Our time over that of the matrix products in it, median of three profiled runs."""
+    ratios = []
+    for _ in range(3):
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            elapsed_s = timing(lambda: gradient_of(ours, x, options)).seconds
+        own_us = sum(e.self_cpu_time_total for e in profiler.key_averages() if e.key in PRODUCTS)
+        ratios.append(elapsed_s / (own_us / 1e6))
+    return statistics.median(ratios)
+
+
 @dataclass
 class Timing:
     seconds: float
@@ -179,7 +194,8 @@ def peak_mb(case: str, side: str, tokens: int) -> float:
     return resident_mb("VmHWM") - before
 
 
-def measure(case: str, tokens: int, repeats: int) -> dict[str, Timing]:
+def measure(case: str, tokens: int, repeats: int) -> tuple[dict[str, Timing], float]:
+    """The three timings, and `over_own_products`."""
     options = dict(CASES[case])
     x = Inputs.make(tokens, options.pop("trained", False))
     mine, theirs = gradient_of(ours, x, options), gradient_of(trl, x, options)
@@ -195,7 +211,8 @@ def measure(case: str, tokens: int, repeats: int) -> dict[str, Timing]:
         "trl": lambda: gradient_of(trl, x, options),
     }
     runs = [{name: timing(action) for name, action in actions.items()} for _ in range(repeats)]
-    return {name: min((run[name] for run in runs), key=lambda t: t.seconds) for name in actions}
+    least = {name: min((run[name] for run in runs), key=lambda t: t.seconds) for name in actions}
+    return least, over_own_products(x, options)
 
 
 def in_a_process(*arguments: object) -> float:
@@ -219,12 +236,22 @@ def main() -> None:
         return
     valid = int(Inputs.make(arguments.tokens, False).mask.sum())
     print(f"{torch.get_num_threads()} threads, {valid} valid of {arguments.tokens} tokens, H {HIDDEN}, V {VOCABULARY}")
-    heads = ["ours s", "TRL s", "products s", "ours MB", "TRL MB", "time / TRL", "TRL MB / ours", "time / products"]
+    heads = [
+        "ours s",
+        "TRL s",
+        "products s",
+        "ours MB",
+        "TRL MB",
+        "time / TRL",
+        "TRL MB / ours",
+        "time / products",
+        "time / own products",
+    ]
     print(f"| {'case':30} | " + " | ".join([*heads, "others"]) + " |\n|" + "---|" * (2 + len(heads)))
     for case in CASES:
         if arguments.only not in case:
             continue
-        row = measure(case, arguments.tokens, arguments.repeats)
+        row, own_ratio = measure(case, arguments.tokens, arguments.repeats)
         mine = theirs = float("nan")
         if not arguments.no_memory:
             mine, theirs = (
@@ -233,6 +260,7 @@ def main() -> None:
         ours_s, trl_s, products_s = (row[name].seconds for name in ("ours", "trl", "products"))
         cells = [f"{x:.2f}" for x in (ours_s, trl_s, products_s)] + [f"{x:.0f}" for x in (mine, theirs)]
         cells += [f"{ours_s / trl_s:.2f}", f"{theirs / mine:.1f}", f"{ours_s / products_s:.2f}"]
+        cells.append(f"{own_ratio:.2f}")
         cells.append(f"{max(t.others for t in row.values()):.0%}")
         print(f"| {case:30} | " + " | ".join(cells) + " |", flush=True)
 

@@ -193,16 +193,18 @@ def _over_vocabulary(
 ) -> Tensor:
     """With d the derivative of the value in log p, the gradient in the logits is d - p·sum(d). In place throughout."""
     assert teacher is not None
-    p, q = torch.empty_like(student), torch.empty_like(teacher)
-    log_p = student.sub_(softmax_(student, out=p))
-    log_q = teacher.sub_(softmax_(teacher, out=q))
+    log_p = torch.log_softmax(student, dim=-1, out=student)
+    log_q = torch.log_softmax(teacher, dim=-1, out=teacher)
+    p = log_p.exp()
     if kind.alpha == 0:
+        q = log_q.exp()
         terms, slope = log_q.sub_(log_p).mul_(q), q.neg_()
     elif kind.alpha == 1:
         # d is terms + p, but multiples of p drop out of the gradient as long as nothing is clipped.
         terms = log_p.sub_(log_q).mul_(p)
         slope = terms if kind.pointwise_clip is None else terms + p
     else:
+        q = log_q.exp()
         # Where both are 0, the smallest number keeps the logarithm finite.
         log_m = torch.lerp(p, q, kind.alpha).clamp_(min=torch.finfo(p.dtype).tiny).log_()
         slope = log_p.sub_(log_m).mul_(p).mul_((1 - kind.alpha) * kind.scale)
@@ -228,7 +230,8 @@ def _over_top_k(
     """Over the student's k likeliest, where only k numbers of a row need care: autograd takes these."""
     assert kind.top_k is not None
     top, support = _largest(student, kind.top_k)
-    student_logps = top.sub_(softmax_(student, out=student)).clamp_(min=LOG_ZERO)
+    normaliser = softmax_(student, out=student, largest=(top[:, :1], support[:, :1]))
+    student_logps = top.sub_(normaliser).clamp_(min=LOG_ZERO)
     teacher_logps = teacher.logits_at(rows, support).sub_(teacher_normaliser[rows, None]).clamp_(min=LOG_ZERO)
     values, slope = _value_and_slope(kind.between_supports, student_logps, teacher_logps)
     if wants_gradient:
