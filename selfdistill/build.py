@@ -12,10 +12,11 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from selfdistill.config import closest, mismatch, targets
+from selfdistill.config import mismatch, targets
 from selfdistill.data import load_data
 from selfdistill.errors import UserError
 from selfdistill.models import load_model, lora_config
+from selfdistill.suggestions import closest
 from selfdistill.teachers import Teacher
 from selfdistill.teachers.context import Demonstration, NoContext
 from selfdistill.teachers.weights import Base

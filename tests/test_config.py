@@ -144,13 +144,6 @@ def test_mismatch(value: Any, hint: Any, wanted: str | None) -> None:
     assert config.mismatch(value, hint) == wanted
 
 
-def test_closest_of_many_names_the_most_similar() -> None:
-    assert config.closest("seeed", ["seed", "beta"]) == "did you mean seed?"
-    assert config.closest("zzz", ["seed", "beta", "_hidden"]) == "known here: beta, seed"
-    assert config.closest("zzz", []) == "nothing can be set here"
-    assert config.closest("zzz", [f"k{i}" for i in range(50)]).count(",") == 12
-
-
 def test_help_lists_every_option_with_what_it_is(tmp_path: Path) -> None:
     outcome = command(["--help"], tmp_path)
     assert (outcome.code, outcome.err, outcome.left) == (0, "", set())

@@ -13,9 +13,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from selfdistill.config.messages import WITHOUT, closest, explain
+from selfdistill.config.messages import WITHOUT, explain
 from selfdistill.config.schema import CHOICES, POSITIVE, RANGES, Run
 from selfdistill.errors import UserError
+from selfdistill.suggestions import closest
 
 TRUSTED = ("selfdistill", "trl", "peft", "transformers", "torch")
 WRITE = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list, e.g. [a,b]",
