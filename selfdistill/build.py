@@ -12,10 +12,12 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from selfdistill.config import closest, mismatch, targets
+from selfdistill.config import mismatch, targets
 from selfdistill.data import load_data
 from selfdistill.errors import UserError
 from selfdistill.models import load_model, lora_config
+from selfdistill.needs import check_rows
+from selfdistill.suggestions import closest
 from selfdistill.teachers import Teacher
 from selfdistill.teachers.context import Demonstration, NoContext
 from selfdistill.teachers.weights import Base
@@ -241,6 +243,7 @@ def build(cfg: DictConfig, folder: Any) -> Parts:
         peft = lora_config(**model_config["lora"])
     if teacher is not None and hasattr(teacher, "write"):
         teacher, data = with_server(cfg, teacher, data, model, tokenizer)
+    check_rows(cfg, rewards, data.train)
     rollout = {f.name: cfg.rollout[f.name] for f in fields(RolloutSource)}
     trainer = SelfDistillTrainer(
         model=model,

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from selfdistill.data.rows import BadRow, Fields, RowReader
 from selfdistill.data.sources import open_source
 from selfdistill.errors import UserError
-from selfdistill.generation import completion_logits, evaluation_mode, generate, tokenize
+from selfdistill.generation import completion_logits, generate, tokenize
+from selfdistill.models.structure import evaluating
 from selfdistill.rollout import Prompt
 
 Row = Mapping[str, Any]
@@ -203,7 +204,7 @@ def reference_kl(
         ValueError: no completion has a token.
     """
     total, tokens = 0.0, 0
-    with evaluation_mode(model):
+    with evaluating(model):
         for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
             if not completion:
                 continue

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from selfdistill.models.structure import evaluating
 from selfdistill.rollout import Prompt
 
 
@@ -54,7 +55,7 @@ def generate(
     device = base.get_input_embeddings().weight.device
     completions: list[list[int]] = [[] for _ in prompt_ids]
     order = sorted(range(len(prompt_ids)), key=lambda index: len(prompt_ids[index]), reverse=True)
-    with evaluation_mode(model), _generation_config(base, GenerationConfig(**special)), _seeded(seed, device):
+    with evaluating(model), _generation_config(base, GenerationConfig(**special)), _seeded(seed, device):
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             input_ids, attention_mask = pad_left([prompt_ids[index] for index in rows], pad_id, device)
@@ -90,19 +91,6 @@ def _until_end(ids: list[int], end_ids: set[int]) -> list[int]:
         if token in end_ids:
             return ids[: position + 1]
     return ids
-
-
-@contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """No gradient and evaluation mode; afterwards each module is in the mode it was in before."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 @contextmanager

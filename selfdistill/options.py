@@ -1,6 +1,5 @@
 """Settings of the small commands: `key=value` on the command line, typed by a dataclass."""
 
-import difflib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING as NO_DEFAULT
@@ -11,6 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from selfdistill.errors import UserError
+from selfdistill.suggestions import closest
 
 T = TypeVar("T")
 
@@ -32,9 +32,7 @@ def parse(
     for argument in given:
         key = argument.split("=", 1)[0]
         if key not in names and key not in known and key.split(".")[0] not in open_groups:
-            close = difflib.get_close_matches(key, [*names, *known], n=1, cutoff=0.5)
-            advice = f"did you mean {close[0]}?" if close else f"known here: {', '.join(sorted([*names, *known]))}"
-            raise UserError(f"{key} is not a key: {advice}")
+            raise UserError(f"{key} is not a key: {closest(key, [*names, *known])}")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_cli(given))
         OmegaConf.to_container(merged, throw_on_missing=True)

@@ -4,7 +4,6 @@ Used before training, so that a server that cannot serve is a message and not a 
 All functions run on the client's event loop.
 """
 
-import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 from selfdistill.client import Client, MalformedReply, ReplyError, RequestRefused, all_of
 from selfdistill.errors import UserError
 from selfdistill.prompt_logprobs import ALL, choices_of, read_positions, scoring_body
+from selfdistill.suggestions import guess
 
 # Low ids exist in every vocabulary. The same row for every model, so that a model is recognised by its answer.
 PROBE_IDS = tuple(range(5, 37))
@@ -90,12 +90,10 @@ async def find_model(client: Client, name: str) -> ServedModel:
         if model.name == name:
             return model
     names = [model.name for model in models]
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    advice = (
-        f"Did you mean {client.prefix}model={close[0]}?" if close else f"Write {client.prefix}model= with one of these."
-    )
     served = ", ".join(names) if names else "nothing"
-    raise UserError(f"{client.prefix}model={name}: {client.name} does not serve it. It serves: {served}. {advice}")
+    raise UserError(
+        f"{client.prefix}model={name}: {client.name} does not serve it. It serves {served}{guess(name, names)}"
+    )
 
 
 async def score_ids(client: Client, model: str, ids: Sequence[int], k: int) -> Any:

@@ -13,6 +13,7 @@ GPU = pytest.mark.skipif(
     "CUDA_VISIBLE_DEVICES" not in os.environ and Path("/dev/nvidia0").exists(), reason="there is a GPU"
 )
 TAUGHT = "reward=none teacher=demonstration"
+DEMONSTRATED = "reward=none rollout.on_policy_fraction=0 rollout.cross_entropy_weight=1"
 
 # What is written (split at spaces), and what the message must say.
 COMPOSITION = [
@@ -152,7 +153,7 @@ LOADING = [
     (f"{TAUGHT} distillation.top_k=5000", ["distillation.top_k=5000 is above the vocabulary of 102 tokens"]),
     pytest.param("hardware=gpu_16gb", ["hardware.device=cuda", "hardware=cpu"], marks=GPU),
     ("model=local model.name=absent/model model.local_files_only=true", ["model.name=absent/model cannot be loaded"]),
-    ("model=local model.name=mine", ["model.name=mine cannot be loaded"]),
+    ("model=local model.name=mine", ["model.name=mine: this folder holds no model", "no config.json"]),
     (
         "reward=none teacher=model teacher.weights.name=absent/model model.local_files_only=true",
         ["teacher.weights.name=absent/model cannot be loaded"],
@@ -162,6 +163,30 @@ LOADING = [
     ("data=jsonl data.path=malformed.jsonl", ["malformed.jsonl, line 2: malformed JSON"]),
     ("data=jsonl data.path=no_prompt.jsonl", ["no_prompt.jsonl, line 2"]),
     ("data=jsonl data.path=latin.jsonl", ["latin.jsonl", "UTF-8"]),
+    (
+        "data=jsonl data.path=anwser.jsonl reward=exact_match",
+        [
+            "reward.answer_field=answer: no row of anwser.jsonl has an answer",
+            "other fields: anwser",
+            "data.answer_field",
+        ],
+    ),
+    (
+        "data=jsonl data.path=half.jsonl reward=exact_match reward.answer_field=labl",
+        ["reward.answer_field=labl: the rows of half.jsonl have no such column", "did you mean label?"],
+    ),
+    (
+        f"data=jsonl data.path=half.jsonl {DEMONSTRATED}",
+        ["rollout.demonstration_field=golden_response: half.jsonl, row 4", "data.require=[golden_response]"],
+    ),
+    (
+        f"data=jsonl data.path=half.jsonl {DEMONSTRATED} data.require=[golden_response]",
+        ["half.jsonl, line 4: field 'golden_response' is empty", "data.on_bad_row=skip"],
+    ),
+    (
+        f"data=jsonl data.path=half.jsonl {DEMONSTRATED} rollout.demonstration_field=labels",
+        ["rollout.demonstration_field=labels: the rows of half.jsonl have no such column", "did you mean label?"],
+    ),
     ("data=jsonl data.path=mine", ["data.path=mine is a folder"]),
     ("data.path=embedded:absent", ["data.path=embedded:absent", "half_known_train"]),
     ("data.on_bad_row=ignore", ["data.on_bad_row=ignore", "error or skip"]),
@@ -174,6 +199,10 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "malformed.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"prompt": \n')
     (tmp_path / "no_prompt.jsonl").write_text('{"prompt": "a", "answer": "b"}\n{"promt": "c", "answer": "d"}\n')
+    (tmp_path / "anwser.jsonl").write_text("".join(f'{{"prompt": "{i}", "anwser": "b"}}\n' for i in range(20)))
+    demonstrations = ["null" if i == 3 else '["b"]' for i in range(20)]
+    rows = [f'{{"prompt": "{i}", "label": "c", "golden_response": {d}}}\n' for i, d in enumerate(demonstrations)]
+    (tmp_path / "half.jsonl").write_text("".join(rows))
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "a", "answer": "é"}\n'.encode("latin-1"))
     (tmp_path / "mine" / "model").mkdir(parents=True)
     (tmp_path / "mine" / "model" / "broken.yaml").write_text("name: x\nlora: {r: 8\n")

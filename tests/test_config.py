@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from selfdistill import config
 from selfdistill.config.schema import CHOICES, POSITIVE, RANGES
+from selfdistill.errors import UserError
 from tests.command import CONF, command, composed, groups, options
 
 # What an option cannot do without.
@@ -97,6 +98,29 @@ def test_interpolated_knobs_follow_the_root() -> None:
     assert (cfg.logger.group, cfg.logger.tags) == ("g", ["a"])
 
 
+@pytest.mark.parametrize("teacher", ["feedback", "server"])
+def test_one_threshold_of_success(teacher: str) -> None:
+    """The routing and the feedback context agree on what a success is."""
+    served = ["teacher/context=feedback", "teacher.base_url=http://localhost:1/v1", "teacher.model=m"]
+    overrides = ["reward=exact_match", f"teacher={teacher}", *(served if teacher == "server" else [])]
+    cfg = composed([*overrides, "distillation.success_threshold=0.5"])
+    config.check(cfg, ["distillation.success_threshold=0.5"])
+    assert (cfg.distillation.success_threshold, cfg.teacher.context.success_threshold) == (0.5, 0.5)
+    cfg = composed([*overrides, "teacher.context.success_threshold=0.5"])
+    assert (cfg.distillation.success_threshold, cfg.teacher.context.success_threshold) == (1.0, 0.5)
+    assert composed(["teacher=none"]).distillation.success_threshold == 1.0
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["teacher=demonstration"], ["teacher=feedback", "teacher.context.success_threshold=0.3"]],
+)
+def test_a_threshold_of_success_that_nothing_reads_is_refused(overrides: list[str]) -> None:
+    overrides = ["reward=exact_match", *overrides, "distillation.success_threshold=0.5"]
+    with pytest.raises(UserError, match=r"distillation\.success_threshold is set but nothing reads it"):
+        config.check(composed(overrides), overrides)
+
+
 def test_a_knob_that_is_read_passes() -> None:
     for overrides in (
         ["teacher=demonstration", "reward=none", "alpha=0"],
@@ -142,13 +166,6 @@ def test_a_run_is_called_by_what_it_is(line: str, name: str) -> None:
 )
 def test_mismatch(value: Any, hint: Any, wanted: str | None) -> None:
     assert config.mismatch(value, hint) == wanted
-
-
-def test_closest_of_many_names_the_most_similar() -> None:
-    assert config.closest("seeed", ["seed", "beta"]) == "did you mean seed?"
-    assert config.closest("zzz", ["seed", "beta", "_hidden"]) == "known here: beta, seed"
-    assert config.closest("zzz", []) == "nothing can be set here"
-    assert config.closest("zzz", [f"k{i}" for i in range(50)]).count(",") == 12
 
 
 def test_help_lists_every_option_with_what_it_is(tmp_path: Path) -> None:

@@ -215,7 +215,7 @@ def test_settings_reach_the_server(tmp_path: Path) -> None:
         (["prompts=a.txt"], "model is missing"),
         (["model=m", "prompt=a.txt"], "prompt is not a key: did you mean prompts?"),
         (["model=m", "train_sample=3"], "did you mean train_samples?"),
-        (["model=m", "zzz=3"], "zzz is not a key: known here: api_key_env"),
+        (["model=m", "zzz=3"], "zzz is not a key: known here: "),
         (["model=m", "prompts=a.txt", "train_samples=many"], "train_samples: "),
         (["model=m", "prompts=a.txt", "train_samples=0", "eval_samples=0"], "nothing to generate"),
         (["model=m", "prompts=a.txt", "samples=0"], "samples=0: must be at least 1"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from selfdistill.models.structure import inner_model
@@ -27,6 +28,24 @@ def lively(seed: int = 0, tied: bool = True, dtype: torch.dtype = torch.float64)
                 p.mul_(8.0)
     model.generation_config.eos_token_id = [2, 20, 30, 40, 50]  # answers of many lengths
     return model.to(dtype)
+
+
+def lora(model: Any = None, trained: bool = False, dropout: float = 0.0) -> Any:
+    """A tiny model with an adapter; a trained one is not zero."""
+    wanted = LoraConfig(
+        r=2, lora_alpha=4, lora_dropout=dropout, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(model or lively(), wanted)
+    if trained:
+        torch.manual_seed(7)
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(p, std=0.3)
+    return model
+
+
+def logged(trainer: Any, name: str) -> list[float]:
+    return [line[name] for line in trainer.state.log_history if name in line]
 
 
 def questions(count: int = 12) -> Dataset:

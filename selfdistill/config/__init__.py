@@ -10,12 +10,11 @@ from omegaconf import DictConfig
 
 from selfdistill.config.checks import check, mismatch, targets
 from selfdistill.config.help import command_line
-from selfdistill.config.messages import COMPOSITION_ERRORS, closest, explain, fail
+from selfdistill.config.messages import COMPOSITION_ERRORS, explain, fail
 
 __all__ = [
     "COMPOSITION_ERRORS",
     "check",
-    "closest",
     "command_line",
     "explain",
     "fail",

@@ -13,9 +13,10 @@ from typing import Any, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from selfdistill.config.messages import WITHOUT, closest, explain
+from selfdistill.config.messages import WITHOUT, explain
 from selfdistill.config.schema import CHOICES, POSITIVE, RANGES, Run
 from selfdistill.errors import UserError
+from selfdistill.suggestions import closest
 
 TRUSTED = ("selfdistill", "trl", "peft", "transformers", "torch")
 WRITE = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list, e.g. [a,b]",
@@ -202,7 +203,11 @@ def _check_read(cfg: DictConfig, overridden: set[str]) -> None:
             ("distillation.tail",),
             "it belongs to distillation.top_k, which is null",
         ),
-        (d.route == "all", ("distillation.success_threshold",), "it belongs to distillation.route=failures"),
+        (
+            d.route == "all" and not _context_follows(cfg, "success_threshold"),
+            ("distillation.success_threshold",),
+            "it belongs to distillation.route=failures and teacher/context=feedback",
+        ),
         (cfg.rollout.on_policy_fraction == 1, ("rollout.demonstration_field",), "rollout.on_policy_fraction is 1"),
         (cfg.model.tuning == "full", ("model.lora",), "model.tuning=full has no adapter. Write model.tuning=lora"),
         (
@@ -305,6 +310,12 @@ def _check_machine(cfg: DictConfig) -> None:
         raise UserError(
             "export=lora has no adapter to export with model.tuning=full: write export=merged_16bit or model.tuning=lora."
         )
+
+
+def _context_follows(cfg: DictConfig, key: str) -> bool:
+    """Whether the teacher's context takes this value from elsewhere in the configuration."""
+    context = OmegaConf.select(cfg, "teacher.context")
+    return isinstance(context, DictConfig) and key in context and OmegaConf.is_interpolation(context, key)
 
 
 def served(cfg: DictConfig) -> bool:

@@ -9,8 +9,9 @@ from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
 
-from selfdistill.config.messages import WITHOUT, closest
+from selfdistill.config.messages import WITHOUT
 from selfdistill.errors import UserError
+from selfdistill.suggestions import closest
 
 HEAD = """\
 python -m selfdistill.train [GROUP=OPTION …] [KEY=VALUE …] [FLAG …]

@@ -1,10 +1,7 @@
 """One message for the person who made the mistake: which key, what is wrong, what to write instead."""
 
-import difflib
 import re
 import sys
-from collections.abc import Iterable
-from typing import Any
 
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
@@ -13,10 +10,10 @@ from yaml import YAMLError
 
 from selfdistill.config.schema import Run
 from selfdistill.errors import UserError
+from selfdistill.suggestions import closest
 
 # What Hydra and OmegaConf raise for a mistake on the command line or in a configuration file.
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
-SHOWN = 12
 # How to do without a group; the others are always there.
 WITHOUT = {"reward": "none", "teacher": "none", "eval": "none", "export": "none", "logger": "none", "monitors": "off"}
 
@@ -25,16 +22,6 @@ def fail(message: str) -> int:
     """Prints the message and gives the exit code of a refused command."""
     print(f"selfdistill: {message}", file=sys.stderr)
     return 2
-
-
-def closest(word: str, choices: Iterable[Any]) -> str:
-    """`did you mean X?`, or the choices; of many, those that are most like the word."""
-    known = sorted({str(choice) for choice in choices if not str(choice).startswith("_")})
-    if match := difflib.get_close_matches(word, known, n=1, cutoff=0.5):
-        return f"did you mean {match[0]}?"
-    if len(known) > SHOWN:
-        known = [*difflib.get_close_matches(word, known, n=SHOWN, cutoff=0.0), "…"]
-    return f"known here: {', '.join(known)}" if known else "nothing can be set here"
 
 
 def explain(error: BaseException) -> str:

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from selfdistill.data.sources import closest
 from selfdistill.errors import UserError
+from selfdistill.suggestions import guess
 
 PROBE = "Which template?"
 
@@ -58,7 +58,7 @@ def _read(chat_template: str) -> str:
     except OSError:
         names = ["default", "none", *(p.name for p in path.parent.glob("*") if p.is_file())]
         raise UserError(
-            f"data.chat_template={chat_template}: there is no such file.{closest(path.name, names)} "
+            f"data.chat_template={chat_template}: there is no such file{guess(path.name, names)} "
             "Write default, none, or the path of a Jinja file."
         ) from None
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from selfdistill.data import chat
 from selfdistill.data.rows import Fields, RowReader
-from selfdistill.data.sources import EXTENSIONS, FORMATS, closest, open_source
+from selfdistill.data.sources import EXTENSIONS, FORMATS, open_source
 from selfdistill.data.table import Table, TableReader
 from selfdistill.errors import UserError
+from selfdistill.suggestions import guess
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -146,7 +147,7 @@ def _check_arguments(
     if not path:
         raise UserError("data.path is empty: write the file to train on.")
     if format is not None and format not in FORMATS:
-        raise UserError(f"data.format={format}: write one of {', '.join(FORMATS)}.{closest(format, FORMATS)}")
+        raise UserError(f"data.format={format}: write one of {', '.join(FORMATS)}{guess(format, FORMATS)}")
     if not eval_path and not 0 < eval_fraction < 1:
         raise UserError(
             f"data.eval_fraction={eval_fraction} must lie between 0 and 1, both excluded: 0.1 keeps a tenth of the "
@@ -171,7 +172,7 @@ def _check_arguments(
     for name in require:
         if name not in ("answer", "golden_response"):
             raise UserError(
-                f"data.require={name}: write answer or golden_response.{closest(name, ('answer', 'golden_response'))}"
+                f"data.require={name}: write answer or golden_response{guess(name, ('answer', 'golden_response'))}"
             )
 
 

@@ -1,12 +1,12 @@
 """One row of a file becomes one row of the dataset: prompt, answer, golden_response, id, and its other columns."""
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from selfdistill.data import chat
+from selfdistill.suggestions import nearest
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -226,9 +226,8 @@ def _available(raw: Mapping[str, Any], wanted: Mapping[str, str]) -> str:
     """The fields that the row has, and which one may be meant. `wanted`: configuration key → name of the field."""
     names = [str(name) for name in raw]
     for key, field in wanted.items():
-        if found := difflib.get_close_matches(field, names, n=1, cutoff=0.6):
-            close = found[0]
-            return f"; the row has {', '.join(names)}. Did you mean '{close}'? Rename it, or write data.{key}={close}"
+        if near := nearest(field, names):
+            return f"; the row has {', '.join(names)}; did you mean {near}? Rename it, or write data.{key}={near}"
     key = next(iter(wanted), "prompt_field")
     return f"; the row has {', '.join(names) or 'no fields'}. Say which one it is with data.{key}=NAME"
 

@@ -1,14 +1,14 @@
 """Where rows come from: what a path means, and the source that it opens."""
 
-import difflib
 import importlib.resources
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from selfdistill.data.readers import Record, csv_records, hub_records, json_records, jsonl_records, parquet_records
 from selfdistill.errors import UserError
+from selfdistill.suggestions import closest, nearest
 
 FORMATS = ("jsonl", "json", "parquet", "csv", "hub")
 EXTENSIONS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -30,12 +30,6 @@ class Source:
 
     def place(self, line: int) -> str:
         return f"{self.name}, {self.unit} {line}"
-
-
-def closest(word: str, options: Iterable[str]) -> str:
-    """Did you mean 'x'? with a leading space, or nothing."""
-    found = difflib.get_close_matches(word, list(options), n=1, cutoff=0.6)
-    return f" Did you mean '{found[0]}'?" if found else ""
 
 
 def open_source(
@@ -69,7 +63,7 @@ def open_source(
             "(or data.format=hub for a folder that datasets.load_dataset reads)."
         )
     if not file.is_file():
-        raise UserError(f"{key}={path}: there is no such file. {_near_file(file)}")
+        raise UserError(f"{key}={path}: there is no such file{_near_file(file)}")
     return _file_source(file, path, format)
 
 
@@ -89,7 +83,7 @@ def _guess_format(path: str, file: Path, key: str) -> str:
         return "hub"
     raise UserError(
         f"{key}={path}: there is no such file, and it is no hub dataset either (owner/name; for one without an owner, "
-        f"data.format=hub). {_near_file(file)}"
+        f"data.format=hub){_near_file(file)}"
     )
 
 
@@ -100,20 +94,19 @@ def _listing(folder: Path, limit: int = 5) -> str:
 
 
 def _near_file(file: Path) -> str:
+    """The end of a sentence that says that there is no such file."""
     if not file.parent.is_dir():
-        return f"The folder {file.parent.absolute()} does not exist."
+        return f". The folder {file.parent.absolute()} does not exist."
     names = [p.name for p in file.parent.iterdir() if p.is_file()]
-    return closest(file.name, names).strip() or f"In {file.parent.absolute()}: {_listing(file.parent)}."
+    near = nearest(file.name, names)
+    return f"; did you mean {near}?" if near else f". In {file.parent.absolute()}: {_listing(file.parent)}."
 
 
 def _embedded_file(name: str, key: str) -> Path:
     folder = Path(str(importlib.resources.files("selfdistill.data"))) / "embedded"
     names = sorted(p.stem for p in folder.glob("*.jsonl"))
     if name not in names:
-        raise UserError(
-            f"{key}={EMBEDDED_PREFIX}{name}: the package has no such data.{closest(name, names)} "
-            f"There are: {', '.join(names)}."
-        )
+        raise UserError(f"{key}={EMBEDDED_PREFIX}{name}: the package has no such data; {closest(name, names)}")
     return folder / f"{name}.jsonl"
 
 

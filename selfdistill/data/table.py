@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from selfdistill.data import chat
 from selfdistill.data.rows import BadRow, Row, RowReader
-from selfdistill.data.sources import Source, closest
+from selfdistill.data.sources import Source
 from selfdistill.errors import UserError
+from selfdistill.suggestions import guess
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -185,6 +186,6 @@ class TableReader:
 
     def _missing(self, row: Row, field_name: str, required: bool) -> str:
         names = [name for name in row.columns if name not in TYPED_COLUMNS]
-        others = f"; its other fields: {', '.join(names)}.{closest(field_name, names)}" if names else ""
+        others = f"; its other fields: {', '.join(names)}{guess(field_name, names)}" if names else ""
         why = "every row must have it" if required else "other rows have it (where there is none, write null)"
         return f"no field '{field_name}', and {why}{others}"

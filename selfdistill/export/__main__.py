@@ -5,12 +5,12 @@
 The result lies in RUN_FOLDER/export/FORMAT, with verification.json saying how it compared with the run's weights.
 """
 
-import difflib
 import sys
 from pathlib import Path
 from typing import Any
 
 from selfdistill.errors import UserError
+from selfdistill.suggestions import closest
 
 FORMATS = Path(__file__).parents[1] / "conf" / "export"
 
@@ -31,12 +31,12 @@ def parse(arguments: list[str]) -> tuple[dict[str, str], dict[str, Any]]:
             raise UserError(f"'{argument}': write key=value, for example run=outputs/RUN_ID export={formats[0]}.")
         given[key] = value
     if "export" in given and given["export"] not in formats:
-        raise UserError(f"export={given['export']}: {_known(given['export'], formats)}")
+        raise UserError(f"export={given['export']}: there is no such format; {closest(given['export'], formats)}")
     config = dict(OmegaConf.load(FORMATS / f"{given['export']}.yaml")) if "export" in given else {}
     keys = ["run", "export", "force", *(f"export.{key}" for key in config if key != "_target_")]
     for key in given:
         if key not in keys:
-            raise UserError(f"{key}: {_known(key, keys)}")
+            raise UserError(f"{key} is not a key: {closest(key, keys)}")
     for key in ("run", "export"):
         if key not in given:
             raise UserError(
@@ -47,11 +47,6 @@ def parse(arguments: list[str]) -> tuple[dict[str, str], dict[str, Any]]:
     dotlist = [f"{key.removeprefix('export.')}={value}" for key, value in given.items() if key.startswith("export.")]
     merged = OmegaConf.merge(config, OmegaConf.from_dotlist(dotlist))
     return given, dict(OmegaConf.to_container(merged))
-
-
-def _known(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"unknown; there is {', '.join(known)}."
 
 
 def main(arguments: list[str]) -> Path:

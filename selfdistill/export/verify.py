@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from selfdistill.export import ExportError
 from selfdistill.export.folder import VERIFICATION
 from selfdistill.export.merged_16bit import merged_tensors
-from selfdistill.generation import base_model, completion_logits, evaluation_mode, generate, tokenize
+from selfdistill.generation import base_model, completion_logits, generate, tokenize
+from selfdistill.models.structure import evaluating
 from selfdistill.rollout import Prompt
 
 log = logging.getLogger(__name__)
@@ -213,7 +214,7 @@ def _logits(model: Any, prompt_ids: list[list[int]], completion_ids: list[list[i
     """
     sequences = [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
     kept = [min(POSITIONS, len(ids) - 1) for ids in sequences]
-    with evaluation_mode(model):
+    with evaluating(model):
         return [
             completion_logits(model, ids[:-count], ids[-count:]).cpu()
             for ids, count in zip(sequences, kept, strict=True)

@@ -40,6 +40,11 @@ def load_model(
         UserError: the model cannot be found or loaded; says what was looked for.
     """
     path = resolve(name)
+    if Path(path).is_dir() and not any((Path(path) / f).exists() for f in ("config.json", "adapter_config.json")):
+        raise UserError(
+            f"{key}={name}: this folder holds no model, for it has no config.json. "
+            "Write a folder with config.json and weights, or a hub name."
+        )
     if loader == "unsloth":
         return _load_with_unsloth(path, lora or {}, load_in_4bit, max_seq_tokens)
     import torch

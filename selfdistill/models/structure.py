@@ -81,11 +81,12 @@ def captured_hidden(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradient inside; every module's own mode is restored."""
-    modes = [(module, module.training) for module in model.modules()]
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode and no gradient inside; every module's own mode is restored. A plain callable has no mode."""
+    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
     try:
-        model.eval()
+        if modes:
+            model.eval()
         with torch.no_grad():
             yield
     finally:

@@ -1,7 +1,6 @@
 """The current policy as a judge: log-probabilities of given tokens, without gradient, never with all logits at once."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
+from selfdistill.models.structure import evaluating
 from selfdistill.rewards.batching import plan
 
 # Logits held at any moment: 2^25 float32 are 128 MiB, about 220 tokens of a vocabulary of 152 thousand.
@@ -31,19 +31,6 @@ class TokenStatistics:
     logprobs: list[Float[Tensor, " _T"]]
     entropy: list[Float[Tensor, " _T"]]
     self_certainty: list[Float[Tensor, " _T"]]
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every submodule is in the mode it was in before."""
-    training = [module for module in model.modules() if module.training] if isinstance(model, nn.Module) else []
-    if training:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 class PolicyScorer:

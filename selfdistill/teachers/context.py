@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from selfdistill.errors import UserError
 from selfdistill.rollout import Prompt, Rollouts
+from selfdistill.suggestions import guess
 from selfdistill.teachers import templates
-from selfdistill.teachers.templating import Template, closest, cut
+from selfdistill.teachers.templating import Template, cut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,13 +64,9 @@ class _Column:
     def _check_name(self, columns: Mapping[str, Iterable[Any]]) -> None:
         if self.field in columns:
             return
-        found = (
-            f"the closest is {closest(self.field, columns)}, of {', '.join(sorted(columns))}"
-            if columns
-            else "it has none beside prompt"
-        )
         raise UserError(
-            f"teacher.context.field={self.field}: the data has no such column ({found}). "
+            f"teacher.context.field={self.field}: the data has no such column; beside prompt it has "
+            f"{', '.join(sorted(columns)) or 'none'}{guess(self.field, columns)} "
             f"Name the column that holds what the teacher is shown as {{{self.slot}}}."
         )
 
@@ -343,9 +340,7 @@ def _ask(prompt: Prompt, template: Template, /, **shown: str) -> Prompt:
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
-        raise UserError(
-            f"teacher.context.{name}={value}: write one of {', '.join(choices)} (the closest: {closest(value, choices)})."
-        )
+        raise UserError(f"teacher.context.{name}={value}: write one of {', '.join(choices)}{guess(value, choices)}")
     return value
 
 

@@ -1,12 +1,12 @@
 """Templates with named slots, and the cut of an over-long text to a number of tokens."""
 
-import difflib
 import string
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from selfdistill.errors import UserError
+from selfdistill.suggestions import guess
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -14,11 +14,6 @@ if TYPE_CHECKING:
 FILE_PREFIX = "file:"
 FILE_SUFFIXES = (".txt", ".md", ".jinja")
 CUT_MARK = " …"
-
-
-def closest(word: str, known: Collection[str]) -> str:
-    """The known word most like `word`, for an error message; `known` must not be empty."""
-    return max(known, key=lambda other: difflib.SequenceMatcher(None, word.lower(), other.lower()).ratio())
 
 
 class Template:
@@ -50,8 +45,9 @@ class Template:
         for literal, slot, specification, conversion in parsed:
             if slot is not None and (slot not in slots or specification or conversion):
                 raise UserError(
-                    f"{key}: {{{slot}}} is not a slot of this template; the closest is {{{closest(slot, slots)}}}, "
-                    f"of {_braced(slots)}. Write a slot as it stands here, and a literal brace twice: {{{{ or }}}}."
+                    f"{key}: {{{slot}}} is not a slot of this template, which has "
+                    f"{_braced(slots)}{guess(f'{{{slot}}}', map('{{{}}}'.format, slots))} "
+                    "Write a slot as it stands here, and a literal brace twice: {{ or }}."
                 )
             self._parts.append((literal, slot))
         present = {slot for _, slot in self._parts}

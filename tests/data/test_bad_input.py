@@ -26,7 +26,7 @@ BAD_ROWS = {
     "malformed": ('{"prompt": "p",', "malformed JSON at column"),
     "no object": ('["p"]', "a row must be an object"),
     "over many lines": ("{", "must stand on one line"),
-    "no field": ('{"promt": "p", "answer": "a"}', "Did you mean 'promt'? Rename it, or write data.prompt_field=promt"),
+    "no field": ('{"promt": "p", "answer": "a"}', "did you mean promt? Rename it, or write data.prompt_field=promt"),
     "unlike field": ('{"xyz": "p"}', "the row has xyz. Say which one it is with data.prompt_field=NAME"),
     "no fields": ("{}", "the row has no fields"),
     "empty prompt": ('{"prompt": "  ", "answer": "a"}', "field 'prompt' is empty"),
@@ -93,7 +93,7 @@ def test_utf16(tmp_path, kind):
 
 def test_missing_file_and_its_neighbours(tmp_path, monkeypatch):
     jsonl(tmp_path, rows(), "chemistry.jsonl")
-    assert "no such file. Did you mean 'chemistry.jsonl'?" in refused(tmp_path / "chemisty.jsonl")
+    assert "no such file; did you mean chemistry.jsonl?" in refused(tmp_path / "chemisty.jsonl")
     assert "it holds chemistry.jsonl" in refused(tmp_path / "zzz.csv")
     assert "The folder" in refused(tmp_path / "nowhere" / "a.jsonl")
     monkeypatch.chdir(tmp_path.parent)
@@ -213,7 +213,7 @@ def test_all_rows_bad(tmp_path):
 @pytest.mark.parametrize("settings, words", [
     ({"eval_fraction": 0.0}, "data.eval_fraction=0.0 must lie between 0 and 1"),
     ({"eval_fraction": 1.0}, "data.eval_fraction=1.0 must lie between 0 and 1"),
-    ({"format": "jsnl"}, "data.format=jsnl: write one of jsonl, json, parquet, csv, hub. Did you mean 'jsonl'?"),
+    ({"format": "jsnl"}, "data.format=jsnl: write one of jsonl, json, parquet, csv, hub; did you mean jsonl?"),
     ({"on_bad_row": "ignore"}, "data.on_bad_row=ignore: write error or skip"),
     ({"max_train_rows": 0}, "data.max_train_rows=0 must be at least 1"),
     ({"max_eval_rows": -1}, "data.max_eval_rows=-1 must be at least 1"),
@@ -223,7 +223,7 @@ def test_all_rows_bad(tmp_path):
     ({"prompt_tokens": 6, "system": "s"}, "data.system has no place in raw text"),
     ({"prompt_tokens": 6}, "line 1: data.prompt_tokens cuts raw text, and there is no field 'text'"),
     ({"prompt_tokens": 6}, "(write data.text_field=prompt)"),
-    ({"require": ["answr"]}, "data.require=answr: write answer or golden_response. Did you mean 'answer'?"),
+    ({"require": ["answr"]}, "data.require=answr: write answer or golden_response; did you mean answer?"),
 ])  # fmt: skip
 def test_bad_arguments(tmp_path, settings, words):
     assert words in refused(jsonl(tmp_path, rows()), **settings)

@@ -60,7 +60,7 @@ def test_broken_templates(tmp_path, text, words):
 
 
 @pytest.mark.parametrize("given, words", [
-    ("defualt", "Did you mean 'default'"), ("chat.jinj", "Did you mean 'chat.jinja'"), ("{{ messages }}", "Save it"),
+    ("defualt", "did you mean default?"), ("chat.jinj", "did you mean chat.jinja?"), ("{{ messages }}", "Save it"),
 ])  # fmt: skip
 def test_no_such_template(tmp_path, monkeypatch, given, words):
     template(tmp_path, TEMPLATE)

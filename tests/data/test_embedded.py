@@ -59,5 +59,5 @@ def test_the_script_writes_these_files(tmp_path, monkeypatch, capsys):
 
 
 def test_a_name_that_the_package_does_not_have():
-    with pytest.raises(UserError, match=r"embedded:half_know_train: .* Did you mean 'half_known_train'"):
+    with pytest.raises(UserError, match=r"embedded:half_know_train: .*; did you mean half_known_train\?"):
         load("embedded:half_know_train")

@@ -92,6 +92,12 @@ def test_evaluating_restores_each_module() -> None:
     assert torch.is_grad_enabled()
 
 
+def test_evaluating_takes_a_plain_function() -> None:
+    with evaluating(lambda **_: None):
+        assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
+
+
 def test_dropout_is_found() -> None:
     assert not has_dropout(tiny_model()) and not has_dropout(adapted())
     assert has_dropout(adapted(lora_dropout=0.1))

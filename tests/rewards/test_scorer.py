@@ -4,8 +4,9 @@ import peft
 import pytest
 import torch
 
+from selfdistill.models.structure import evaluating
 from selfdistill.rewards import PolicyScorer
-from selfdistill.rewards.scorer import evaluating, to_lists
+from selfdistill.rewards.scorer import to_lists
 from tests.rewards.fakes import CharTokenizer, TableModel, ids
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -232,10 +232,11 @@ def test_a_missing_column_is_named_with_the_closest_one():
     batch = rollouts([0.0], group=1, golden_response=[["a"]], answer=["b"])
     for check in (lambda c: seen(c, batch), lambda c: c.check(batch.columns)):
         with pytest.raises(
-            UserError, match=r"teacher\.context\.field=golden.*closest is golden_response, of answer, golden"
+            UserError,
+            match=r"teacher\.context\.field=golden: .* it has answer, golden_response; did you mean golden_response\?",
         ):
             check(Demonstration(field="golden"))
-    with pytest.raises(UserError, match="none beside prompt"):
+    with pytest.raises(UserError, match="beside prompt it has none"):
         Answer().check({})
 
 
@@ -313,8 +314,8 @@ def test_solution_and_feedback_have_budgets_of_their_own():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"peer": "shortst"}, r"peer=shortst: write one of first, random, shortest, best \(the closest: shortest\)"),
-        ({"feedback_when": "fail"}, r"feedback_when=fail.*closest: failed"),
+        ({"peer": "shortst"}, r"peer=shortst: write one of first, random, shortest, best; did you mean shortest\?"),
+        ({"feedback_when": "fail"}, r"feedback_when=fail.*did you mean failed\?"),
         ({"use_solution": False, "use_feedback": False}, "would see nothing"),
         ({"thinking_tag": "think"}, "thinking_tag=think: write the opening tag"),
         ({"thinking_tag": "</think>"}, "thinking_tag=</think>: write the opening tag"),

@@ -41,7 +41,7 @@ def test_a_text_that_ends_like_a_file_is_a_text():
         ("{prompt}", r"teacher\.context\.template: the template lacks \{answer\}"),
         ("nothing", r"lacks \{prompt\}, \{answer\}.*If 'nothing' is a file, write file: in front"),
         ("{{prompt}} {answer}", r"lacks \{prompt\}"),
-        ("{prompt}{anwser}", r"\{anwser\} is not a slot of this template; the closest is \{answer\}"),
+        ("{prompt}{anwser}", r"\{anwser\} is not a slot of this template, .*; did you mean \{answer\}\?"),
         ("{prompt}{answer:>9}", "Write a slot as it stands here"),
         ("{prompt!r}{answer}", "Write a slot as it stands here"),
         ("{prompt}{answer}{}", r"\{\} is not a slot"),

@@ -1,0 +1,12 @@
+from collections.abc import Iterator
+
+import pytest
+
+from tests.teachers.served import OPEN
+
+
+@pytest.fixture(autouse=True)
+def _close_teachers() -> Iterator[None]:
+    yield
+    while OPEN:
+        OPEN.pop().close()
