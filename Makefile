@@ -1,5 +1,5 @@
 # make demo   own environment, then the main job on the embedded model
-# make test   own environment, then the tests; those of the real vLLM server run where `make vllm` was run before
+# make test   own environment, then the tests; those of the real vLLM server run where `make vllm` was run
 # make vllm   a real vLLM for the CPU, in an environment of its own
 # make lint   style and types
 PYTHON ?= python3

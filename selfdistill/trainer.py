@@ -8,10 +8,12 @@ A term of weight 0 costs nothing, not even a forward pass. Which published metho
 reward, teacher, context and weights; nothing here knows a method's name.
 """
 
+import logging
 import random
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,8 @@ from selfdistill.teachers.callback import TeacherCallback
 
 __all__ = ["Distillation", "RolloutSource", "SelfDistillConfig", "SelfDistillTrainer"]
 
+
+log = logging.getLogger(__name__)
 
 LONGEST_ROWS = 64  # by characters: among them is the one with most tokens, or nearly so
 
@@ -256,8 +260,10 @@ class SelfDistillTrainer(GRPOTrainer):
             raise UserError(
                 f"rollout.demonstration_field={field}: a row has no demonstration there (columns: {columns})."
             )
-        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [*ids[: self.max_completion_length - 1], self._tokenizer.eos_token_id]
+        ids = [*self._tokenizer(text, add_special_tokens=False)["input_ids"], self._tokenizer.eos_token_id]
+        if len(ids) > self.max_completion_length:
+            _warn_of_cut(field, len(ids), self.max_completion_length)
+        return ids[: self.max_completion_length]  # as a completion that reaches the limit: without its end
 
     def _demonstration_weights(self, output: dict[str, Any]) -> Tensor:
         """Each token's weight (B, T) in the cross-entropy: a mean over demonstrated tokens, times the share of such rows."""
@@ -411,6 +417,16 @@ class SelfDistillTrainer(GRPOTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         resumption.restore(Path(resume_from_checkpoint), self)
+
+
+@cache
+def _warn_of_cut(field: str, tokens: int, limit: int) -> None:
+    log.warning(
+        "a %s has %d tokens and is cut at rollout.max_completion_tokens=%d: how it ends is not learned",
+        field,
+        tokens,
+        limit,
+    )
 
 
 def _check_context(teacher: Any, dataset: Any) -> None:

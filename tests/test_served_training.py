@@ -19,6 +19,7 @@ from tests.test_resume import assert_same_end, only_run, status
 from tests.tiny import tiny_tokenizer
 from tests.training import Hint, by_length, lively, make
 
+
 @pytest.fixture
 def stub() -> Iterator[StubServer]:
     with StubServer().speak_for(lively(), tiny_tokenizer()) as stub:

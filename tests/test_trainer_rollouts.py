@@ -1,5 +1,6 @@
 """Who writes the completions, who judges them, and how the judgement reaches teacher and policy gradient."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,22 @@ def test_off_policy_rows(fraction: float, tmp_path: Path) -> None:
     assert logged(trainer, "loss")[0] == pytest.approx(loss.item(), rel=1e-4)
     sgd(student, loss, 0.05)
     assert_same_parameters(trainer.model, student, start, rtol=1e-5)
+
+
+def test_a_demonstration_beyond_the_limit_is_cut_without_an_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = RolloutSource(on_policy_fraction=0.0, cross_entropy_weight=1.0)
+    args = {"max_steps": 1, "num_generations": 2, "max_completion_length": 3}
+    trainer, batches = make(tmp_path, args=args, rollout=source)
+    trainer.train()
+    (batch,) = batches
+    end = trainer._tokenizer.eos_token_id
+    assert all(len(ids) <= 3 for ids in batch.completions)
+    whole = [len(ids) < 3 or tiny_tokenizer().decode(ids[:2]) == "ab" and ids[2] == end for ids in batch.completions]
+    assert [ids[-1] == end for ids in batch.completions] == whole
+    assert not all(whole)
+    assert re.search(r"golden_response has [45] tokens and is cut at rollout\.max_completion_tokens=3", caplog.text)
 
 
 def _cross_entropy(student: Any, batch: Any, demonstrated: list[bool]) -> torch.Tensor:
