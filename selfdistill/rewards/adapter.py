@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -37,7 +38,7 @@ class AdaptedReward:
         return self.function(prompts=prompts, completions=completions, **{**columns, **self.known})
 
     def _read(self, result: Any, count: int) -> list[float | None]:
-        self.scores, self.feedback = normalise(result, self.__name__, count, self.function)
+        self.scores, self.feedback = normalise(result, self.__name__, count, _inner(self.function))
         return self.scores
 
 
@@ -72,4 +73,12 @@ def _adapted(name: str, function: Any) -> AdaptedReward:
 
 
 def _name(function: Any) -> str:
+    function = _inner(function)
     return getattr(function, "__name__", None) or type(function).__name__
+
+
+def _inner(function: Any) -> Any:
+    """The user's function in what Hydra's `_partial_: true` makes of it."""
+    while isinstance(function, partial):
+        function = function.func
+    return function
