@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 FOLDER = Path(__file__).parent
+COLUMNS = 3
 
 
 def main() -> None:
@@ -16,8 +17,11 @@ def main() -> None:
     results["task"] = results.row.str.split(":").str[0]
     results["method"] = results.row.str.split(": ").str[1]
     tasks = list(dict.fromkeys(results.task))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(5.2 * len(tasks), 5.6), sharey=True, squeeze=False)
-    for axis, task in zip(axes[0], tasks, strict=True):
+    lines = -(-len(tasks) // COLUMNS)
+    figure, axes = plt.subplots(lines, COLUMNS, figsize=(5.4 * COLUMNS, 6.2 * lines), squeeze=False)
+    for axis in axes.flat[len(tasks) :]:
+        axis.remove()
+    for axis, task in zip(axes.flat, tasks, strict=False):
         rows = results[results.task == task]
         colours = plt.get_cmap("tab20")
         for i, (method, group) in enumerate(rows.groupby("method", sort=False)):
@@ -30,10 +34,12 @@ def main() -> None:
                 marker="os^Dv"[i % 5],
             )
         axis.axhline(rows.retention_before.mean(), color="grey", linewidth=0.8, linestyle=":")
-        axis.set(title=f"new skill: {task}", xlabel="held-out accuracy on the new skill", xlim=(-0.03, 1.03))
+        axis.set(title=f"new skill: {task}", xlabel="held-out accuracy on the new skill")
+        axis.margins(0.12)
         axis.grid(alpha=0.25)
         axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
-    axes[0][0].set_ylabel("mean retention of the old skills (dotted: before)")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("mean retention of the old skills (dotted: before); scales differ")
     figure.tight_layout()
     figure.savefig(FOLDER / "new_skill_against_retention.png", dpi=130)
 
