@@ -16,6 +16,7 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 import httpx
+import orjson
 
 from selfdistill.connections import Connections
 from selfdistill.endpoints import RETRIED_STATUS, Server, parse_base_url, retry_after_s
@@ -388,8 +389,8 @@ class Client:
 def _read(raw: bytes, decode: Callable[[Any], Any]) -> Any:
     """What `decode` makes of a body."""
     try:
-        reply = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        reply = orjson.loads(raw)  # replies with log-probabilities are large
+    except ValueError as error:
         raise ReplyError(f"its body is not JSON ({error})") from None
     return decode(reply)
 
