@@ -347,7 +347,8 @@ def test_a_slot_that_is_switched_off_may_be_left_out():
     [("none", NoContext), ("demonstration", Demonstration), ("answer", Answer), ("feedback", Feedback)],
 )
 def test_the_configuration_says_what_the_class_does_by_default(name, kind):
-    config = OmegaConf.create({"seed": 0, "context": OmegaConf.load(CONF / f"{name}.yaml")})
+    shared = {"seed": 0, "distillation": {"success_threshold": 1.0}}
+    config = OmegaConf.create({**shared, "context": OmegaConf.load(CONF / f"{name}.yaml")})
     context = instantiate(config.context)
     assert isinstance(context, kind)
     batch = rollouts(

@@ -84,7 +84,7 @@ def test_the_check_finds_what_is_wrong(server: VllmServer, tokenizer: Any) -> No
             teacher.close()
 
     vocabulary = len(tokenizer)
-    refused(r"It serves: embedded", model="embeded")
+    refused(r"It serves embedded", model="embeded")
     refused(rf"at most {vocabulary} log-probabilities", top_k=vocabulary + 1)
     refused(r"another tokenizer", tokenizer=LetterTokenizer())
     refused(rf"context of {CONTEXT_TOKENS} tokens", longest_tokens=CONTEXT_TOKENS)
