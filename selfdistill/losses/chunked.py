@@ -193,8 +193,9 @@ def _over_vocabulary(
 ) -> Tensor:
     """With d the derivative of the value in log p, the gradient in the logits is d - p·sum(d). In place throughout."""
     assert teacher is not None
-    log_p = torch.log_softmax(student, dim=-1, out=student)
-    log_q = torch.log_softmax(teacher, dim=-1, out=teacher)
+    # Tokens that a bias forbids count for nothing, without infinities in the differences.
+    log_p = torch.log_softmax(student, dim=-1, out=student).clamp_(min=LOG_ZERO)
+    log_q = torch.log_softmax(teacher, dim=-1, out=teacher).clamp_(min=LOG_ZERO)
     p = log_p.exp()
     if kind.alpha == 0:
         q = log_q.exp()

@@ -256,6 +256,22 @@ def test_products():
     assert 6 < products(Side(0).trained(), None, weights, top_k=4) < 6.1
 
 
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("options", OPTIONS[:3])
+def test_tokens_that_a_bias_forbids_count_for_nothing(alpha, options):
+    student, teacher = Side(0).trained(), Side(1)
+    bias = torch.zeros(V, dtype=torch.float64)
+    bias[-70:] = -math.inf  # more than the last tile
+    ours = chunked_token_divergence(
+        student.hidden, teacher.hidden, student.head, teacher.head, alpha=alpha, chunk_tokens=4, student_bias=bias,
+        teacher_bias=bias, **options,
+    )  # fmt: skip
+    theirs = token_divergence(
+        student.hidden @ student.head.T + bias, teacher.hidden @ teacher.head.T + bias, alpha=alpha, **options
+    )
+    assert_same(ours, theirs, torch.ones_like(ours), student.hidden, student.head)
+
+
 def test_default_chunks_are_of_equal_size():
     sweep = Sweep(Head(torch.empty(0, 1)), lambda *_: torch.empty(0), None)
     assert sweep._sizes(616, 151_936, gpu=False)[0] == 206
