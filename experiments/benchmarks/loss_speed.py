@@ -30,6 +30,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from resident import reset_peak, resident_mb
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -173,14 +174,6 @@ def timing(action: Callable[[], object]) -> Timing:
     return Timing(elapsed, max(0.0, others))
 
 
-def resident_mb(field: str) -> float:
-    """VmRSS, resident memory now, or VmHWM, its peak."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"no {field} in /proc/self/status")
-
-
 def peak_mb(case: str, side: str, tokens: int) -> float:
     options = dict(CASES[case])
     trained = options.pop("trained", False)
@@ -188,7 +181,7 @@ def peak_mb(case: str, side: str, tokens: int) -> float:
     x = Inputs.make(tokens, trained)
     # Imports, thread pools and work areas of the matrix library are no part of either side.
     gradient_of(function, x.first(2), options)
-    Path("/proc/self/clear_refs").write_text("5")
+    reset_peak()
     before = resident_mb("VmRSS")
     gradient_of(function, x, options)
     return resident_mb("VmHWM") - before

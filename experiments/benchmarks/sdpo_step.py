@@ -29,6 +29,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from resident import reset_peak, resident_mb
+
 VOCABULARY, PROMPTS, GENERATIONS = 151_936, 4, 2
 PROMPT_CHARACTERS, COMPLETION_TOKENS = 64, 128
 ALPHA, TOP_K, EMA_RATE = 1.0, 100, 0.05
@@ -144,14 +146,6 @@ def trl_trainer(arguments: dict[str, Any], shared: dict[str, Any], answers: list
     return SDPOTrainer(args=args, **shared)
 
 
-def resident_mb(name: str) -> float:
-    """VmRSS, resident memory now, or VmHWM, its peak."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"no {name} in /proc/self/status")
-
-
 def serve_steps(side: str, folder: Path, steps: int) -> None:
     """Trains, one step for each line on standard input; answers each with a `Step` as a line of JSON."""
     answer = os.fdopen(os.dup(1), "w", buffering=1)
@@ -190,7 +184,7 @@ def serve_steps(side: str, folder: Path, steps: int) -> None:
             if not sys.stdin.readline():
                 sys.exit("nobody asks for steps any more")
             now.passes = []
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+            reset_peak()
             self.before_mb = resident_mb("VmRSS")
             self.start_s, self.start_cpu_s = time.perf_counter(), time.process_time()
 
