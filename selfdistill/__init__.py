@@ -9,10 +9,10 @@ from importlib import import_module
 from typing import Any
 
 _EXPORTS = {
-    "Distillation": "selfdistill.settings",
-    "RolloutSource": "selfdistill.settings",
-    "SelfDistillConfig": "selfdistill.settings",
-    "SelfDistillTrainer": "selfdistill.trainer",
+    "Distillation": "selfdistill.training.settings",
+    "RolloutSource": "selfdistill.training.settings",
+    "SelfDistillConfig": "selfdistill.training.settings",
+    "SelfDistillTrainer": "selfdistill.training.trainer",
     "Teacher": "selfdistill.teachers",
     "UserError": "selfdistill.errors",
 }

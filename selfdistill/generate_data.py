@@ -22,14 +22,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from selfdistill import server_probe
-from selfdistill.client import Client, ServerUnavailable, all_of
+from selfdistill.config.options import main, parse, plain, usage
 from selfdistill.errors import UserError
-from selfdistill.options import main, parse, plain, usage
-from selfdistill.prompt_sources import Candidate, FilePrompts, TopicPrompts
-from selfdistill.reply_cache import ReplyCache
 from selfdistill.rollout import Message
-from selfdistill.writer import Sampling, Writer, Written, show_golden
+from selfdistill.teachers.server import probe as server_probe
+from selfdistill.teachers.server.client import Client, ServerUnavailable, all_of
+from selfdistill.teachers.server.prompt_sources import Candidate, FilePrompts, TopicPrompts
+from selfdistill.teachers.server.reply_cache import ReplyCache
+from selfdistill.teachers.server.writer import Sampling, Writer, Written, show_golden
 
 
 @dataclass

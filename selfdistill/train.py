@@ -2,7 +2,7 @@
 
     python -m selfdistill.train experiment=sdft model=qwen3_0_6b hardware=gpu_24gb data=jsonl data.path=my.jsonl
 
-Hydra composes the run from selfdistill/conf. Nothing heavy is imported before the configuration has passed.
+Hydra composes the run from conf. Nothing heavy is imported before the configuration has passed.
 """
 
 import os
@@ -12,8 +12,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from selfdistill import config, sweep
+from selfdistill import config
+from selfdistill.config.conf import CONF
 from selfdistill.errors import UserError
+from selfdistill.runs import sweep
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -23,7 +25,8 @@ def run(cfg: DictConfig) -> float | None:
     with sweep.job(cfg) as job:
         config.check(cfg, overrides)
 
-        from selfdistill import build, session
+        from selfdistill.runs import session
+        from selfdistill.training import build
 
         if cfg.resume:
             cfg = session.resumed_config(cfg, overrides)
@@ -46,7 +49,7 @@ def main() -> None:
     try:
         sys.argv[1:] = config.command_line(sys.argv[1:])
         with sweep.reported():
-            hydra.main(version_base="1.3", config_path="conf", config_name="train")(run)()
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(run)()
     except (UserError, *config.COMPOSITION_ERRORS) as error:
         raise SystemExit(config.fail(config.explain(error))) from None
 

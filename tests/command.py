@@ -11,9 +11,8 @@ import hydra
 import pytest
 from omegaconf import DictConfig
 
-from selfdistill import config, train
-
-CONF = Path(config.__file__).parents[1] / "conf"
+from selfdistill import train
+from selfdistill.config.conf import CONF
 
 
 @dataclass
@@ -47,7 +46,7 @@ def _listing(folder: Path) -> set[str]:
 
 def composed(overrides: Sequence[str] = ()) -> DictConfig:
     """The composed configuration, without running anything."""
-    with hydra.initialize_config_module("selfdistill.conf", version_base="1.3"):
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return hydra.compose("train", list(overrides))
 
 

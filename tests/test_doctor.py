@@ -11,14 +11,14 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from selfdistill import doctor
-from selfdistill.doctor import machine
-from selfdistill.doctor.__main__ import run
-from selfdistill.doctor.lines import Line, table
-from selfdistill.doctor.machine import Accelerator, Gpu
-from selfdistill.doctor.packages import CONFLICTS, Facts, check_packages, known_conflicts, unmet_requirements
-from selfdistill.doctor.server import check_server
+from selfdistill.doctor import run
 from selfdistill.errors import UserError
-from tests.stub_server import LetterTokenizer, StubServer, refusal
+from selfdistill.machine import hardware
+from selfdistill.machine.findings import Line, table
+from selfdistill.machine.hardware import Accelerator, Gpu
+from selfdistill.machine.packages import CONFLICTS, Facts, check_packages, known_conflicts, unmet_requirements
+from selfdistill.machine.served_teacher import check_server
+from tests.teachers.server.stub_server import LetterTokenizer, StubServer, refusal
 
 GOOD = {
     "torch": "2.13.0", "transformers": "5.17.0", "trl": "1.16.0", "datasets": "4.8.5", "hydra-core": "1.3.8",
@@ -90,7 +90,7 @@ def test_unmet_requirements_are_found() -> None:
     ("version", "state"), [((3, 10, 1), "error"), ((3, 11, 0), "ok"), ((3, 13, 2), "ok"), ((3, 15, 0), "warning")]
 )
 def test_python(version: tuple[int, ...], state: str) -> None:
-    assert machine.check_python(version).state == state
+    assert hardware.check_python(version).state == state
 
 
 A10 = Gpu("A10", 22.5, 20.0)
@@ -109,7 +109,7 @@ ON_GPU = Accelerator("2.13.0+cu130", "13.0", "580.1", (A10,))
     ],
 )
 def test_torch_against_the_driver(accelerator: Accelerator, state: str, told: str) -> None:
-    line = machine.check_torch(accelerator)
+    line = hardware.check_torch(accelerator)
     assert line.state == state
     assert told in line.found + line.advice
 
@@ -139,7 +139,7 @@ def test_torch_against_the_driver(accelerator: Accelerator, state: str, told: st
 def test_the_gpu_against_the_hardware_profile(
     overrides: list[str], accelerator: Accelerator, state: str, told: str
 ) -> None:
-    lines = machine.check_memory(accelerator, doctor.compose(overrides))
+    lines = hardware.check_memory(accelerator, doctor.compose(overrides))
     assert any(line.state == state and told in line.found + line.advice for line in lines), lines
 
 
@@ -147,7 +147,7 @@ def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     for free_gib, state in ((500, "ok"), (10, "warning"), (1, "error")):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free_gib: usage._replace(free=free * 2**30))
-        assert machine.check_disk(tmp_path / "not" / "there").state == state
+        assert hardware.check_disk(tmp_path / "not" / "there").state == state
 
 
 def answering(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
@@ -156,7 +156,7 @@ def answering(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
             raise answer
         return httpx.Response(answer)
 
-    monkeypatch.setattr(machine.httpx, "head", head)
+    monkeypatch.setattr(hardware.httpx, "head", head)
 
 
 @pytest.mark.parametrize(
@@ -171,30 +171,30 @@ def answering(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
 )
 def test_hub_access(monkeypatch: pytest.MonkeyPatch, answer: Any, state: str, told: str) -> None:
     answering(monkeypatch, answer)
-    line = machine.check_hub("nobody/nothing", False, {})
+    line = hardware.check_hub("nobody/nothing", False, {})
     assert line.state == state
     assert told in line.found + line.advice
 
 
 def test_models_that_need_no_hub(tmp_path: Path) -> None:
-    assert machine.check_hub("embedded", False, {}).state == "ok"
-    assert machine.check_hub("nobody/nothing", True, {}).state == "error"
-    assert "config.json" in machine.check_hub(str(tmp_path), False, {}).found
+    assert hardware.check_hub("embedded", False, {}).state == "ok"
+    assert hardware.check_hub("nobody/nothing", True, {}).state == "error"
+    assert "config.json" in hardware.check_hub(str(tmp_path), False, {}).found
     (tmp_path / "config.json").write_text("{}")
-    assert machine.check_hub(str(tmp_path), False, {}).state == "ok"
+    assert hardware.check_hub(str(tmp_path), False, {}).state == "ok"
 
 
 def test_wandb_login(tmp_path: Path) -> None:
-    logger = OmegaConf.create({"_target_": "selfdistill.logging.WandbLogger"})
+    logger = OmegaConf.create({"_target_": "selfdistill.runs.loggers.WandbLogger"})
     empty, full = tmp_path / "empty", tmp_path / "netrc"
     empty.write_text("")
     full.write_text("machine api.wandb.ai\n  login user\n  password secret\n")
     full.chmod(0o600)
-    assert machine.check_wandb(None).state == "ok"
-    assert machine.check_wandb(logger, {"WANDB_MODE": "offline"}).state == "ok"
-    assert machine.check_wandb(logger, {"NETRC": str(empty)}).state == "warning"
+    assert hardware.check_wandb(None).state == "ok"
+    assert hardware.check_wandb(logger, {"WANDB_MODE": "offline"}).state == "ok"
+    assert hardware.check_wandb(logger, {"NETRC": str(empty)}).state == "warning"
     for environment in ({"WANDB_API_KEY": "secret"}, {"NETRC": str(full)}):
-        line = machine.check_wandb(logger, environment)
+        line = hardware.check_wandb(logger, environment)
         assert line.state == "ok"
         assert "secret" not in line.found
 

@@ -14,10 +14,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from selfdistill import config
-from selfdistill.logging import flat
-from selfdistill.models import resolve
+from selfdistill.models.loading import resolve
+from selfdistill.runs.loggers import flat
 from tests.command import command, composed, options
-from tests.stub_server import StubServer
+from tests.teachers.server.stub_server import StubServer
 
 KEPT = Path(__file__).parent / "configs"
 EXPERIMENTS = options("experiment")

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from selfdistill import generate_data
-from selfdistill.client import ServerUnavailable
+from selfdistill.config.options import main
 from selfdistill.errors import UserError
-from selfdistill.options import main
-from selfdistill.prompt_sources import FilePrompts, normal, read_prompts
 from selfdistill.rewards import ExactMatch
-from tests.stub_server import Reply, Request, StubServer, chat_reply
+from selfdistill.teachers.server.client import ServerUnavailable
+from selfdistill.teachers.server.prompt_sources import FilePrompts, normal, read_prompts
+from tests.teachers.server.stub_server import Reply, Request, StubServer, chat_reply
 
 
 def generate(stub: StubServer, folder: Path, *arguments: str) -> int:

@@ -22,10 +22,10 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from selfdistill.client import Client, all_of
-from selfdistill.prompt_logprobs import scoring_body
 from selfdistill.teachers.server import ServerTeacher
-from tests.stub_server import Reply, StubServer
+from selfdistill.teachers.server.client import Client, all_of
+from selfdistill.teachers.server.prompt_logprobs import scoring_body
+from tests.teachers.server.stub_server import Reply, StubServer
 
 LATENCY_S, REQUESTS, CONCURRENCY = 0.1, 64, 8
 Rows = list[list[int]]

@@ -14,7 +14,7 @@ from datasets import Dataset
 from trl import GRPOConfig
 
 from selfdistill import Distillation, SelfDistillTrainer, Teacher
-from selfdistill.models import load_model
+from selfdistill.models.loading import load_model
 from selfdistill.rewards import PythonTests
 from selfdistill.teachers.context import Feedback
 from selfdistill.teachers.weights import Ema

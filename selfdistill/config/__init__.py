@@ -1,7 +1,7 @@
 """What may be configured, and what is said of a configuration that cannot be meant. Imports nothing heavy.
 
 Unknown keys (also those added with `+`), types, ranges, choices and combinations are refused here before torch is
-imported; the signatures behind `_target_`s are bound by `selfdistill.build` afterwards, before weights load.
+imported; the signatures behind `_target_`s are bound by `selfdistill.training.build` afterwards, before weights load.
 """
 
 from typing import Any

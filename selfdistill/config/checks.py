@@ -15,8 +15,8 @@ from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, Omega
 
 from selfdistill.config.messages import WITHOUT, explain
 from selfdistill.config.schema import CHOICES, POSITIVE, RANGES, Run
+from selfdistill.config.suggestions import closest
 from selfdistill.errors import UserError
-from selfdistill.suggestions import closest
 
 TRUSTED = ("selfdistill", "trl", "peft", "transformers", "torch")
 WRITE = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list, e.g. [a,b]",

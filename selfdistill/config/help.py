@@ -3,15 +3,15 @@
 import os
 import re
 import sys
-from importlib import resources
-from importlib.resources.abc import Traversable
+from pathlib import Path
 from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
 
+from selfdistill.config.conf import CONF
 from selfdistill.config.messages import WITHOUT
+from selfdistill.config.suggestions import closest
 from selfdistill.errors import UserError
-from selfdistill.suggestions import closest
 
 HEAD = """\
 python -m selfdistill.train [GROUP=OPTION …] [KEY=VALUE …] [FLAG …]
@@ -41,7 +41,7 @@ def command_line(arguments: list[str]) -> list[str]:
         UserError: an unknown flag, or one without its value.
     """
     arguments = ["check=true" if argument == "--check" else argument for argument in arguments]
-    for group in (folder.name for folder in resources.files("selfdistill.conf").iterdir() if folder.is_dir()):
+    for group in (folder.name for folder in CONF.iterdir() if folder.is_dir()):
         if f"{group}=null" in arguments:
             if group not in WITHOUT:
                 raise UserError(f"{group}=null: choose one of its options, or leave it out.")
@@ -77,13 +77,12 @@ def command_line(arguments: list[str]) -> list[str]:
 
 def help_text() -> str:
     """Flags, groups and keys."""
-    conf = resources.files("selfdistill.conf")
-    groups = "\n".join(_group(folder, folder.name) for folder in _sorted(conf) if folder.is_dir() and _public(folder))
-    keys = (conf / "train.yaml").read_text(encoding="utf-8").partition("\n# What people sweep")
+    groups = "\n".join(_group(folder, folder.name) for folder in _sorted(CONF) if folder.is_dir() and _public(folder))
+    keys = (CONF / "train.yaml").read_text(encoding="utf-8").partition("\n# What people sweep")
     return f"{HEAD}\ngroups (GROUP=OPTION)\n{groups}\nkeys (KEY=VALUE)\n\n{(keys[1] + keys[2]).strip().partition(chr(10) + 'hydra:')[0]}"
 
 
-def _group(folder: Traversable, name: str) -> str:
+def _group(folder: Path, name: str) -> str:
     files = [file for file in _sorted(folder) if file.name.endswith(".yaml") and _public(file)]
     lines = [f"  {file.name.removesuffix('.yaml'):<20} {_first_sentence(file)}" for file in files]
     inner = [
@@ -92,15 +91,15 @@ def _group(folder: Traversable, name: str) -> str:
     return "\n".join([f"\n{name}=", *lines, *inner])
 
 
-def _first_sentence(file: Traversable) -> str:
+def _first_sentence(file: Path) -> str:
     head = re.match(r"(?:#.*\n)*", file.read_text(encoding="utf-8"))
     comments = [line.lstrip("# ") for line in head[0].splitlines() if not line.startswith("# @package")] if head else []
     return re.split(r"(?<=[.])\s", " ".join(comments))[0]
 
 
-def _sorted(folder: Traversable) -> list[Traversable]:
+def _sorted(folder: Path) -> list[Path]:
     return sorted(folder.iterdir(), key=lambda entry: entry.name)
 
 
-def _public(entry: Traversable) -> bool:
+def _public(entry: Path) -> bool:
     return not entry.name.startswith(("_", "."))

@@ -9,8 +9,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from selfdistill.config.schema import Run
+from selfdistill.config.suggestions import closest
 from selfdistill.errors import UserError
-from selfdistill.suggestions import closest
 
 # What Hydra and OmegaConf raise for a mistake on the command line or in a configuration file.
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from selfdistill.config.suggestions import guess
 from selfdistill.errors import UserError
-from selfdistill.suggestions import guess
 
 PROBE = "Which template?"
 

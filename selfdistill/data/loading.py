@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from selfdistill.config.suggestions import guess
 from selfdistill.data import chat
 from selfdistill.data.rows import Fields, RowReader
 from selfdistill.data.sources import EXTENSIONS, FORMATS, open_source
 from selfdistill.data.table import Table, TableReader
 from selfdistill.errors import UserError
-from selfdistill.suggestions import guess
 
 if TYPE_CHECKING:
     from datasets import Dataset

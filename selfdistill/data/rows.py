@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from selfdistill.config.suggestions import nearest
 from selfdistill.data import chat
-from selfdistill.suggestions import nearest
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 ROLES = ("system", "developer", "user", "assistant", "tool")

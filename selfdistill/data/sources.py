@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from selfdistill.config.suggestions import closest, nearest
 from selfdistill.data.readers import Record, csv_records, hub_records, json_records, jsonl_records, parquet_records
 from selfdistill.errors import UserError
-from selfdistill.suggestions import closest, nearest
 
 FORMATS = ("jsonl", "json", "parquet", "csv", "hub")
 EXTENSIONS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv"}

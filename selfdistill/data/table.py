@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from selfdistill.config.suggestions import guess
 from selfdistill.data import chat
 from selfdistill.data.rows import BadRow, Row, RowReader
 from selfdistill.data.sources import Source
 from selfdistill.errors import UserError
-from selfdistill.suggestions import guess
 
 if TYPE_CHECKING:
     from datasets import Dataset

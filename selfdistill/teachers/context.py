@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from selfdistill.config.suggestions import guess
 from selfdistill.errors import UserError
 from selfdistill.rollout import Prompt, Rollouts
-from selfdistill.suggestions import guess
 from selfdistill.teachers import templates
 from selfdistill.teachers.templating import Template, cut
 

@@ -5,8 +5,8 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from selfdistill.config.suggestions import guess
 from selfdistill.errors import UserError
-from selfdistill.suggestions import guess
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -201,7 +201,7 @@ class Model(Weights):
     def attach(self, model: nn.Module) -> None:
         super().attach(model)
         if self.module is None:
-            from selfdistill.models import load_model
+            from selfdistill.models.loading import load_model
 
             self.module, self.tokenizer = load_model(
                 name=self.name, tuning="full", key="teacher.weights.name", **self.loading

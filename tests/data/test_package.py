@@ -3,15 +3,13 @@
 import inspect
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 
-import selfdistill
+from selfdistill.config.conf import CONF
 from selfdistill.data import load_data
 
-CONF = Path(selfdistill.__file__).parent / "conf"
 NAMES = sorted(path.stem for path in (CONF / "data").glob("[!_]*.yaml"))
 
 

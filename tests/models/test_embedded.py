@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from selfdistill.models import load_model, resolve
+from selfdistill.models.loading import load_model, resolve
 from tests.reference import ROOT
 
 sys.path.insert(0, str(ROOT / "experiments" / "embedded_model"))

@@ -8,10 +8,10 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 
-import selfdistill
+from selfdistill.config.conf import CONF
 from selfdistill.errors import UserError
 
-FOLDER = Path(selfdistill.__file__).parent / "conf" / "reward"
+FOLDER = CONF / "reward"
 FILES = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "none")
 # What a file sets on purpose: choices that are not the class's default.
 DELIBERATE = {

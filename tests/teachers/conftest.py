@@ -2,7 +2,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.teachers.served import OPEN
+from tests.teachers.server.served import OPEN
 
 
 @pytest.fixture(autouse=True)

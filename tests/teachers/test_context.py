@@ -2,20 +2,19 @@
 
 import itertools
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from selfdistill.config.conf import CONF
 from selfdistill.errors import UserError
 from selfdistill.rollout import Rollouts
 from selfdistill.teachers import templates
 from selfdistill.teachers.context import Answer, Demonstration, Feedback, NoContext, without_thinking
 from tests.tiny import tiny_tokenizer
 
-CONF = Path(__file__).parents[2] / "selfdistill" / "conf" / "teacher" / "context"
 SHORT = {
     "template": "{prompt}|{solution}|{feedback}",
     "solution_block": "S:{solution}",
@@ -348,7 +347,7 @@ def test_a_slot_that_is_switched_off_may_be_left_out():
 )
 def test_the_configuration_says_what_the_class_does_by_default(name, kind):
     shared = {"seed": 0, "distillation": {"success_threshold": 1.0}}
-    config = OmegaConf.create({**shared, "context": OmegaConf.load(CONF / f"{name}.yaml")})
+    config = OmegaConf.create({**shared, "context": OmegaConf.load(CONF / "teacher" / "context" / f"{name}.yaml")})
     context = instantiate(config.context)
     assert isinstance(context, kind)
     batch = rollouts(

@@ -16,7 +16,7 @@ import httpx
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from selfdistill.models import resolve
+from selfdistill.models.loading import resolve
 
 ROOT = Path(__file__).parents[2]
 PYTHON = Path(os.environ.get("SELFDISTILL_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))

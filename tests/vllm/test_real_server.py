@@ -12,11 +12,11 @@ import torch
 
 from selfdistill import doctor, generate_data
 from selfdistill.data import load_data
-from selfdistill.doctor.server import check_server
 from selfdistill.errors import UserError
-from selfdistill.teachers.scored import Scored
+from selfdistill.machine.served_teacher import check_server
 from selfdistill.teachers.server import ServerTeacher
-from tests.stub_server import LetterTokenizer
+from selfdistill.teachers.server.scored import Scored
+from tests.teachers.server.stub_server import LetterTokenizer
 from tests.vllm.conftest import CONTEXT_TOKENS, NAME, VllmServer
 
 pytestmark = pytest.mark.timeout(900)

@@ -1,0 +1,1 @@
+"""What a model can do, and alarms about what it is becoming."""

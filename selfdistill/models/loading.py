@@ -1,0 +1,111 @@
+"""Loading: with transformers or unsloth, in full, with LoRA, or in 4 bit; and the embedded model."""
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from selfdistill.errors import UserError
+
+EMBEDDED = "embedded"
+
+
+def resolve(name: str) -> str:
+    """A folder or hub name; `embedded` is the model inside this package."""
+    return str(resources.files("selfdistill.models") / EMBEDDED) if name == EMBEDDED else name
+
+
+def load_model(
+    *,
+    name: str,
+    tuning: str = "lora",
+    lora: dict[str, Any] | None = None,
+    dtype: str = "auto",
+    load_in_4bit: bool = False,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    local_files_only: bool = False,
+    adapter_path: str | None = None,
+    loader: str = "transformers",
+    max_seq_tokens: int = 4096,
+    key: str = "model.name",
+    **_: Any,
+) -> tuple[Any, Any]:
+    """A causal language model in training precision, and its tokenizer.
+
+    With tuning="lora" the model has no adapter yet (`lora_config` describes it and the trainer adds it), except from
+    `adapter_path`, whose adapter is loaded and trained further.
+
+    Raises:
+        UserError: the model cannot be found or loaded; says what was looked for.
+    """
+    path = resolve(name)
+    if Path(path).is_dir() and not any((Path(path) / f).exists() for f in ("config.json", "adapter_config.json")):
+        raise UserError(
+            f"{key}={name}: this folder holds no model, for it has no config.json. "
+            "Write a folder with config.json and weights, or a hub name."
+        )
+    if loader == "unsloth":
+        return _load_with_unsloth(path, lora or {}, load_in_4bit, max_seq_tokens)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    common = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
+    arguments: dict[str, Any] = {**common, "dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    if attn_implementation:
+        arguments["attn_implementation"] = attn_implementation
+    if load_in_4bit:
+        compute = torch.bfloat16 if dtype == "auto" else arguments["dtype"]
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **common)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, **arguments)
+    except (OSError, ValueError, ImportError) as error:
+        hint = "a folder with config.json and weights, or a hub name that this machine can reach"
+        if local_files_only:
+            hint += "; with model.local_files_only=true it must be in the local cache already"
+        raise UserError(f"{key}={name} cannot be loaded: {str(error).strip().splitlines()[0]} Write {hint}.") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if adapter_path:
+        from peft import PeftModel
+
+        if not (Path(adapter_path) / "adapter_config.json").exists():
+            raise UserError(f"model.adapter_path={adapter_path}: there is no adapter_config.json in that folder.")
+        model = PeftModel.from_pretrained(model, adapter_path, is_trainable=True)
+    return model, tokenizer
+
+
+def lora_config(*, r: int, alpha: int, dropout: float, target_modules: Any) -> Any:
+    """PEFT's description of the adapter."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, bias="none", task_type="CAUSAL_LM"
+    )
+
+
+def _load_with_unsloth(path: str, lora: dict[str, Any], load_in_4bit: bool, max_seq_tokens: int) -> tuple[Any, Any]:
+    """unsloth must be imported before trl; it adds the adapter itself."""
+    try:
+        from unsloth import FastLanguageModel
+    except (ImportError, NotImplementedError) as error:
+        raise UserError(
+            f"model.loader=unsloth: {error} Install the extra `unsloth` on a machine with a GPU, or write model.loader=transformers."
+        ) from error
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        model_name=path, max_seq_length=max_seq_tokens, load_in_4bit=load_in_4bit, fast_inference=False
+    )
+    targets = lora.get("target_modules", "all-linear")
+    if targets == "all-linear":
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=lora.get("r", 32),
+        lora_alpha=lora.get("alpha", 32),
+        lora_dropout=lora.get("dropout", 0.0),
+        target_modules=targets,
+    )
+    return model, tokenizer

@@ -1,0 +1,321 @@
+"""What happens beside the training loop: the record, completions now and then, the alarms, the progress bar."""
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from transformers import (
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers import ProgressCallback as TransformersProgressCallback
+
+from selfdistill.evaluation.monitors import Alarm, Monitors, standard_names
+from selfdistill.runs.console import duration, samples_table
+from selfdistill.runs.folder import RunFolder
+from selfdistill.runs.loggers.base import RunLogger
+
+Rows = Sequence[Mapping[str, Any]]
+
+# How often summary.json is renewed during the training: what a killed run leaves is at most this old.
+_HEARTBEAT_S = 10.0
+
+
+def use_callbacks(trainer: Any, callbacks: Sequence[TrainerCallback]) -> None:
+    """Give a trainer these callbacks, in this order, in place of transformers' own progress bar and printer."""
+    trainer.remove_callback(TransformersProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+
+
+class RecordCallback(TrainerCallback):
+    """Writes every logged step to the run's folder and to the logger, and drops what a resume is going to repeat.
+
+    TRL's names are kept and the standard ones added. The totals that transformers logs when training ends
+    (train_runtime and so on) go to the summary: they are no step's.
+    """
+
+    def __init__(self, run: RunFolder, logger: RunLogger) -> None:
+        self.run, self.logger = run, logger
+        self._warned = False
+        self._summarised = float("-inf")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            self.run.truncate_metrics(state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        if "train_runtime" in logs:
+            totals = {name: value for name, value in logs.items() if name.startswith("train_") or name == "total_flos"}
+            self.run.update_summary(train=totals)
+            return
+        metrics = standard_names(logs)
+        self.run.log_metrics(state.global_step, metrics)
+        if time.monotonic() - self._summarised > _HEARTBEAT_S:
+            self._summarised = time.monotonic()
+            self.run.update_summary(step=state.global_step)
+        self.show(lambda: self.logger.log(state.global_step, {**metrics, "time/wall_s": self.run.wall_s}))
+
+    def show(self, call: Callable[[], None]) -> None:
+        """A logger that fails ends no training: it is named once, and the folder has everything."""
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001 - whatever a third party's logger does
+            if not self._warned:
+                warnings.warn(f"The logger failed; {self.run.path} has the metrics: {error}", stacklevel=2)
+            self._warned = True
+
+
+class CompletionsCallback(TrainerCallback):
+    """Keeps and shows completions now and then.
+
+    Args:
+        record: the run's record, which comes before this callback.
+        console: where the table is printed.
+        rows: returns the completions of the latest step: mappings with prompt, completion, reward, feedback, advantage.
+        every_steps: steps between; 0 keeps none. The first logged step always counts.
+        keep: completions kept each time.
+        show: completions printed each time; 0 prints none.
+    """
+
+    def __init__(
+        self,
+        record: RecordCallback,
+        console: Console,
+        rows: Callable[[], Rows],
+        every_steps: int = 20,
+        keep: int = 16,
+        show: int = 3,
+    ) -> None:
+        self.record, self.console, self.rows = record, console, rows
+        self.every_steps, self.keep, self.show = every_steps, keep, show
+        self._last_step: int | None = None
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        step = state.global_step
+        if not state.is_world_process_zero or self.every_steps < 1 or step == 0 or step == self._last_step:
+            return
+        if self._last_step is not None and step // self.every_steps == self._last_step // self.every_steps:
+            return
+        rows = list(self.rows())[: self.keep]
+        if not rows:
+            return
+        self._last_step = step
+        self.record.run.log_completions(step, rows)
+        self.record.show(lambda: self.record.logger.table("completions", [{"step": step, **row} for row in rows]))
+        if self.show > 0:
+            self.console.print(samples_table(step, rows[: self.show]))
+
+
+class MonitorCallback(TrainerCallback):
+    """Raises the monitors' alarms, and keeps the best checkpoint of a run that a monitor may stop.
+
+    What is best is decided by eval/accuracy where the run evaluates, otherwise by the mean reward of the last
+    `window` logged steps; steps at which any monitor is alarmed are not candidates, because a reward that is being
+    exploited is at its highest when the run is worth least. A new best makes the trainer save a checkpoint, by reward
+    at most once in `gap_steps` steps, and is entered as the trainer's best one, which keeps it from being rotated away.
+
+    A resumed run replays its metrics, so that it alarms as an unbroken one does.
+
+    Attributes:
+        stopped_by: the alarm that ended the training; None if none did.
+        best_step: step of the best checkpoint; None before there is one.
+    """
+
+    def __init__(
+        self, monitors: Monitors, run: RunFolder, console: Console, window: int = 5, gap_steps: int = 20
+    ) -> None:
+        self.monitors, self.run, self.console = monitors, run, console
+        self.window, self.gap_steps = window, gap_steps
+        self.stopped_by: Alarm | None = None
+        self._forget()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.monitors.reset()
+        self._forget()
+        for line in self.run.metrics():
+            if line["step"] <= state.global_step:
+                self.monitors.observe(line)
+                self._is_best(line["step"], line)
+        alarms = self.run.summary.get("alarms", [])
+        repeated = [alarm for alarm in alarms if alarm["step"] > state.global_step]
+        if state.is_world_process_zero and repeated:
+            self.run.update_summary(alarms=[alarm for alarm in alarms if alarm not in repeated])
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or "train_runtime" in logs:
+            return
+        step = state.global_step
+        for alarm in self.monitors.observe({**logs, "step": step}):
+            self._raise(alarm, state, control)
+        if self.stopped_by is None and self._is_best(step, logs):
+            control.should_save = True
+            state.best_global_step, state.best_metric = step, self._best
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.on_log(args, state, control, logs=metrics)
+
+    def _forget(self) -> None:
+        self._best: float | None = None
+        self._by_accuracy = False
+        self._rewards: list[float] = []
+        self.best_step: int | None = None
+
+    def _raise(self, alarm: Alarm, state: TrainerState, control: TrainerControl) -> None:
+        if alarm.action == "stop" and self.stopped_by is None:
+            self.stopped_by = alarm
+            control.should_training_stop = True
+        if state.is_world_process_zero:
+            word = "stopped" if alarm.action == "stop" else "warning"
+            self.console.print(Text(f"{word} at step {alarm.step}: {alarm.message}", style="bold yellow"))
+            alarms = self.run.summary.get("alarms", [])
+            entry = {"monitor": alarm.monitor, "step": alarm.step, "value": alarm.value, "message": alarm.message}
+            self.run.update_summary(alarms=[*alarms, {**entry, "action": alarm.action}])
+
+    def _is_best(self, step: int, metrics: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint of this step should be kept as the best."""
+        accuracy = metrics.get("eval/accuracy")
+        if accuracy is not None and not self._by_accuracy:
+            # From the first evaluation on, rewards no longer decide.
+            self._by_accuracy, self._best = True, None
+        value = accuracy if self._by_accuracy else self._mean_reward(metrics.get("reward"))
+        if not self.monitors.can_stop or value is None or self.monitors.alarming:
+            return False
+        too_soon = self.best_step is not None and step - self.best_step < self.gap_steps and not self._by_accuracy
+        if too_soon or (self._best is not None and value <= self._best):
+            return False
+        self._best = value
+        if step == 0:
+            # The model as it was given needs no checkpoint.
+            return False
+        self.best_step = step
+        return True
+
+    def _mean_reward(self, reward: float | None) -> float | None:
+        if reward is None:
+            return None
+        self._rewards = [*self._rewards, reward][-self.window :]
+        return sum(self._rewards) / len(self._rewards) if len(self._rewards) == self.window else None
+
+
+class ProgressCallback(TrainerCallback):
+    """A bar with reward, KL, divergence and the time that remains; without a terminal a plain line now and then.
+
+    Args:
+        console: shared with everything else that prints while the bar is up.
+        every_s: seconds between two plain lines.
+    """
+
+    _SHOWN: ClassVar[dict[str, str]] = {
+        "reward": "reward",
+        "kl": "KL",
+        "distill/divergence": "divergence",
+        "loss": "loss",
+    }
+
+    def __init__(self, console: Console, every_s: float = 15.0) -> None:
+        self.console, self.every_s = console, every_s
+        self._bar: Progress | None = None
+        self._first_step = 0
+        self._began = self._printed = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._first_step, self._began = state.global_step, time.monotonic()
+        self._printed = float("-inf")
+        self._latest: dict[str, Any] = {}
+        if not state.is_world_process_zero or not self.console.is_terminal:
+            return
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[values]}"),
+            TimeRemainingColumn(compact=True),
+            console=self.console,
+            expand=True,
+        )
+        self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, values="")
+        self._bar.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        self._latest.update({name: value for name, value in logs.items() if value is not None})
+        values = self._values()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step, values="  ".join(values))
+            return
+        now = time.monotonic()
+        is_last = state.global_step >= state.max_steps
+        if now - self._printed < self.every_s and not is_last:
+            return
+        self._printed = now
+        done = state.global_step - self._first_step
+        left = []
+        if done > 0 and not is_last:
+            left = [f"{duration((now - self._began) / done * (state.max_steps - state.global_step))} left"]
+        line = "  ".join([f"step {state.global_step}/{state.max_steps}", *values, *left])
+        self.console.print(Text(line), soft_wrap=True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar down; needed where the training ends with an exception, may be called twice."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _values(self) -> list[str]:
+        shown = [(label, self._latest.get(name)) for name, label in self._SHOWN.items()]
+        return [f"{label} {value:.3g}" for label, value in shown if isinstance(value, int | float)][:3]

@@ -1,0 +1,281 @@
+"""What a run shows on the terminal: the configuration, the plan, sample completions, the result, where everything lies.
+
+Every function returns something that rich prints; all of it reads well as plain text in 80 columns.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from selfdistill.config.secrets import Redactor
+from selfdistill.errors import UserError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is going to do.
+
+    Attributes:
+        model: name or path of the student.
+        device: for example "cpu" or "NVIDIA H200, bfloat16".
+        parameters: parameters of the student.
+        trained: those that are trained.
+        train_rows: rows of the training data.
+        eval_rows: rows of the evaluation data.
+        max_steps: optimiser steps.
+        completions_per_device: completions that one process handles in one forward pass of the training.
+        accumulation: forward and backward passes of one optimiser step.
+        processes: processes that train.
+        num_generations: completions of one prompt, G.
+        adapter: for example "LoRA, rank 32"; empty for full training.
+        teacher: for example "ema 0.99, sees a demonstration"; empty without one.
+        memory_gib: estimate by part, for example {"weights": 1.2, "optimizer": 0.1}.
+    """
+
+    model: str
+    device: str
+    parameters: int
+    trained: int
+    train_rows: int
+    eval_rows: int
+    max_steps: int
+    completions_per_device: int
+    accumulation: int
+    processes: int
+    num_generations: int
+    adapter: str = ""
+    teacher: str = ""
+    memory_gib: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def completions(self) -> int:
+        """Completions of one optimiser step."""
+        return self.completions_per_device * self.accumulation * self.processes
+
+
+def make_console(**options: Any) -> Console:
+    """The console of the program: no emoji codes, no guessed highlights, no colour where there is no terminal."""
+    return Console(highlight=False, emoji=False, **options)
+
+
+def config_tree(config: DictConfig) -> Tree:
+    """The composed configuration, secrets masked; groups first, in the order of their composition."""
+    tree = Tree(Text("configuration", style="bold"), guide_style="dim")
+    _add_branches(tree, Redactor(config).config)
+    return tree
+
+
+def plan_table(plan: Plan) -> Group:
+    """Model, parameters, batch arithmetic and memory, one a line."""
+    table = _facts()
+    table.add_row("model", Text(plan.model))
+    share = plan.trained / plan.parameters if plan.parameters else 0.0
+    method = plan.adapter or "all weights" if plan.trained == plan.parameters else plan.adapter or "some weights"
+    table.add_row("parameters", f"{count(plan.parameters)}, {count(plan.trained)} trained ({share:.1%}; {method})")
+    table.add_row("device", Text(plan.device))
+    if plan.teacher:
+        table.add_row("teacher", Text(plan.teacher))
+    table.add_row("data", f"{plan.train_rows:,} rows to train on, {plan.eval_rows:,} held out")
+    arithmetic = f"{plan.completions_per_device} completions x {plan.accumulation} accumulated"
+    if plan.processes > 1:
+        arithmetic += f" x {plan.processes} processes"
+    prompts = plan.completions / plan.num_generations
+    table.add_row(
+        "a step", f"{arithmetic} = {plan.completions}: {prompts:g} prompts x {plan.num_generations} generations"
+    )
+    epochs = plan.max_steps * prompts / plan.train_rows if plan.train_rows else 0.0
+    total = plan.max_steps * plan.completions
+    table.add_row("the run", f"{plan.max_steps:,} steps = {total:,} completions = {epochs:.2f} passes over the data")
+    if plan.memory_gib:
+        table.add_row("memory", memory_line(plan.memory_gib))
+    return _titled("plan", table)
+
+
+def memory_line(memory_gib: Mapping[str, float], available_gib: float | None = None) -> Text:
+    """The estimate by part and in sum, red where it is more than the device has."""
+    if not memory_gib:
+        return Text("unknown before loading: write model.parameters_billion to estimate it")
+    total = sum(memory_gib.values())
+    parts = ", ".join(f"{name} {size(value)}" for name, value in memory_gib.items())
+    text = f"about {size(total)} and activations ({parts})"
+    if available_gib is None:
+        return Text(text)
+    return Text(f"{text}, of {size(available_gib)}", style="red" if total > available_gib else "")
+
+
+def change_table(before: Mapping[str, float | None], after: Mapping[str, float | None]) -> Table:
+    """Evaluation before, after and the change, which is green where it is for the better.
+
+    Args:
+        before: metrics before the training, for example {"accuracy": 0.1, "retention/sort": 1.0, "forgetting": 0.0}.
+            More is better, except of names with "forgetting", "loss" or "perplexity".
+        after: the same after it; a metric that is missing on one side shows "-".
+    """
+    table = Table(
+        box=box.SIMPLE_HEAD, title="before and after", title_justify="left", title_style="bold", pad_edge=False
+    )
+    table.add_column("metric")
+    for column in ("before", "after", "change"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name in dict.fromkeys([*before, *after]):
+        old, new = before.get(name), after.get(name)
+        change = Text("-") if old is None or new is None else _change(name, new - old)
+        table.add_row(Text(name), _number(old), _number(new), change)
+    return table
+
+
+def samples_table(step: int, rows: Sequence[Mapping[str, Any]], characters: int = 160) -> Table:
+    """Sampled completions of one step.
+
+    Args:
+        step: the training step.
+        rows: mappings with prompt, completion, reward and, if there are any, feedback and advantage.
+        characters: longest text of a cell; longer prompts lose their beginning, longer completions their middle.
+    """
+    has_feedback = any(row.get("feedback") for row in rows)
+    table = Table(box=box.SIMPLE_HEAD, title=f"completions at step {step}", leading=1, pad_edge=False)
+    table.title_justify, table.title_style = "left", "bold"
+    table.add_column("prompt", ratio=3, overflow="fold")
+    table.add_column("completion", ratio=4, overflow="fold")
+    if has_feedback:
+        table.add_column("feedback", ratio=2, overflow="fold")
+    table.add_column("reward", justify="right", no_wrap=True)
+    table.add_column("advantage", justify="right", no_wrap=True)
+    for row in rows:
+        prompt, completion = _one_text(row.get("prompt")), _one_text(row.get("completion"))
+        cells = [Text(_last(prompt, characters)), Text(_ends(completion, characters))]
+        if has_feedback:
+            cells.append(Text(_ends(row.get("feedback") or "", characters)))
+        table.add_row(*cells, _number(row.get("reward")), _number(row.get("advantage")))
+    return table
+
+
+def where_table(places: Mapping[str, str | Path | None]) -> Group:
+    """Where everything lies; what is None or an empty text is left out. Paths are shown from the current folder."""
+    table = _facts()
+    for name, place in places.items():
+        if place:
+            table.add_row(name, Text(_from_here(place), overflow="fold"))
+    return _titled("where everything lies", table)
+
+
+def error_text(error: UserError) -> Text:
+    """A user's error as it is printed: the message alone."""
+    return Text.assemble(("error: ", "bold red"), str(error))
+
+
+def count(number: int) -> str:
+    """A number of parameters: 812, 860 K, 1.24 B."""
+    for power, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= power:
+            return f"{number / power:.3g} {unit}"
+    return str(number)
+
+
+def size(gib: float) -> str:
+    """An amount of memory: 0.4 MiB, 250 MiB, 17.3 GiB."""
+    if gib >= 1:
+        return f"{gib:.1f} GiB"
+    mib = gib * 1024
+    return f"{mib:.0f} MiB" if mib >= 10 else f"{mib:.1f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 8 s, 4 min 5 s, 2 h 03 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def print_all(console: Console, *renderables: Any) -> None:
+    """Print with a blank line between."""
+    for renderable in renderables:
+        console.print(Group(renderable, ""))
+
+
+def _add_branches(tree: Tree, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            _add_branches(tree.add(Text(str(key), style="bold")), value)
+        else:
+            tree.add(Text.assemble(f"{key}: ", (_yaml_value(value), "cyan")))
+
+
+def _yaml_value(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return value if value and value == value.strip() and "\n" not in value else repr(value)
+    return str(value)
+
+
+def _facts() -> Table:
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _titled(title: str, table: Table) -> Group:
+    # A title of the table itself would be wrapped at the table's width.
+    return Group(Text(title, style="bold"), table)
+
+
+def _number(value: float | None) -> str:
+    if value is None or math.isnan(value):
+        return "-"
+    if value == 0 or 0.001 <= abs(value) < 10_000:
+        return f"{value:.3f}"
+    return f"{value:.2e}"
+
+
+def _change(name: str, difference: float) -> Text:
+    text = f"{difference:+.3f}" if difference == 0 or abs(difference) >= 0.001 else f"{difference:+.1e}"
+    less_is_better = any(word in name for word in ("forgetting", "loss", "perplexity"))
+    if difference == 0:
+        return Text(text)
+    return Text(text, style="green" if (difference < 0) == less_is_better else "red")
+
+
+def _one_text(value: Any) -> str:
+    """Prompts and completions are texts, or lists of messages."""
+    if isinstance(value, str):
+        return value
+    if not value:
+        return ""
+    messages = [f"{message['role']}: {message['content']}" for message in value]
+    return messages[0].removeprefix("assistant: ") if len(messages) == 1 else "\n".join(messages)
+
+
+def _last(text: str, characters: int) -> str:
+    return text if len(text) <= characters else "..." + text[3 - characters :]
+
+
+def _ends(text: str, characters: int) -> str:
+    if len(text) <= characters:
+        return text
+    half = (characters - 5) // 2
+    return f"{text[:half]} ... {text[-half:]}"
+
+
+def _from_here(place: str | Path) -> str:
+    if not isinstance(place, Path):
+        return place
+    try:
+        return str(place.absolute().relative_to(Path.cwd()))
+    except ValueError:
+        return str(place)

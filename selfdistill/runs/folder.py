@@ -1,0 +1,357 @@
+"""The run's folder: everything that a run leaves behind, written so that a killed process loses at most one line.
+
+    config.yaml        the composed configuration, resolved, secrets masked
+    metrics.jsonl      one JSON object a logged step
+    completions.jsonl  sampled completions with reward, feedback and advantage
+    prompts.md         what student and teacher really saw at step 0
+    bad_rows.jsonl     rows of the data that were skipped, and why
+    summary.json       status, wall time, peak memory, versions, evaluation; replaced as a whole
+    error.txt          the traceback of a failed run
+
+No heavy imports: reading a folder takes milliseconds.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import re
+import secrets
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+
+from selfdistill.config.secrets import Redactor
+from selfdistill.errors import UserError
+from selfdistill.machine.memory import peak_memory_gib, reset_peak_memory
+from selfdistill.runs.step_log import StepLog, jsonable
+
+Status = Literal["running", "finished", "failed", "interrupted", "stopped"]
+
+_PACKAGES = ("selfdistill", "torch", "transformers", "trl", "peft", "datasets", "vllm", "unsloth")
+
+
+@dataclass(frozen=True)
+class PromptSample:
+    """One rollout as student and teacher saw it at step 0.
+
+    Attributes:
+        student: the student's prompt, rendered with its special tokens.
+        completion: the completion, rendered with its special tokens.
+        completion_ids: the ids that were sampled.
+        teacher: the teacher's rendered prompt; None where the rollout has no teacher or carries no signal.
+        teacher_completion_ids: the ids that the teacher scored; None where it scored nothing.
+    """
+
+    student: str
+    completion: str
+    completion_ids: Sequence[int]
+    teacher: str | None = None
+    teacher_completion_ids: Sequence[int] | None = None
+
+
+class RunFolder:
+    """The folder of one run. Made by `create` or `open`, never directly.
+
+    Only the main process of a distributed run writes; the others open it with `write=False`.
+    """
+
+    def __init__(self, path: Path, summary: dict[str, Any], lock: IO[bytes] | None, redactor: Redactor) -> None:
+        self.path = path
+        self.run_id: str = summary["run_id"]
+        self._summary = summary
+        self._lock = lock
+        self._redactor = redactor
+        self._made_roots: list[Path] = []
+        self._metrics = StepLog(path / "metrics.jsonl", write=lock is not None)
+        self._completions = StepLog(path / "completions.jsonl", write=lock is not None)
+        # A killed process wrote no last summary: its last metrics know how long it ran.
+        logged = (line.get("time/wall_s") or 0.0 for line in self._metrics.read())
+        self._wall_before_s = max([float(summary.get("wall_s") or 0.0), *logged])
+        self._opened_at = time.monotonic()
+
+    @classmethod
+    def create(cls, root: Path, name: str, config: DictConfig) -> "RunFolder":
+        """Make `<root>/<run_id>` for a new run.
+
+        Args:
+            root: where runs go; made if it is not there.
+            name: part of the run's id; characters outside letters, digits, `.`, `_`, `-` become `-`.
+            config: the composed configuration.
+
+        Raises:
+            UserError: the folder cannot be made.
+        """
+        redactor = Redactor(config)
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:60] or "run"
+        started = datetime.now(UTC)
+        made_roots = [folder for folder in (Path(root), *Path(root).parents) if not folder.exists()]
+        try:
+            Path(root).mkdir(parents=True, exist_ok=True)
+            path = _new_folder(Path(root), f"{started:%Y%m%d-%H%M%S}-{name}")
+        except OSError as error:
+            raise UserError(f"No run's folder can be made in {root}: {error.strerror or error}.") from error
+        lock = _lock(path)
+        _replace(path / "config.yaml", redactor.yaml())
+        summary = {"run_id": path.name, "status": "running", "started": started.isoformat(timespec="seconds")}
+        run = cls(path, summary, lock, redactor)
+        run._made_roots = made_roots
+        run._begin()
+        return run
+
+    @classmethod
+    def open(cls, path: Path, write: bool = True) -> "RunFolder":
+        """Open an existing run: to continue it, or with `write=False` to read it.
+
+        A last line that was torn by a kill is cut off when the folder is opened for writing.
+
+        Raises:
+            UserError: the path is no run's folder, or another process is writing to it.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise UserError(f"{path} is no run's folder: there is no such folder.")
+        missing = [name for name in ("config.yaml", "summary.json") if not (path / name).is_file()]
+        if missing:
+            raise UserError(f"{path} is no run's folder: {' and '.join(missing)} {_is(missing)} missing.")
+        summary = _load_summary(path / "summary.json")
+        lock = _lock(path) if write else None
+        run = cls(path, summary, lock, Redactor(_load_config(path / "config.yaml")))
+        if write:
+            error_file = path / "error.txt"
+            if error_file.exists():
+                error_file.replace(path / "error-before-resume.txt")
+            resumed = [*summary.get("resumed", []), datetime.now(UTC).isoformat(timespec="seconds")]
+            run._begin(resumed=resumed)
+        return run
+
+    @property
+    def config(self) -> DictConfig:
+        """The configuration as it was composed; a masked secret reads `***`."""
+        return _load_config(self.path / "config.yaml")
+
+    def hides(self, arguments: Sequence[str]) -> bool:
+        """Whether a command line holds a secret of this run."""
+        return [self._redactor.text(a) for a in self._redactor.arguments(arguments)] != list(arguments)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The content of summary.json."""
+        return dict(self._summary)
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds this run has taken, those before every resume included."""
+        if self._lock is None:
+            return self._wall_before_s
+        return self._wall_before_s + time.monotonic() - self._opened_at
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return self._metrics.read()
+
+    def completions(self) -> list[dict[str, Any]]:
+        """The lines of completions.jsonl."""
+        return self._completions.read()
+
+    def log_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Add metrics to the line of `step`; NaN and infinities become null. `time/wall_s` is added."""
+        self._metrics.merge(step, {**metrics, "time/wall_s": round(self.wall_s, 3)})
+
+    def log_completions(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Append sampled completions: mappings with prompt, completion, reward, feedback, advantage."""
+        for row in rows:
+            self._completions.append({"step": step, **row})
+
+    def truncate_metrics(self, step: int) -> int:
+        """Drop metrics and completions of steps after `step`, as a resume from a checkpoint repeats them.
+
+        Returns:
+            the number of lines dropped.
+        """
+        return self._metrics.truncate(step) + self._completions.truncate(step)
+
+    def write_prompts(self, samples: Sequence[PromptSample]) -> bool:
+        """Write prompts.md, and whether the teacher scored the very ids that the student sampled.
+
+        Returns:
+            True if all ids agree.
+        """
+        parts = ["# What student and teacher saw at step 0\n"]
+        agree = True
+        for index, sample in enumerate(samples):
+            parts.append(f"## Rollout {index}\n\n### The student's prompt\n\n{_fenced(sample.student)}")
+            if sample.teacher is None:
+                parts.append("### The teacher's prompt\n\nNone: this rollout carries no teacher's signal.\n")
+            else:
+                parts.append(f"### The teacher's prompt\n\n{_fenced(sample.teacher)}")
+            parts.append(f"### The completion\n\n{_fenced(sample.completion)}")
+            ids = list(sample.completion_ids)
+            verdict = f"{len(ids)} token ids: {' '.join(map(str, ids))}"
+            if sample.teacher_completion_ids is not None:
+                scored = list(sample.teacher_completion_ids)
+                same = scored == ids
+                agree = agree and same
+                verdict += "\n\nThe teacher scored " + (
+                    "the same token ids." if same else f"OTHER token ids: {' '.join(map(str, scored))}"
+                )
+            parts.append(verdict + "\n")
+        _replace(self.path / "prompts.md", "\n".join(parts))
+        return agree
+
+    def write_bad_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write bad_rows.jsonl, one object a skipped row; no rows, no file."""
+        lines = [json.dumps(jsonable(row), ensure_ascii=False) for row in rows]
+        if lines:
+            _replace(self.path / "bad_rows.jsonl", "\n".join(lines) + "\n")
+
+    def update_summary(self, **values: Any) -> None:
+        """Set keys of summary.json, the wall time and the peak memory with them; the file is replaced as a whole."""
+        if self._lock is not None:
+            peak = peak_memory_gib()
+            for name, before in (self._summary.get("peak_memory_gib") or {}).items():
+                peak[name] = max(before or 0.0, peak.get(name, 0.0))
+            self._summary.update(wall_s=round(self.wall_s, 3), peak_memory_gib=peak)
+        self._summary.update(jsonable(values))
+        _replace(self.path / "summary.json", json.dumps(self._summary, indent=2, ensure_ascii=False) + "\n")
+
+    def finish(self, status: Status, error: BaseException | None = None, **values: Any) -> None:
+        """Write the last summary, with `error` also error.txt, and let go of the folder.
+
+        Wall time stands still from here on; `update_summary` still works, for what is added later (an export).
+        """
+        if error is not None:
+            text = "".join(traceback.format_exception(error))
+            _replace(self.path / "error.txt", self._redactor.text(text))
+        ended = datetime.now(UTC).isoformat(timespec="seconds")
+        self.update_summary(status=status, ended=ended, **values)
+        self._metrics.close()
+        self._completions.close()
+        if self._lock is not None:
+            self._wall_before_s = self.wall_s
+            self._lock.close()
+            self._lock = None
+
+    def discard(self) -> None:
+        """Remove the folder of a run that was refused before it began, and the folders made for it; only by its maker."""
+        self._metrics.close()
+        self._completions.close()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+            shutil.rmtree(self.path)
+            for root in self._made_roots:
+                if any(root.iterdir()):
+                    break
+                root.rmdir()
+
+    def _begin(self, **values: Any) -> None:
+        reset_peak_memory()
+        self.update_summary(
+            status="running",
+            ended=None,
+            command=self._redactor.text(shlex.join(self._redactor.arguments(sys.orig_argv))),
+            folder=os.getcwd(),
+            host=socket.gethostname(),
+            process=os.getpid(),
+            git=_git_state(),
+            versions=_versions(),
+            **values,
+        )
+
+
+def _new_folder(root: Path, stem: str) -> Path:
+    # mkdir fails if the folder is there, whoever made it: that is what keeps two processes apart.
+    while True:
+        path = root / f"{stem}-{secrets.token_hex(2)}"
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path
+
+
+def _lock(path: Path) -> IO[bytes]:
+    lock = (path / ".lock").open("ab")
+    try:
+        # The kernel lets go of it when the process ends, however it ends.
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.close()
+        raise UserError(
+            f"{path} is in use: another process is still writing to this run. Stop that one first."
+        ) from error
+    return lock
+
+
+def _load_summary(path: Path) -> dict[str, Any]:
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is no run's summary: {error}.") from error
+    if not isinstance(summary, dict) or not isinstance(summary.get("run_id"), str):
+        raise UserError(f"{path} is no run's summary: it has no run_id.")
+    return summary
+
+
+def _load_config(path: Path) -> DictConfig:
+    config = OmegaConf.load(path)
+    if not isinstance(config, DictConfig):
+        raise UserError(f"{path} is no configuration: it holds a list.")
+    return config
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a kill, sees either the old or the new content."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def _fenced(text: str) -> str:
+    longest = max((len(ticks) for ticks in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}\n"
+
+
+def _is(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _git_state() -> dict[str, Any] | None:
+    """Commit of the current folder's repository, and whether files differ from it; None outside of one."""
+    try:
+        commit = _git("rev-parse", "HEAD")
+        return {"commit": commit, "changed": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=5)
+    return done.stdout.strip()

@@ -1,0 +1,158 @@
+"""Weights & Biases."""
+
+import os
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig
+
+from selfdistill.errors import UserError
+from selfdistill.runs.folder import RunFolder
+from selfdistill.runs.loggers.base import columns_of, finite, flat, flat_config, multirun_group
+
+
+class WandbLogger:
+    """Logs to W&B: online where an API key is set, otherwise to a file in the run's folder that `wandb sync` uploads.
+
+    Never asks for anything. A server that cannot be reached, or refuses the key, makes the run go offline. A resumed run
+    continues the W&B run of the same id; steps that it repeats after a kill are ignored by the server.
+
+    Args:
+        project: W&B project.
+        entity: user or team; None is the key's default.
+        group: group of runs; None: the jobs of one multirun share one.
+        name: shown name; None is the run's id.
+        tags: tags of the run.
+        mode: online, offline, disabled; None decides by itself and listens to WANDB_MODE.
+        init_timeout_s: how long to wait for the server at the start.
+        finish_timeout_s: how long to wait for uploads at the end; the file stays in any case.
+
+    Raises:
+        UserError: an unknown mode, or mode online without an API key.
+    """
+
+    def __init__(
+        self,
+        project: str = "selfdistill",
+        group: str | None = None,
+        name: str | None = None,
+        tags: Sequence[str] = (),
+        mode: str | None = None,
+        entity: str | None = None,
+        init_timeout_s: float = 30.0,
+        finish_timeout_s: float = 300.0,
+    ) -> None:
+        if mode not in (None, "online", "offline", "disabled"):
+            raise UserError(f"logger.mode is {mode!r}; write online, offline, disabled or null.")
+        self.project, self.entity, self.group, self.name = project, entity, group, name
+        self.tags = list(tags)
+        self.mode = mode
+        self.init_timeout_s, self.finish_timeout_s = init_timeout_s, finish_timeout_s
+        self._run: Any = None
+        self._step = 0
+        self._folder = Path()
+
+    @property
+    def location(self) -> str | None:
+        if self._run is None or self._run.disabled:
+            return None
+        if self._run.offline:
+            # One folder for each time the run was started or resumed; the pattern takes them all.
+            return f"wandb sync {os.path.relpath(self._folder)}/wandb/offline-run-*"
+        return self._run.url
+
+    def start(self, run: RunFolder, config: DictConfig) -> None:
+        import wandb
+
+        self._folder = run.path
+        mode = self._mode()
+        try:
+            self._run = self._init(run, config, mode)
+        except wandb.Error as error:
+            if mode != "online":
+                raise
+            _warn_offline(error)
+            # The failed start keeps the run's id in use until W&B's own process has ended.
+            wandb.teardown()
+            self._run = self._init(run, config, "offline")
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._step = step
+        self._active().log(finite(metrics), step=step)
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        import wandb
+
+        columns, data = columns_of(rows)
+        self._active().log({name: wandb.Table(columns=[*columns], data=data)}, step=self._step)
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        self._active().summary.update(flat(values))
+
+    def finish(self, failed: bool = False) -> None:
+        if self._run is None:
+            return
+        try:
+            self._run.finish(exit_code=int(failed))
+        except Exception as error:  # noqa: BLE001 - the end of a run must not fail here
+            warnings.warn(f"W&B did not finish cleanly; its file is complete up to here: {error}", stacklevel=2)
+
+    def _active(self) -> Any:
+        if self._run is None:
+            raise ValueError("The logger was not started.")
+        return self._run
+
+    def _mode(self) -> Literal["online", "offline", "disabled"]:
+        mode = self.mode or os.environ.get("WANDB_MODE", "").lower() or None
+        if mode == "disabled":
+            return "disabled"
+        if mode in ("offline", "dryrun"):
+            return "offline"
+        import wandb
+
+        try:
+            if wandb.login(prompt=False, verify=True):
+                return "online"
+        except wandb.Error as error:
+            _warn_offline(error)
+            return "offline"
+        if self.mode == "online":
+            raise UserError(
+                "logger.mode is online, but no W&B API key is set. Run `wandb login`, set WANDB_API_KEY, "
+                "or leave logger.mode at null to log offline."
+            )
+        return "offline"
+
+    def _init(self, run: RunFolder, config: DictConfig, mode: Literal["online", "offline", "disabled"]) -> Any:
+        import wandb
+
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            init_timeout=self.init_timeout_s,
+            finish_timeout=self.finish_timeout_s,
+            # W&B records the command line as it is.
+            x_disable_meta=run.hides(sys.argv),
+        )
+        return wandb.init(
+            project=self.project,
+            entity=self.entity,
+            group=self.group or multirun_group(),
+            name=self.name or run.run_id,
+            tags=self.tags or None,
+            id=run.run_id,
+            resume="allow",
+            # Other runs of this process are none of our business.
+            reinit="create_new",
+            mode=mode,
+            dir=str(run.path),
+            config=flat_config(config),
+            settings=settings,
+        )
+
+
+def _warn_offline(error: Exception) -> None:
+    warnings.warn(f"W&B cannot be used online, so the run is logged offline: {error}", stacklevel=3)

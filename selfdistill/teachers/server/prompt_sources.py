@@ -1,0 +1,233 @@
+"""Where prompts for generated data come from: a file, or the model itself, asked about topics."""
+
+import json
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from selfdistill.errors import UserError
+from selfdistill.rollout import Message
+from selfdistill.teachers.server.client import Client, all_of
+from selfdistill.teachers.server.reply_cache import ReplyCache
+from selfdistill.teachers.server.writer import Sampling, Writer
+
+TOPIC_TEMPLATE = """Write {count} different requests that people might put to an assistant, all about this topic: {topic}
+
+Each request is complete in itself, one line long, and unlike the others. Write one request a line, numbered, and nothing else."""
+KNOWN_BLOCK = "\n\nThese are there already; write others:\n{known}"
+SHOWN_KNOWN = 20
+FRUITLESS_ROUNDS = 3
+NUMBERING = re.compile(r"^\s*(?:\d+\s*[.):]|[-*•])\s*")
+
+
+@dataclass
+class Candidate:
+    """A prompt that may become a row.
+
+    Attributes:
+        messages: the conversation that is sent.
+        columns: what a reward may need besides, such as `answer` and `golden_response`.
+    """
+
+    messages: list[Message]
+    columns: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """The last turn, for reports."""
+        return self.messages[-1]["content"]
+
+    @property
+    def key(self) -> str:
+        """The same for prompts that differ in case, spacing and punctuation alone."""
+        return normal("\n".join(message["content"] for message in self.messages))
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields of a data file that give these messages again."""
+        roles = [message["role"] for message in self.messages]
+        row: dict[str, Any] = {"prompt": self.text if roles in (["user"], ["system", "user"]) else self.messages}
+        if roles == ["system", "user"]:
+            row["system"] = self.messages[0]["content"]
+        if self.columns.get("answer") is not None:
+            row["answer"] = self.columns["answer"]
+        return row
+
+
+def normal(text: str) -> str:
+    """Text without case, punctuation and differences of spacing; of text that is nothing but punctuation, the text."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    words = re.sub(r"[^\w\s]", " ", folded).split()
+    # Signs carry the meaning where the words alone are the same, as in 3 + 4 and 3 - 4.
+    signs = "".join(re.findall(r"[+\-*/=<>%^|&~]", folded))
+    return " ".join(words) + (f" {signs}" if signs else "") or folded
+
+
+class FilePrompts:
+    """Prompts of a data file, each once.
+
+    Raises:
+        UserError: no such file, or no usable row in it.
+    """
+
+    def __init__(self, path: str, system: str | None) -> None:
+        self.rejected: list[dict[str, str]] = []
+        self._left: list[Candidate] = []
+        seen: set[str] = set()
+        for place, candidate, error in _text_rows(path, system) if path.endswith(".txt") else _data_rows(path, system):
+            if candidate is None:
+                self.rejected.append({"reason": "row that cannot be read", "prompt": f"{place}: {error}"})
+            elif candidate.key in seen:
+                self.rejected.append({"reason": "duplicate prompt", "prompt": candidate.text})
+            else:
+                seen.add(candidate.key)
+                self._left.append(candidate)
+        if not self._left:
+            first = f" {self.rejected[0]['prompt']}" if self.rejected else ""
+            raise UserError(f"prompts={path}: there is no usable prompt in it.{first}")
+
+    async def take(self, count: int) -> list[Candidate]:
+        """The next prompts; none when there are no more."""
+        taken, self._left = self._left[:count], self._left[count:]
+        return taken
+
+
+def _system_messages(system: str | None) -> list[Message]:
+    return [{"role": "system", "content": system}] if system else []
+
+
+def _text_rows(path: str, system: str | None) -> Any:
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise UserError(f"prompts={path}: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"prompts={path} is not UTF-8. Save it as UTF-8.") from None
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield (
+                f"line {number}",
+                Candidate([*_system_messages(system), {"role": "user", "content": line.strip()}]),
+                None,
+            )
+
+
+def _data_rows(path: str, system: str | None) -> Any:
+    from selfdistill.data.rows import BadRow, Fields, RowReader
+    from selfdistill.data.sources import open_source
+
+    source = open_source(path, key="prompts")
+    reader = RowReader(Fields(), None, conversational=True, system=system)
+    for record in source.records:
+        place = source.place(record.line)
+        if record.error is not None:
+            yield place, None, record.error
+            continue
+        try:
+            columns = dict(reader.read(record.line, record.value).columns)
+        except BadRow as error:
+            yield place, None, str(error)
+            continue
+        messages = columns.pop("prompt")
+        yield place, Candidate(messages, columns), None
+
+
+class TopicPrompts:
+    """Prompts that the model writes about topics, round after round, shown what it has written already.
+
+    Args:
+        topics: a file with one topic a line, or a list of topics.
+
+    Raises:
+        UserError: no topics, or a template without its places.
+    """
+
+    def __init__(
+        self,
+        topics: str | Sequence[str],
+        client: Client,
+        model: str,
+        *,
+        cache: ReplyCache | None,
+        identity: str,
+        template: str | None,
+        per_request: int,
+        system: str | None,
+        sampling: Sampling,
+    ) -> None:
+        self.rejected: list[dict[str, str]] = []
+        self._topics = _read_topics(topics)
+        self._writer = Writer(client, model, sampling, cache=cache, identity=identity)
+        self._template = template if template is not None else TOPIC_TEMPLATE
+        for name in ("{count}", "{topic}"):
+            if name not in self._template:
+                raise UserError(f"topic_template lacks {name}; it is: {self._template!r}")
+        self._per_request = per_request
+        self._system = system
+        self._known: dict[str, list[str]] = {topic: [] for topic in self._topics}
+        self._seen: set[str] = set()
+        self._left: list[Candidate] = []
+
+    async def take(self, count: int) -> list[Candidate]:
+        """The next prompts, newly written if need be; none when several rounds brought nothing new."""
+        fruitless = 0
+        while len(self._left) < count and fruitless < FRUITLESS_ROUNDS:
+            before = len(self._left)
+            await self._round(fruitless)
+            fruitless = 0 if len(self._left) > before else fruitless + 1
+        taken, self._left = self._left[:count], self._left[count:]
+        return taken
+
+    async def _round(self, attempt: int) -> None:
+        """Ask once about every topic. The attempt asks for another number, so that an answer in vain is not repeated."""
+        asked = await all_of(self._writer.write_one(self._request(topic, attempt)) for topic in self._topics)
+        for topic, written in zip(self._topics, asked, strict=True):
+            if not written.kept:
+                self.rejected.append({"reason": "answer without prompts", "prompt": topic})
+            for text in (prompt for answer in written.kept for prompt in read_prompts(answer)):
+                candidate = Candidate([*_system_messages(self._system), {"role": "user", "content": text}])
+                if candidate.key in self._seen:
+                    self.rejected.append({"reason": "duplicate prompt", "prompt": text})
+                    continue
+                self._seen.add(candidate.key)
+                self._known[topic].append(text)
+                self._left.append(candidate)
+
+    def _request(self, topic: str, attempt: int) -> str:
+        text = self._template.replace("{count}", str(self._per_request + attempt)).replace("{topic}", topic)
+        known = self._known[topic][-SHOWN_KNOWN:]
+        return text + KNOWN_BLOCK.format(known="\n".join(known)) if known else text
+
+
+def _read_topics(topics: str | Sequence[str]) -> list[str]:
+    if isinstance(topics, str):
+        try:
+            lines = Path(topics).read_text(encoding="utf-8-sig").splitlines()
+        except OSError as error:
+            raise UserError(f"topics={topics}: {error.strerror}. A list is written topics=[cooking,travel].") from None
+        except UnicodeDecodeError:
+            raise UserError(f"topics={topics} is not UTF-8. Save it as UTF-8.") from None
+    else:
+        lines = [str(topic) for topic in topics]
+    found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not found:
+        raise UserError(f"topics={topics}: there are no topics in it.")
+    return found
+
+
+def read_prompts(answer: str) -> list[str]:
+    """The prompts in an answer: the texts of a JSON list, or its lines without numbers and bullets."""
+    body = re.sub(r"^```\w*\n|\n?```$", "", answer.strip())
+    try:
+        parsed = json.loads(body)
+    except ValueError:
+        parsed = None
+    if isinstance(parsed, list) and all(isinstance(item, str) for item in parsed):
+        return [item.strip() for item in parsed if item.strip()]
+    lines = [line for line in body.splitlines() if line.strip()]
+    numbered = [line for line in lines if NUMBERING.match(line)]
+    # Where lines are numbered, the others are what a model says around its list.
+    texts = [NUMBERING.sub("", line).strip().strip('"') for line in (numbered or lines)]
+    return [text for text in texts if text]

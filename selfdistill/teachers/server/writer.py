@@ -1,0 +1,193 @@
+"""A server that writes: responses to prompts through chat completions. Any tokenizer and any OpenAI-compatible server."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from selfdistill.errors import UserError
+from selfdistill.rollout import Message, Prompt
+from selfdistill.teachers.server.client import Client, ReplyError, all_of
+from selfdistill.teachers.server.reply_cache import ReplyCache, cache_key
+
+# Everything up to the end of the reasoning, also where the template has opened it and only its end is in the text.
+REASONING = re.compile(r"^.*</think>\s*", re.DOTALL)
+CUT_OFF, EMPTY, DISLIKED = "cut off at max_tokens", "empty", "not accepted by the reward"
+
+Reward = Callable[..., Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the server writes.
+
+    Attributes:
+        samples: responses asked for per prompt.
+        max_tokens: the longest response; longer ones are cut off there and not kept.
+        stop: texts at which a response ends.
+        seed: makes a server's sampling repeatable where it supports that.
+        chat_template_kwargs: passed to the chat template, such as `{enable_thinking: false}` (vLLM).
+    """
+
+    samples: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 1024
+    stop: Sequence[str] = ()
+    seed: int | None = None
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.max_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise UserError(
+                f"samples={self.samples}, max_tokens={self.max_tokens}, temperature={self.temperature}, top_p={self.top_p}: "
+                "samples and max_tokens must be at least 1, temperature at least 0, top_p above 0 and at most 1."
+            )
+
+    def body(self, model: str, messages: list[Message]) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "model": model, "messages": messages, "temperature": self.temperature, "top_p": self.top_p,
+            "max_tokens": self.max_tokens,
+        }  # fmt: skip
+        if self.stop:
+            body["stop"] = list(self.stop)
+        if self.chat_template_kwargs:
+            body["chat_template_kwargs"] = dict(self.chat_template_kwargs)
+        return body
+
+
+@dataclass(frozen=True)
+class Written:
+    """What came of one prompt: the responses kept, and those that were not, each with the reason."""
+
+    kept: list[str]
+    rejected: list[tuple[str, str]]
+
+
+def show_golden(prompt: Prompt, golden: Sequence[str], template: str) -> Prompt:
+    """The prompt with golden responses shown, joined by newlines; a conversation has them in its last user turn.
+
+    Raises:
+        UserError: the template lacks `{prompt}` or `{demonstration}`.
+    """
+    for name in ("{prompt}", "{demonstration}"):
+        if name not in template:
+            raise UserError(f"The template that shows the golden response lacks {name}; it is: {template!r}")
+
+    def fill(text: str) -> str:
+        parts = re.split(r"(\{prompt\}|\{demonstration\})", template)
+        return "".join({"{prompt}": text, "{demonstration}": "\n".join(golden)}.get(part, part) for part in parts)
+
+    if isinstance(prompt, str):
+        return fill(prompt)
+    last = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=None)
+    if last is None:
+        raise UserError("A conversation without a user's turn has no place to show a golden response.")
+    return [
+        {**message, "content": fill(message["content"])} if i == last else message for i, message in enumerate(prompt)
+    ]
+
+
+class Writer:
+    """Writes responses to prompts and keeps the ones worth keeping.
+
+    Args:
+        client: the server or servers.
+        model: the served model's name.
+        sampling: how it writes.
+        cache: where answers are kept; None asks every time.
+        identity: what the cache knows the model by.
+        keep: a reward; a response is kept when its score is at least `keep_at_least`. It is called as in training, with
+            empty `completion_ids`, since the server's tokens are not the student's.
+        remove_reasoning: leave out everything up to `</think>`.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        model: str,
+        sampling: Sampling | None = None,
+        *,
+        cache: ReplyCache | None = None,
+        identity: str | None = None,
+        keep: Reward | None = None,
+        keep_at_least: float = 1.0,
+        remove_reasoning: bool = True,
+    ) -> None:
+        self.client = client
+        self.model = model
+        self.sampling = sampling if sampling is not None else Sampling()
+        self.cache = cache
+        self.identity = identity if identity is not None else model
+        self.keep = keep
+        self.keep_at_least = keep_at_least
+        self.remove_reasoning = remove_reasoning
+
+    async def write_one(self, prompt: Prompt, columns: dict[str, Any] | None = None) -> Written:
+        """Responses to one prompt.
+
+        Args:
+            prompt: a string, which becomes a user's turn, or a conversation.
+            columns: what the reward gets besides prompt and completion, such as `answer`.
+        """
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+        choices: list[tuple[str, bool]] = []
+        while len(choices) < self.sampling.samples:  # some servers give one response whatever n is
+            choices += await self._ask(messages, self.sampling.samples - len(choices), len(choices))
+        kept: list[str] = []
+        rejected: list[tuple[str, str]] = []
+        for text, complete in choices:
+            text = REASONING.sub("", text) if self.remove_reasoning else text
+            reason = CUT_OFF if not complete else EMPTY if not text.strip() else None
+            if reason is None and self.keep is not None and not self._likes(prompt, text, columns or {}):
+                reason = DISLIKED
+            if reason is None:
+                kept.append(text)
+            else:
+                rejected.append((text, reason))
+        return Written(kept, rejected)
+
+    async def write(self, prompts: Sequence[Prompt], columns: Sequence[dict[str, Any]] | None = None) -> list[Written]:
+        """Responses to every prompt, in their order; as many requests at once as the client allows."""
+        each = columns if columns is not None else [{}] * len(prompts)
+        return await all_of(self.write_one(p, c) for p, c in zip(prompts, each, strict=True))
+
+    async def _ask(self, messages: list[Message], count: int, already: int) -> list[tuple[str, bool]]:
+        """At least one and at most `count` responses, each with whether it is complete."""
+        body = {**self.sampling.body(self.model, messages), "n": count}
+        if self.sampling.seed is not None:
+            body["seed"] = self.sampling.seed + already
+        key = cache_key(self.identity, "chat/completions", body, already)
+        stored = self.cache.get(key) if self.cache is not None else None
+        if stored is not None:
+            return [(text, complete) for text, complete in json.loads(stored)]
+        choices = (await self.client.request("POST", "chat/completions", body, _read_choices))[:count]
+        if self.cache is not None:
+            self.cache.put(key, json.dumps(choices).encode())
+        return choices
+
+    def _likes(self, prompt: Prompt, text: str, columns: dict[str, Any]) -> bool:
+        completion = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+        assert self.keep is not None
+        given = {name: [value] for name, value in columns.items()}
+        result = self.keep(prompts=[prompt], completions=[completion], completion_ids=[[]], **given)[0]
+        score = result.get("score") if isinstance(result, dict) else result
+        return score is not None and float(score) >= self.keep_at_least
+
+
+def _read_choices(reply: Any) -> list[tuple[str, bool]]:
+    """Text and completeness of every choice of a chat completion."""
+    choices = reply.get("choices") if isinstance(reply, dict) else None
+    if not isinstance(choices, list) or not choices:
+        raise ReplyError("it has no choices")
+    read = []
+    for choice in choices:
+        message = choice.get("message") if isinstance(choice, dict) else None
+        if not isinstance(message, dict) or "content" not in message:
+            raise ReplyError("a choice has no message")
+        text = message["content"] if message["content"] is not None else ""
+        if not isinstance(text, str):
+            raise ReplyError("a message is not text")
+        read.append((text, choice.get("finish_reason") != "length"))
+    return read

@@ -1,0 +1,64 @@
+"""Whether the rows to train on have what rewards and rollouts read, before anything is trained."""
+
+from typing import Any
+
+from omegaconf import DictConfig
+
+from selfdistill.config.suggestions import guess
+from selfdistill.errors import UserError
+from selfdistill.rewards.mix import Mix
+
+
+def check_rows(cfg: DictConfig, reward: Any, train: Any) -> None:
+    """What a teacher's context reads is checked by the trainer.
+
+    Args:
+        reward: as built; None, or one that may be a `Mix`.
+        train: datasets.Dataset as `load_data` makes it.
+
+    Raises:
+        UserError: a reward compares with answers and no row has one, or a row lacks the demonstration that takes the
+            place of the student's completion.
+    """
+    parts = {f"reward.rewards.{name}": part for name, part, _ in reward.parts} if isinstance(reward, Mix) else {}
+    for key, part in (parts or {"reward": reward}).items():
+        if hasattr(part, "answer_field"):
+            _check_answers(key, part.answer_field, train, cfg.data.path)
+    if cfg.rollout.on_policy_fraction < 1:
+        _check_demonstrations(cfg, train)
+
+
+def _check_answers(reward: str, field: str, train: Any, path: str) -> None:
+    key = f"{reward}.answer_field={field}"
+    if field not in train.column_names:
+        raise UserError(_no_column(key, field, train, path))
+    if not any(train[field]) and not any(train["golden_response"]):
+        raise UserError(
+            f"{key}: no row of {path} has an answer (answer and golden_response are empty in all), so that no "
+            f"completion could be scored. The rows' other fields: {', '.join(_own_fields(train)) or 'none'}. "
+            "Name the one with the answers with data.answer_field=NAME, or choose a reward that needs none."
+        )
+
+
+def _check_demonstrations(cfg: DictConfig, train: Any) -> None:
+    field, path = cfg.rollout.demonstration_field, cfg.data.path
+    key = f"rollout.demonstration_field={field}"
+    if field not in train.column_names:
+        raise UserError(_no_column(key, field, train, path))
+    for row, text in zip(train["id"], train[field], strict=True):
+        if not text:
+            # Where rows have no id of their own, it is the line.
+            raise UserError(
+                f"{key}: {path}, row {row} has no demonstration, and rollout.on_policy_fraction="
+                f"{cfg.rollout.on_policy_fraction} may ask any row for one. Write one there, or leave such rows out: "
+                "data.require=[golden_response] data.on_bad_row=skip."
+            )
+
+
+def _no_column(key: str, field: str, train: Any, path: str) -> str:
+    names = [name for name in train.column_names if name != "prompt"]
+    return f"{key}: the rows of {path} have no such column; they have {', '.join(names)}{guess(field, names)}"
+
+
+def _own_fields(train: Any) -> list[str]:
+    return [name for name in train.column_names if name not in ("prompt", "answer", "golden_response", "id")]

@@ -1,0 +1,294 @@
+import contextlib
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig
+
+from selfdistill.errors import UserError
+from selfdistill.evaluation.evaluator import (
+    EvalCallback,
+    EvalSettings,
+    Evaluation,
+    Evaluator,
+    forgetting,
+    load_retention,
+    reference_kl,
+)
+from selfdistill.models.generation import completion_logits, generate, tokenize
+from tests.tiny import tiny_model, tiny_tokenizer
+
+PROMPTS = ["ab", "reverse hello", "x", "add 12 and 30", "the last of a b c"]
+
+
+def equals_answer(*, completions, answer, **_):
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [float(text == wanted) for text, wanted in zip(texts, answer, strict=True)]
+
+
+def rows(*answers, chat=True):
+    prompts = [[{"role": "user", "content": p}] if chat else p for p in PROMPTS]
+    return [{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=False)]
+
+
+def greedy_one_by_one(model, ids, end, steps):
+    """The definition: without cache or padding, the argmax after each prefix."""
+    ids, out = list(ids), []
+    for _ in range(steps):
+        with torch.no_grad():
+            token = int(model(torch.tensor([ids + out]), use_cache=False).logits[0, -1].argmax())
+        out.append(token)
+        if token == end:
+            break
+    return out
+
+
+def prompt_ids():
+    return [tokenize([{"role": "user", "content": p}], tiny_tokenizer()) for p in PROMPTS]
+
+
+def lively_model(seed=0):
+    """A random model whose answers vary: larger weights, so that not every answer is one token repeated."""
+    model = tiny_model(seed=seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)
+    return model
+
+
+def test_generate_is_the_argmax_of_each_prompt_alone():
+    model, tokenizer = lively_model(), tiny_tokenizer()
+    end = tokenizer.eos_token_id
+    found = generate(model, prompt_ids(), tokenizer=tokenizer, max_new_tokens=12, batch_size=2)
+    assert found == [greedy_one_by_one(model, ids, end, 12) for ids in prompt_ids()]
+    assert len({tuple(ids) for ids in found}) > 1
+
+
+def test_generate_ignores_the_models_generation_settings_and_restores_them():
+    model, tokenizer = lively_model(), tiny_tokenizer()
+    plain = generate(model, prompt_ids(), tokenizer=tokenizer, max_new_tokens=12)
+    own = GenerationConfig(
+        do_sample=True, temperature=5.0, top_k=3, repetition_penalty=4.0, eos_token_id=2, pad_token_id=0
+    )
+    model.generation_config = own
+    assert generate(model, prompt_ids(), tokenizer=tokenizer, max_new_tokens=12) == plain
+    assert model.generation_config is own
+
+
+def test_generate_uses_the_cache_under_gradient_checkpointing_and_restores_the_mode():
+    model, tokenizer = lively_model(), tiny_tokenizer()
+    plain = generate(model, prompt_ids(), tokenizer=tokenizer, max_new_tokens=12)
+    model.config.use_cache = False
+    model.gradient_checkpointing_enable()
+    model.train()
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    widths = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    assert generate(model, prompt_ids(), tokenizer=tokenizer, max_new_tokens=12) == plain
+    hook.remove()
+    assert len(widths) > 2
+    assert set(widths[1:]) == {1}
+    assert [module.training for module in model.modules()] == modes
+    assert model.config.use_cache is False
+
+
+def test_generate_keeps_the_models_own_end_tokens():
+    model, tokenizer = lively_model(), tiny_tokenizer()
+    ids = prompt_ids()[1]
+    answer = generate(model, [ids], tokenizer=tokenizer, max_new_tokens=12)[0]
+    model.generation_config.eos_token_id = [2, answer[3]]
+    first = answer.index(answer[3])
+    assert generate(model, [ids], tokenizer=tokenizer, max_new_tokens=12)[0] == answer[: first + 1]
+
+
+def test_sampling_is_seeded_and_leaves_the_random_state_alone():
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    draw = {seed: generate(model, prompt_ids(), tokenizer=tokenizer, max_new_tokens=8, temperature=1.0, seed=seed)
+            for seed in (0, 1)}  # fmt: skip
+    assert torch.equal(torch.rand(3), expected)
+    assert draw[0] == generate(model, prompt_ids(), tokenizer=tokenizer, max_new_tokens=8, temperature=1.0, seed=0)
+    assert draw[0] != draw[1]
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_evaluate_scores_task_and_suites_in_order(chat):
+    model, tokenizer = lively_model(), tiny_tokenizer()
+    ids = [tokenize(row["prompt"], tokenizer) for row in rows(*PROMPTS, chat=chat)]
+    answers = [
+        tokenizer.decode(out, skip_special_tokens=True)
+        for out in generate(model, ids, tokenizer=tokenizer, max_new_tokens=6)
+    ]
+    seen = []
+
+    def spy(**kwargs):
+        seen.append(kwargs)
+        return [{"score": value, "feedback": "x"} for value in equals_answer(**kwargs)]
+
+    evaluator = Evaluator(
+        task=rows(answers[0], "no", answers[2], "no", chat=chat),
+        retention={"a": rows(*answers, chat=chat), "b": rows("no", answers[1], chat=chat)},
+        scorer=spy, retention_scorer=equals_answer, max_new_tokens=6, batch_size=3,
+    )  # fmt: skip
+    result = evaluator.evaluate(model, tokenizer)
+    assert result.accuracy == 0.5
+    assert result.retention == {"a": 1.0, "b": 0.5}
+    assert result.mean_retention == 0.75
+    assert result.metrics() == {
+        "eval/accuracy": 0.5, "eval/retention/a": 1.0, "eval/retention/b": 0.5, "eval/retention": 0.75,
+    }  # fmt: skip
+    assert [sample.suite for sample in result.samples] == [None] * 4 + ["a"] * 5 + ["b"] * 2
+    assert [sample.completion for sample in result.samples][:4] == answers[:4]
+    assert isinstance(seen[0]["completions"][0], list if chat else str)
+    assert seen[0]["answer"] == [answers[0], "no", answers[2], "no"]
+    assert "suite" not in seen[0]
+
+
+def test_evaluate_works_on_a_peft_model_with_its_adapter():
+    model, tokenizer = lively_model(), tiny_tokenizer()
+    plain = generate(model, prompt_ids(), tokenizer=tokenizer, max_new_tokens=8)
+    torch.manual_seed(0)
+    peft_model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    adapted = generate(peft_model, prompt_ids(), tokenizer=tokenizer, max_new_tokens=8)
+    assert adapted != plain
+    with peft_model.disable_adapter():
+        assert generate(peft_model, prompt_ids(), tokenizer=tokenizer, max_new_tokens=8) == plain
+
+
+def test_rows_that_cannot_be_scored_are_left_out_of_the_mean():
+    def half(*, prompts, **_):
+        return [1.0, None, 0.0, None, 1.0][: len(prompts)]
+
+    evaluator = Evaluator(task=rows(*PROMPTS), retention={}, scorer=half, retention_scorer=half, max_new_tokens=2)
+    result = evaluator.evaluate(tiny_model(), tiny_tokenizer())
+    assert result.accuracy == pytest.approx(2 / 3)
+    assert result.mean_retention is None
+    assert "eval/retention" not in result.metrics()
+
+    def none(*, prompts, **_):
+        return [None] * len(prompts)
+
+    evaluator = Evaluator(task=rows("a"), retention={}, scorer=none, retention_scorer=none, max_new_tokens=2)
+    with pytest.raises(UserError, match=r"eval\.scorer could judge none of 1 rows"):
+        evaluator.evaluate(tiny_model(), tiny_tokenizer())
+
+
+def test_a_row_without_prompt_is_named():
+    with pytest.raises(UserError, match="row 1 of the retention suite 'old'"):
+        Evaluator(task=[], retention={"old": [*rows("a"), {"prompt": ""}]}, scorer=equals_answer,
+                  retention_scorer=equals_answer)  # fmt: skip
+
+
+def evaluation(**retention):
+    return Evaluation(0.0, retention, sum(retention.values()) / len(retention) if retention else None, [])
+
+
+def test_forgetting_is_the_mean_drop_and_gains_do_not_cancel_losses():
+    assert forgetting(evaluation(a=0.9, b=0.5), evaluation(a=0.5, b=0.9)) == pytest.approx(0.2)
+    assert forgetting(evaluation(a=0.5), evaluation(a=0.9)) == 0.0
+    assert forgetting(evaluation(), evaluation()) is None
+    after = evaluation(a=0.5, b=0.9)
+    assert after.metrics(evaluation(a=0.9, b=0.5))["eval/forgetting"] == pytest.approx(0.2)
+    with pytest.raises(ValueError, match="different suites"):
+        forgetting(evaluation(a=1.0), evaluation(b=1.0))
+
+
+def test_reference_kl_is_zero_at_the_start_and_the_sum_over_the_vocabulary_later():
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules="all-linear"))
+    completions = [[5, 6, 7], [8, 9], [], [10], [11, 2]]
+    assert reference_kl(model, model.disable_adapter, prompt_ids(), completions) == pytest.approx(0.0, abs=1e-6)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.3)
+    total = 0.0
+    with torch.no_grad():
+        for prompt, completion in zip(prompt_ids(), completions, strict=True):
+            for position in range(len(completion)):
+                ids = torch.tensor([prompt + completion[:position]])
+                log_p = model(ids).logits[0, -1].log_softmax(-1)
+                with model.disable_adapter():
+                    log_q = model(ids).logits[0, -1].log_softmax(-1)
+                total += sum(float(q.exp() * (q - p)) for q, p in zip(log_q, log_p, strict=True))
+    assert total > 0
+    assert reference_kl(model, model.disable_adapter, prompt_ids(), completions) == pytest.approx(total / 8, rel=1e-3)
+    with pytest.raises(ValueError, match="no completion"):
+        reference_kl(model, contextlib.nullcontext, [[1]], [[]])
+
+
+def test_completion_logits_start_at_the_last_prompt_token():
+    model = tiny_model()
+    with torch.no_grad():
+        full = model(torch.tensor([[5, 6, 7, 8, 9]])).logits[0]
+        torch.testing.assert_close(completion_logits(model, [5, 6], [7, 8, 9]), full[1:4])
+
+
+def write(path, *lines):
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return path
+
+
+def test_load_retention_groups_by_suite_and_limits(tmp_path):
+    path = write(
+        tmp_path / "r.jsonl",
+        *[{"suite": suite, "prompt": f"{suite}{i}", "answer": "1"} for i in range(3) for suite in "ab"],
+        {"suite": "c", "prompt": "q", "system": "be brief"},
+        "",
+    )
+    suites = load_retention(str(path), max_rows_per_suite=2)
+    assert {suite: len(rows) for suite, rows in suites.items()} == {"a": 2, "b": 2, "c": 1}
+    assert suites["a"][1]["prompt"] == [{"role": "user", "content": "a1"}]
+    assert suites["c"][0]["prompt"][0] == {"role": "system", "content": "be brief"}
+    assert load_retention(str(path), max_rows_per_suite=2, chat=False)["b"][0]["prompt"] == "b0"
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([{"suite": "a", "prompt": "x"}, "{oops"], "r.jsonl, line 2: malformed JSON"),
+        ([{"prompt": "x"}], "r.jsonl, line 1: the field 'suite' is missing"),
+        ([{"suite": "a"}], "r.jsonl, line 1: no field 'prompt'"),
+        ([[1]], "r.jsonl, line 1: "),
+        ([""], "r.jsonl is empty"),
+    ],
+)
+def test_load_retention_names_file_and_line(tmp_path, lines, message):
+    with pytest.raises(UserError, match=message):
+        load_retention(str(write(tmp_path / "r.jsonl", *lines)), max_rows_per_suite=2)
+
+
+def test_load_retention_without_file(tmp_path):
+    with pytest.raises(UserError, match=r"eval\.retention_path=.*none.jsonl: there is no such file"):
+        load_retention(str(tmp_path / "none.jsonl"), max_rows_per_suite=2)
+
+
+def test_settings_limit_rows_and_check_ranges(tmp_path):
+    path = write(tmp_path / "r.jsonl", *[{"suite": "a", "prompt": "x", "answer": "1"}] * 5)
+    settings = EvalSettings(equals_answer, equals_answer, max_rows=3, retention_path=str(path), max_rows_per_suite=2)
+    evaluator = settings.evaluator(iter(rows(*PROMPTS)), seed=4)
+    assert [len(group[1]) for group in evaluator.groups] == [3, 2]
+    assert evaluator.seed == 4
+    with pytest.raises(UserError, match=r"eval\.max_rows=0"):
+        EvalSettings(equals_answer, equals_answer, max_rows=0)
+
+
+def test_the_callback_evaluates_every_so_many_steps():
+    logged = []
+    evaluator = Evaluator(task=rows("a", "b"), retention={"old": rows("x")}, scorer=equals_answer,
+                          retention_scorer=equals_answer, max_new_tokens=2)  # fmt: skip
+    callback = EvalCallback(evaluator, tiny_tokenizer(), every=2, log=lambda *entry: logged.append(entry),
+                            before=Evaluation(0.0, {"old": 1.0}, 1.0, []))  # fmt: skip
+    for step in range(1, 6):
+        state = SimpleNamespace(global_step=step, is_world_process_zero=True)
+        callback.on_step_end(None, state, None, model=tiny_model(), processing_class=tiny_tokenizer())
+    assert [step for step, _ in logged] == [2, 4]
+    assert logged[0][1]["eval/forgetting"] == 1.0
+    assert callback.last[0] == 4

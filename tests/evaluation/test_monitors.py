@@ -1,0 +1,225 @@
+import math
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from hypothesis import given
+from hypothesis import strategies as st
+
+from selfdistill.config.conf import CONF
+from selfdistill.errors import UserError
+from selfdistill.evaluation.monitors import (
+    Monitors,
+    Threshold,
+    completion_metrics,
+    distinct_n,
+    repetition,
+    reward_spread,
+    standard_names,
+)
+
+
+def composed(name: str, *overrides: str) -> Monitors:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return instantiate(compose(overrides=[f"+monitors={name}", *overrides]).monitors)
+
+
+def steps_of_alarms(monitors: Monitors, metrics: list[dict]) -> list[int]:
+    return [step for step, values in enumerate(metrics, start=1) if monitors.observe({**values, "step": step})]
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([], 0.0),
+        ([1, 2, 3], 0.0),
+        ([1, 2, 3, 4], 0.0),
+        ([1, 2, 3, 4, 1, 2, 3, 4], 0.2),
+        ([7] * 13, 0.9),
+        ([1, 2] * 6, 7 / 9),
+    ],
+)
+def test_repetition(ids, expected):
+    assert repetition(ids) == pytest.approx(expected)
+
+
+@given(st.lists(st.integers(0, 3), max_size=40))
+def test_repetition_counts_positions_that_repeat_an_earlier_4_gram(ids):
+    seen, repeats, total = set(), 0, max(len(ids) - 3, 0)
+    for start in range(total):
+        gram = tuple(ids[start : start + 4])
+        repeats += gram in seen
+        seen.add(gram)
+    assert repetition(ids) == pytest.approx(repeats / total if total else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("completions", "n", "expected"),
+    [([], 2, 1.0), ([[1]], 2, 1.0), ([[1, 2, 3]], 2, 1.0), ([[1, 2]] * 4, 2, 0.25), ([[1, 2], [2, 1]], 1, 0.5)],
+)
+def test_distinct_n(completions, n, expected):
+    assert distinct_n(completions, n) == pytest.approx(expected)
+
+
+def test_reward_spread_is_within_prompts():
+    assert reward_spread([0.0, 0.0, 1.0, 1.0], 2) == 0.0
+    assert reward_spread([0.0, 1.0, 1.0, 1.0], 2) == pytest.approx(0.25)
+    assert reward_spread([0.0, None, 1.0, math.nan], 4) == pytest.approx(0.5)
+    assert reward_spread([None, None], 2) is None
+
+
+def test_completion_metrics():
+    values = completion_metrics([[7] * 13, [1, 2, 3]])
+    assert values["monitor/repetition"] == pytest.approx(0.45)
+    assert values["monitor/length_tokens"] == 8.0
+    assert values["monitor/distinct_2"] == pytest.approx(3 / 14)
+    assert completion_metrics([])["monitor/length_tokens"] == 0.0
+
+
+def test_standard_names_add_and_never_replace():
+    logs = {"entropy": 0.5, "reward_std": 0.3, "frac_reward_zero_std": 1.0, "monitor/grad_norm": 1.0, "grad_norm": 2.0}
+    named = standard_names({**logs, "step_time": 0.1, "completions/mean_length": 9.0})
+    assert {name: named[name] for name in logs} == logs
+    assert named["monitor/entropy"] == 0.5
+    assert named["monitor/reward_spread"] == 0.0
+    assert named["monitor/length_tokens"] == 9.0
+    assert named["time/step_s"] == 0.1
+    assert standard_names({"reward_std": 0.3, "frac_reward_zero_std": 0.5})["monitor/reward_spread"] == 0.3
+
+
+def test_an_alarm_needs_its_steps_in_a_row_and_is_raised_once():
+    monitors = Monitors(repetition=Threshold(above=0.5, for_steps=3))
+    values = [0.9, 0.9, 0.1, 0.9, 0.9, 0.9, 0.9, 0.9, 0.1, 0.9, 0.9, 0.9]
+    assert steps_of_alarms(monitors, [{"monitor/repetition": value} for value in values]) == [6, 12]
+
+
+def test_a_limit_itself_is_not_alarming():
+    monitors = Monitors(length=Threshold(below=2.0, above=10.0))
+    assert steps_of_alarms(monitors, [{"monitor/length_tokens": v} for v in (2.0, 10.0, 1.9, 5.0, 10.1)]) == [3, 5]
+
+
+def test_steps_between_logged_lines_count():
+    monitors = Monitors(repetition=Threshold(above=0.5, for_steps=20))
+    assert monitors.observe({"step": 10, "monitor/repetition": 0.9}) == []
+    alarm = monitors.observe({"step": 20, "monitor/repetition": 0.9})[0]
+    assert (alarm.monitor, alarm.step, alarm.value, alarm.action) == ("repetition", 20, 0.9, "warn")
+    assert "0.9 is above 0.5 for 20 steps" in alarm.message
+
+
+def test_the_same_step_counts_once():
+    monitors = Monitors(repetition=Threshold(above=0.5, for_steps=2))
+    assert monitors.observe({"step": 1, "monitor/repetition": 0.9}) == []
+    assert monitors.observe({"step": 1, "monitor/repetition": 0.9}) == []
+    assert len(monitors.observe({"step": 2, "monitor/repetition": 0.9})) == 1
+
+
+def test_without_steps_each_call_is_one():
+    monitors = Monitors(repetition=Threshold(above=0.5, for_steps=2))
+    assert [len(monitors.observe({"monitor/repetition": 0.9})) for _ in range(3)] == [0, 1, 0]
+
+
+def test_a_missing_value_changes_nothing():
+    monitors = Monitors(repetition=Threshold(above=0.5, for_steps=2))
+    metrics = [
+        {"monitor/repetition": 0.9},
+        {"eval/accuracy": 1.0},
+        {"monitor/repetition": None},
+        {"monitor/repetition": 0.9},
+    ]
+    assert steps_of_alarms(monitors, metrics) == [4]
+
+
+def test_collapse_of_the_entropy_relative_to_its_first_values():
+    monitors = Monitors(entropy=Threshold(below_initial=0.2, for_steps=2))
+    # TRL's name; the mean of the first five is 1.0, so that the limit is 0.2.
+    values = [0.8, 1.2, 0.1, 1.9, 1.0, 0.25, 0.19, 0.21, 0.19, 0.18]
+    assert steps_of_alarms(monitors, [{"entropy": value} for value in values]) == [10]
+
+
+def test_a_gradient_that_is_not_a_number():
+    monitors = Monitors(grad_norm=Threshold(above=100.0), entropy=Threshold(below=0.1))
+    assert steps_of_alarms(monitors, [{"grad_norm": 1.0}, {"grad_norm": math.nan}]) == [2]
+    assert steps_of_alarms(monitors, [{"grad_norm": 1.0, "entropy": math.nan}, {"grad_norm": math.inf}]) == [2]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "alarming"),
+    [
+        ({"distill/active_fraction": 0.0, "monitor/reward_spread": 0.0, "grad_norm": 0.3}, True),
+        ({"distill/active_fraction": 0.0, "monitor/reward_spread": 0.2}, False),
+        ({"distill/active_fraction": 0.5, "monitor/reward_spread": 0.0}, False),
+        ({"distill/active_fraction": 0.0}, True),
+        ({"reward_std": 0.4, "frac_reward_zero_std": 1.0}, True),
+        ({"reward_std": 0.4, "frac_reward_zero_std": 0.0}, False),
+        ({"monitor/reward_spread": 0.2, "grad_norm": 0.0}, True),
+        ({"grad_norm": 0.1}, False),
+        ({"loss": 0.0}, False),
+    ],
+)
+def test_no_signal(metrics, alarming):
+    assert bool(Monitors(no_signal=Threshold()).observe(metrics)) is alarming
+
+
+def test_equal_rewards_do_not_matter_while_a_teacher_teaches():
+    monitors = Monitors(reward_spread=Threshold(below=1e-6))
+    assert monitors.observe({"monitor/reward_spread": 0.0, "distill/active_fraction": 1.0}) == []
+    assert len(monitors.observe({"monitor/reward_spread": 0.0, "distill/active_fraction": 0.0})) == 1
+
+
+def test_a_replay_leads_to_the_same_state():
+    metrics = [{"step": step, "entropy": value} for step, value in enumerate([1.0] * 5 + [0.1] * 4, start=1)]
+    unbroken, resumed = (Monitors(entropy=Threshold(below_initial=0.2, for_steps=4)) for _ in range(2))
+    expected = [unbroken.observe(line) for line in metrics]
+    for line in metrics:
+        resumed.observe(line)
+    resumed.reset()
+    for line in metrics[:7]:
+        resumed.observe(line)
+    assert [resumed.observe(line) for line in metrics[7:]] == expected[7:]
+    assert expected[8]
+
+
+@pytest.mark.parametrize(
+    ("threshold", "message"),
+    [
+        ({"action": "halt"}, r"monitors\.entropy\.action is 'halt'; write one of warn, stop, off"),
+        ({"action": True}, r"monitors\.entropy\.action is True"),
+        ({"under": 1.0}, r"monitors\.entropy\.under is unknown; a monitor takes"),
+        ({"below": "low"}, r"monitors\.entropy\.below is 'low'; write a number"),
+        ({"above": True}, r"monitors\.entropy\.above is True"),
+        ({"for_steps": 0}, r"monitors\.entropy\.for_steps is 0"),
+        ({"for_steps": 1.5}, r"monitors\.entropy\.for_steps is 1\.5"),
+    ],
+)
+def test_wrong_thresholds_are_named(threshold, message):
+    with pytest.raises(UserError, match=message):
+        Monitors(entropy=threshold)
+
+
+def test_initial_values_must_be_positive():
+    with pytest.raises(UserError, match=r"monitors\.initial_values is 0"):
+        Monitors(initial_values=0)
+
+
+def test_the_shipped_configurations():
+    names = {"entropy", "repetition", "distinct_2", "length", "reward_spread", "grad_norm", "sampler_gap", "no_signal"}
+    default, strict, off = (composed(name) for name in ("default", "strict", "off"))
+    assert set(default.thresholds) == set(strict.thresholds) == names
+    assert not default.can_stop
+    assert strict.can_stop
+    assert off.thresholds == {}
+    assert strict.thresholds["reward_spread"].action == "warn"
+    # The unquoted word, as a user writes it on the command line and in YAML.
+    assert "entropy" not in composed("default", "monitors.entropy.action=off").thresholds
+    assert "entropy" not in Monitors(entropy={"action": False}).thresholds
+
+
+def test_the_defaults_are_silent_on_a_healthy_run_and_catch_a_collapse():
+    healthy = {"entropy": 0.8, "monitor/repetition": 0.1, "monitor/distinct_2": 0.4, "completions/mean_length": 12.0}
+    healthy |= {"reward_std": 0.3, "frac_reward_zero_std": 0.2, "grad_norm": 1.5}
+    collapsed = healthy | {"entropy": 0.05, "monitor/repetition": 0.9, "monitor/distinct_2": 0.01}
+    assert steps_of_alarms(composed("default"), [healthy] * 100) == []
+    strict = composed("strict")
+    alarms = steps_of_alarms(strict, [healthy] * 20 + [collapsed] * 10)
+    assert alarms == [23, 25]
+    assert set(strict.alarming) == {"entropy", "repetition", "distinct_2"}

@@ -1,0 +1,206 @@
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from peft import PeftModel
+
+from selfdistill.errors import UserError
+from selfdistill.export import main, parse
+from selfdistill.runs.finished import read_run
+from selfdistill.runs.folder import RunFolder
+from tests.models.export.conftest import load_base
+from tests.tiny import tiny_tokenizer
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def run_folder(tmp_path, base_folder):
+    """A run's folder that is over but has no weights yet."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(
+        f"model:\n  name: {base_folder}\n  tuning: lora\n  retention_path: null\n  lora: {{r: 4}}\n"
+    )
+    (folder / "summary.json").write_text(json.dumps({"status": "finished"}))
+    return folder
+
+
+def save_adapter(adapted, folder, state=True):
+    adapted.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    if state:
+        (folder / "trainer_state.json").write_text("{}")
+
+
+@pytest.fixture
+def models(monkeypatch):
+    """Stands in for `selfdistill.models`; remembers what it was asked for."""
+    asked = []
+
+    def load_model(*, name, tuning="lora", lora=None, revision=None, adapter_path=None):
+        asked.append({"name": name, "tuning": tuning, "lora": lora, "adapter_path": adapter_path})
+        model = load_base(name)
+        return PeftModel.from_pretrained(model, adapter_path) if adapter_path else model, tiny_tokenizer()
+
+    module = ModuleType("selfdistill.models.loading")
+    module.load_model = load_model
+    monkeypatch.setitem(sys.modules, "selfdistill.models.loading", module)
+    return asked
+
+
+@pytest.mark.parametrize("name", ["lora", "merged_16bit"])
+def test_a_finished_lora_run_is_exported(run_folder, base_folder, adapted, models, name):
+    save_adapter(adapted, run_folder / "model")
+    prompt = [{"role": "user", "content": "shout hi"}]
+    lines = [json.dumps({"prompt": prompt, "completion": "x"})] * 2 + [json.dumps({"prompt": "plain"}), '{"pro']
+    (run_folder / "completions.jsonl").write_text("\n".join(lines))
+    folder = main([f"run={run_folder}", f"export={name}"])
+    assert folder == run_folder / "export" / name
+    found = json.loads((folder / "verification.json").read_text())
+    assert found["verdict"] == "equal"
+    assert found["training_kl"] > 0
+    assert found["prompts"] == 2
+    assert models == [
+        {"name": str(base_folder), "tuning": "lora", "lora": {"r": 4}, "adapter_path": str(run_folder / "model")}
+    ]
+
+
+def test_a_run_of_all_weights_is_exported_from_its_newest_whole_checkpoint(run_folder, base, models):
+    (run_folder / "config.yaml").write_text("model: {name: somewhere/else, tuning: full, lora: null, revision: v1}\n")
+    for step in (9, 10, 11):
+        checkpoint = run_folder / "checkpoints" / f"checkpoint-{step}"
+        with torch.no_grad():
+            base.model.norm.weight.fill_(float(step))
+        base.save_pretrained(checkpoint)
+        if step != 11:
+            (checkpoint / "trainer_state.json").write_text("{}")
+    folder = main([f"run={run_folder}", "export=merged_16bit", "export.dtype=float16"])
+    newest = run_folder / "checkpoints" / "checkpoint-10"
+    assert models == [{"name": str(newest), "tuning": "full", "lora": None, "adapter_path": None}]
+    written = load_base(folder, dtype="auto")
+    assert written.dtype == torch.float16
+    assert written.model.norm.weight[0].item() == 10.0
+    with pytest.raises(UserError, match=r"model\.tuning=full"):
+        main([f"run={run_folder}", "export=lora"])
+
+
+def test_the_tokenizer_is_the_runs_own(run_folder, adapted, models):
+    save_adapter(adapted, run_folder / "model")
+    template = run_folder / "model" / "chat_template.jinja"
+    template.write_text("Question:" + template.read_text())
+    folder = main([f"run={run_folder}", "export=lora"])
+    assert (folder / "chat_template.jinja").read_text().startswith("Question:")
+
+
+def test_the_models_folder_comes_before_checkpoints(run_folder, adapted):
+    save_adapter(adapted, run_folder / "checkpoints" / "checkpoint-5")
+    assert read_run(run_folder).weights.name == "checkpoint-5"
+    save_adapter(adapted, run_folder / "model")
+    assert read_run(run_folder).weights == run_folder / "model"
+
+
+def test_a_run_that_is_not_over_needs_force(run_folder, adapted):
+    save_adapter(adapted, run_folder / "model")
+    summary, lock = run_folder / "summary.json", run_folder / ".lock"
+    summary.write_text(json.dumps({"status": "running"}))
+
+    def refused():
+        with pytest.raises(UserError, match="is still running"):
+            read_run(run_folder)
+        assert read_run(run_folder, force=True).weights.name == "model"
+
+    refused()
+    with lock.open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        refused()
+    assert read_run(run_folder).weights.name == "model"  # its process was killed
+    lock.unlink()
+    for status in ("finished", "failed", "interrupted", "stopped"):
+        summary.write_text(json.dumps({"status": status}))
+        assert read_run(run_folder).weights.name == "model"
+    summary.unlink()
+    refused()
+
+
+def test_a_run_that_its_process_still_writes_is_refused(run_folder, adapted):
+    save_adapter(adapted, run_folder / "model")
+    run = RunFolder.create(run_folder.parent / "runs", "x", OmegaConf.load(run_folder / "config.yaml"))
+    (run_folder / "model").rename(run.path / "model")
+    with pytest.raises(UserError, match="is still running"):
+        read_run(run.path)
+    run.finish("finished")
+    assert read_run(run.path).weights == run.path / "model"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("model: [", r"config\.yaml cannot be read"),
+        ("model: {name: ${nowhere}}", r"config\.yaml cannot be read"),
+        ("trainer: {}", r"config\.yaml has no model\.name"),
+        ("- 1", r"config\.yaml has no model\.name"),
+    ],
+)
+def test_a_broken_configuration_is_named(run_folder, content, message):
+    (run_folder / "config.yaml").write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_run(run_folder)
+
+
+def test_a_broken_summary_and_missing_weights_are_named(run_folder):
+    with pytest.raises(UserError, match=r"has no weights: neither model/ nor"):
+        read_run(run_folder)
+    (run_folder / "summary.json").write_text("{")
+    with pytest.raises(UserError, match=r"summary\.json is not JSON"):
+        read_run(run_folder)
+
+
+def test_settings_of_the_format_can_be_changed():
+    given, config = parse(["run=x", "export=merged_16bit", "export.dtype=float16", "force=true"])
+    assert given["run"] == "x"
+    assert given["force"] == "true"
+    assert config == {"_target_": "selfdistill.models.export.Merged16bit", "dtype": "float16"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "run=outputs/RUN_ID export="),
+        (["run={tmp}/none", "export=lora"], "there is no such folder"),
+        (["run={tmp}", "export=lora"], "is not the folder of a run: it has no config.yaml"),
+        (["run={tmp}", "export=merged_16"], "export=merged_16: there is no such format; did you mean merged_16bit?"),
+        (["run={tmp}", "export=zip"], "export=zip: there is no such format; known here: lora, merged_16bit"),
+        (["run={tmp}", "export=none"], "export=none: there is no such format"),
+        (["run={tmp}"], "export= is missing"),
+        (["export=lora"], "run= is missing"),
+        (["run={tmp}", "export=lora", "exprot.dtype=float16"], "exprot.dtype is not a key"),
+        (
+            ["run={tmp}", "export=merged_16bit", "export.dtyp=float16"],
+            "export.dtyp is not a key: did you mean export.dtype?",
+        ),
+        (["run={tmp}", "export=lora", "force=maybe"], "force=maybe: write true or false"),
+        (["run={tmp}", "export=lora", "--fast"], "'--fast': write key=value"),
+    ],
+)
+def test_a_wrong_command_gets_one_message_and_code_2(tmp_path, arguments, message):
+    command = [sys.executable, "-m", "selfdistill.export", *(a.format(tmp=tmp_path) for a in arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 2
+    assert message in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_wrong_dtype_is_refused_before_the_weights_load(run_folder, adapted):
+    save_adapter(adapted, run_folder / "model")
+    with pytest.raises(UserError, match=r"^export\.dtype=int8"):
+        main([f"run={run_folder}", "export=merged_16bit", "export.dtype=int8"])

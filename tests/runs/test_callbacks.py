@@ -1,0 +1,306 @@
+import io
+import json
+import math
+import warnings
+
+import pytest
+from omegaconf import OmegaConf
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+from selfdistill.evaluation.monitors import Monitors, Threshold
+from selfdistill.runs.callbacks import (
+    CompletionsCallback,
+    MonitorCallback,
+    ProgressCallback,
+    RecordCallback,
+    use_callbacks,
+)
+from selfdistill.runs.console import make_console
+from selfdistill.runs.folder import RunFolder
+from selfdistill.runs.loggers import NoLogger
+
+
+class Recorder(NoLogger):
+    """A logger that remembers, and fails on request."""
+
+    def __init__(self, fails=False):
+        self.fails, self.logged, self.tables = fails, [], []
+
+    def log(self, step, metrics):
+        if self.fails:
+            raise ConnectionError("gone")
+        self.logged.append((step, dict(metrics)))
+
+    def table(self, name, rows):
+        self.tables.append((name, list(rows)))
+
+
+class Loop:
+    """The calls that transformers' training loop makes, in its order."""
+
+    def __init__(self, tmp_path, callbacks, max_steps=10):
+        self.args = TrainingArguments(output_dir=str(tmp_path / "trainer"), report_to=[], use_cpu=True)
+        self.state = TrainerState(max_steps=max_steps)
+        self.control = TrainerControl()
+        self.callbacks = callbacks
+        self.saved = []
+
+    def call(self, event, **kwargs):
+        for callback in self.callbacks:
+            getattr(callback, event)(self.args, self.state, self.control, **kwargs)
+
+    def begin(self, step=0):
+        self.state.global_step = step
+        self.call("on_train_begin")
+
+    def log(self, **logs):
+        self.call("on_log", logs={name.replace("__", "/"): value for name, value in logs.items()})
+
+    def step(self, **logs):
+        """One step; returns whether training goes on."""
+        self.control.should_save = False
+        self.state.global_step += 1
+        self.call("on_step_end")
+        self.log(**logs)
+        if self.control.should_save:
+            self.saved.append(self.state.global_step)
+        return not self.control.should_training_stop
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = RunFolder.create(tmp_path, "r", OmegaConf.create({}))
+    yield run
+    run.finish("finished")
+
+
+@pytest.fixture
+def console():
+    return make_console(file=io.StringIO(), width=80)
+
+
+def printed(console):
+    return console.file.getvalue()
+
+
+def test_the_record_has_trl_s_names_and_the_standard_ones(run, tmp_path):
+    logger = Recorder()
+    loop = Loop(tmp_path, [RecordCallback(run, logger)])
+    loop.begin()
+    loop.step(loss=0.5, entropy=0.7, step_time=0.1, reward=None, kl=math.nan)
+    loop.log(eval__accuracy=0.4)
+    loop.log(train_runtime=9.0, train_loss=0.5, total_flos=1.0, epoch=1.0)
+    (line,) = run.metrics()
+    assert line.pop("time/wall_s") >= 0
+    assert line == {
+        "step": 1, "loss": 0.5, "entropy": 0.7, "step_time": 0.1, "reward": None, "kl": None,
+        "monitor/entropy": 0.7, "time/step_s": 0.1, "eval/accuracy": 0.4,
+    }  # fmt: skip
+    assert [step for step, _ in logger.logged] == [1, 1]
+    assert logger.logged[0][1]["monitor/entropy"] == 0.7
+    assert run.summary["train"] == {"train_runtime": 9.0, "train_loss": 0.5, "total_flos": 1.0}
+
+
+def test_a_resume_drops_what_it_repeats(run, tmp_path):
+    loop = Loop(tmp_path, [RecordCallback(run, NoLogger())])
+    loop.begin()
+    for reward in (1.0, 2.0, 3.0):
+        loop.step(reward=reward)
+    loop.begin(step=1)
+    loop.step(reward=20.0)
+    assert [(line["step"], line["reward"]) for line in run.metrics()] == [(1, 1.0), (2, 20.0)]
+
+
+def test_a_failing_logger_ends_no_training(run, tmp_path):
+    loop = Loop(tmp_path, [RecordCallback(run, Recorder(fails=True))])
+    loop.begin()
+    with pytest.warns(UserWarning, match="The logger failed"):
+        loop.step(reward=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loop.step(reward=2.0)
+    assert len(run.metrics()) == 2
+
+
+def test_only_the_main_process_writes(run, tmp_path, console):
+    logger = Recorder()
+    record = RecordCallback(run, logger)
+    rows = [{"prompt": "p", "completion": "c", "reward": 1.0}]
+    loop = Loop(tmp_path, [record, CompletionsCallback(record, console, lambda: rows), ProgressCallback(console)])
+    loop.state.is_world_process_zero = False
+    loop.begin()
+    loop.step(reward=1.0)
+    assert (run.metrics(), run.completions(), logger.logged, printed(console)) == ([], [], [], "")
+
+
+def test_completions_now_and_then(run, tmp_path, console):
+    logger = Recorder()
+    record = RecordCallback(run, logger)
+    rows = [{"prompt": "p", "completion": f"c{i}", "reward": 1.0, "advantage": 0.0, "feedback": None} for i in range(5)]
+    callback = CompletionsCallback(record, console, lambda: rows, every_steps=4, keep=3, show=1)
+    loop = Loop(tmp_path, [record, callback])
+    loop.begin()
+    loop.log(eval__accuracy=0.1)
+    for _ in range(9):
+        loop.step(reward=1.0)
+    loop.log(eval__accuracy=0.2)
+    steps = [line["step"] for line in run.completions()]
+    assert steps == [1] * 3 + [4] * 3 + [8] * 3
+    assert [(name, rows[0]["step"], len(rows)) for name, rows in logger.tables] == [
+        ("completions", s, 3) for s in (1, 4, 8)
+    ]
+    assert printed(console).count("completions at step") == 3
+    assert "c0" in printed(console)
+    assert "c1" not in printed(console)
+
+
+def test_no_completions_no_table(run, tmp_path, console):
+    record = RecordCallback(run, Recorder())
+    loop = Loop(tmp_path, [record, CompletionsCallback(record, console, list)])
+    loop.begin()
+    loop.step(reward=1.0)
+    assert printed(console) == ""
+
+
+def test_a_warning_is_printed_recorded_and_lets_the_run_go_on(run, tmp_path, console):
+    callback = MonitorCallback(Monitors(entropy=Threshold(below=0.1, for_steps=2)), run, console)
+    loop = Loop(tmp_path, [RecordCallback(run, NoLogger()), callback])
+    loop.begin()
+    assert all(loop.step(entropy=0.05, reward=1.0) for _ in range(8))
+    assert callback.stopped_by is None
+    assert "warning at step 2: entropy: 0.05 is below 0.1 for 2 steps" in " ".join(printed(console).split())
+    (alarm,) = run.summary["alarms"]
+    assert (alarm["monitor"], alarm["step"], alarm["action"]) == ("entropy", 2, "warn")
+    # Nothing may stop this run: no checkpoints beyond those of the user's own plan.
+    assert loop.saved == []
+
+
+def test_a_stop_keeps_the_best_checkpoint_by_reward(run, tmp_path, console):
+    monitors = Monitors(repetition=Threshold(above=0.5, for_steps=3, action="stop"))
+    callback = MonitorCallback(monitors, run, console, window=2, gap_steps=3)
+    loop = Loop(tmp_path, [RecordCallback(run, NoLogger()), callback], max_steps=100)
+    loop.begin()
+    rewards = [0.1, 0.2, 0.3, 0.4, 0.5, 0.4, 0.4]
+    assert all(loop.step(reward=reward, monitor__repetition=0.1) for reward in rewards)
+    # Means over two steps are .15 .25 .35 .45 .45 .40 from step 2 on; three steps lie between two checkpoints.
+    assert loop.saved == [2, 5]
+    # The reward jumps because the policy repeats itself: no candidates.
+    assert loop.step(reward=9.0, monitor__repetition=0.9)
+    assert loop.step(reward=9.0, monitor__repetition=0.9)
+    assert not loop.step(reward=9.0, monitor__repetition=0.9)
+    assert loop.saved == [2, 5]
+    assert (callback.best_step, loop.state.best_global_step) == (5, 5)
+    assert loop.state.best_metric == pytest.approx(0.45)
+    assert callback.stopped_by.monitor == "repetition"
+    assert run.summary["alarms"][0]["action"] == "stop"
+
+
+def test_evaluations_decide_what_is_best(run, tmp_path, console):
+    monitors = Monitors(entropy=Threshold(below=0.1, action="stop"))
+    callback = MonitorCallback(monitors, run, console, window=1, gap_steps=1)
+    loop = Loop(tmp_path, [RecordCallback(run, NoLogger()), callback])
+    loop.log(eval__accuracy=0.5)
+    loop.begin()
+    saved = []
+    for step, accuracy in enumerate([0.4, 0.6, 0.6, 0.7], start=1):
+        loop.step(reward=float(step), entropy=1.0)
+        loop.log(eval__accuracy=accuracy)
+        saved.append(loop.control.should_save)
+    assert saved == [False, True, False, True]
+    assert callback.best_step == 4
+
+
+def test_a_resumed_run_alarms_as_an_unbroken_one(run, tmp_path, console):
+    def callback():
+        monitors = Monitors(entropy=Threshold(below_initial=0.5, for_steps=4, action="stop"))
+        return MonitorCallback(monitors, run, console, window=2, gap_steps=1)
+
+    entropies = [1.0] * 5 + [0.1] * 4
+    first = callback()
+    loop = Loop(tmp_path, [RecordCallback(run, NoLogger()), first])
+    loop.begin()
+    assert [loop.step(entropy=e, reward=float(i)) for i, e in enumerate(entropies)] == [True] * 8 + [False]
+    assert first.stopped_by.step == 9
+
+    second = callback()
+    loop = Loop(tmp_path, [RecordCallback(run, NoLogger()), second])
+    loop.begin(step=7)
+    assert second.best_step == first.best_step == 5
+    assert run.summary["alarms"] == []
+    assert [loop.step(entropy=0.1, reward=1.0) for _ in range(2)] == [True, False]
+    assert second.stopped_by.step == 9
+
+
+def test_progress_without_a_terminal_is_plain_lines(tmp_path, console):
+    loop = Loop(tmp_path, [ProgressCallback(console, every_s=1e9)], max_steps=3)
+    loop.begin()
+    loop.step(reward=0.25, kl=0.001, loss=2.0, grad_norm=1.0)
+    loop.step(reward=0.5)
+    loop.step(reward=0.75, kl=None)
+    loop.log(train_runtime=1.0)
+    loop.call("on_train_end")
+    first, last = printed(console).splitlines()
+    assert first.startswith("step 1/3  reward 0.25  KL 0.001  loss 2  ")
+    assert first.endswith(" left")
+    assert last == "step 3/3  reward 0.75  KL 0.001  loss 2"
+
+
+def test_progress_on_a_terminal_is_a_bar(tmp_path):
+    console = make_console(file=io.StringIO(), width=100, force_terminal=True)
+    callback = ProgressCallback(console)
+    loop = Loop(tmp_path, [callback], max_steps=2)
+    loop.begin()
+    loop.step(reward=0.25)
+    loop.step(reward=0.5)
+    loop.call("on_train_end")
+    callback.close()
+    text = printed(console)
+    assert "2/2" in text
+    assert "reward 0.5" in text
+    assert "step 1/2" not in text
+
+
+def test_transformers_own_progress_is_replaced(tmp_path, run, console):
+    from tests.tiny import tiny_model
+
+    trainer = Trainer(model=tiny_model(), args=TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True))
+    ours = [RecordCallback(run, NoLogger()), ProgressCallback(console)]
+    use_callbacks(trainer, ours)
+    names = [
+        type(callback).__module__.split(".")[0] + "." + type(callback).__name__
+        for callback in trainer.callback_handler.callbacks
+    ]
+    assert "transformers.ProgressCallback" not in names
+    assert "transformers.PrinterCallback" not in names
+    assert trainer.callback_handler.callbacks[-2:] == ours
+
+
+def test_in_a_real_training_a_stop_leaves_the_best_checkpoint_in_place(tmp_path, run, console):
+    from datasets import Dataset
+
+    from tests.tiny import tiny_model
+
+    args = TrainingArguments(
+        output_dir=str(run.path), report_to=[], use_cpu=True, max_steps=20, logging_steps=1, save_steps=2,
+        save_total_limit=2, per_device_train_batch_size=1, disable_tqdm=True, learning_rate=1e-3,
+    )  # fmt: skip
+    data = Dataset.from_dict({"input_ids": [[1, 5, 6, 2]] * 20, "labels": [[1, 5, 6, 2]] * 20})
+    monitors = Monitors(length=Threshold(above=7.5, for_steps=2, action="stop"))
+    callback = MonitorCallback(monitors, run, console, window=1, gap_steps=1)
+
+    class Rewarded(Trainer):
+        def log(self, logs, start_time=None):
+            step = self.state.global_step
+            reward = {1: 0.1, 2: 0.2, 3: 0.5}.get(step, 0.3)
+            super().log({**logs, "reward": reward, "monitor/length_tokens": float(step)}, start_time)
+
+    trainer = Rewarded(model=tiny_model(), args=args, train_dataset=data)
+    use_callbacks(trainer, [RecordCallback(run, NoLogger()), callback])
+    trainer.train()
+    assert trainer.state.global_step == 9
+    assert callback.stopped_by.monitor == "length"
+    assert trainer.state.best_model_checkpoint == str(run.path / "checkpoint-3")
+    kept = sorted(path.name for path in run.path.glob("checkpoint-*"))
+    assert kept == ["checkpoint-3", "checkpoint-8"]
+    assert [line["step"] for line in run.metrics()] == list(range(1, 10))
+    assert "train_runtime" in json.loads((run.path / "summary.json").read_text())["train"]

@@ -1,0 +1,134 @@
+"""What we take from the installed TRL: an upgrade that breaks us says so in one line."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import trl
+from transformers import Trainer
+
+from selfdistill import Distillation, SelfDistillTrainer, Teacher
+from selfdistill.teachers.weights import Ema
+from selfdistill.training.checkpoints import ResumableSampler
+from tests.reference import golden
+from tests.training.naive import Hint, by_length, make
+
+# What TRL calls these methods with, and what we pass on.
+OVERRIDDEN = {
+    "_generate_and_score_completions": ["self", "inputs"],
+    "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
+    "_compute_loss": ["self", "model", "inputs"],
+    "_generate_single_turn": ["self", "prompt_ids", "images", "multimodal_fields", "num_generations"],
+    "_get_per_token_logps_and_entropies": ["self", "model"],
+    "_get_train_sampler": ["self", "dataset"],
+    "_save_checkpoint": ["self", "model", "trial"],
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+}
+CALLED = {
+    "_tokenize_prompts": ["self", "prompts"],
+    "_prepare_inputs": ["self", "generation_batch"],
+}
+STATE = (
+    "_buffered_inputs", "_step", "_metrics", "_tokenizer", "beta", "temperature", "num_iterations", "reward_weights",
+    "max_completion_length", "current_gradient_accumulation_steps", "mask_truncated_completions", "ref_model",
+    "num_generations", "num_generations_eval", "shuffle_dataset",
+)  # fmt: skip
+
+
+def names(function: Callable[..., Any]) -> list[str]:
+    return [p.name for p in inspect.signature(function).parameters.values()]
+
+
+@pytest.mark.parametrize("method", [*OVERRIDDEN, *CALLED])
+def test_signatures(method: str) -> None:
+    wanted = {**OVERRIDDEN, **CALLED}[method]
+    theirs = names(getattr(trl.GRPOTrainer, method))
+    if theirs[: len(wanted)] != wanted:
+        pytest.fail(
+            f"trl {trl.__version__}: GRPOTrainer.{method}({', '.join(theirs)}) no longer begins with "
+            f"({', '.join(wanted)}); selfdistill/training/trainer.py must follow it",
+            pytrace=False,
+        )
+
+
+@pytest.mark.parametrize("method", [m for m in OVERRIDDEN if m != "_load_from_checkpoint"])
+def test_what_we_override_is_still_there(method: str) -> None:
+    assert method in vars(SelfDistillTrainer)
+    assert method in vars(trl.GRPOTrainer), f"trl {trl.__version__}: GRPOTrainer.{method} is gone"
+
+
+def test_checkpoints_load_through_the_hook() -> None:
+    assert "_load_from_checkpoint" in vars(Trainer)
+    assert names(Trainer._get_output_dir) == ["self", "trial"]
+
+
+def test_state_that_is_read(tmp_path: Path) -> None:
+    trainer, _ = make(tmp_path, teacher=Teacher(context=Hint()))
+    for name in STATE:
+        if name != "current_gradient_accumulation_steps":  # set when the training begins
+            assert hasattr(trainer, name), f"trl {trl.__version__}: GRPOTrainer has no {name}"
+    trainer.train()
+    assert hasattr(trainer, "current_gradient_accumulation_steps")
+    assert trainer._step == 4
+
+
+RUNS: dict[str, dict] = {
+    "grpo": {"args": {"beta": 0.04, "learning_rate": 0.5}, "reward_funcs": by_length},
+    "sdft": {"teacher": Teacher(Ema(), Hint()), "distillation": Distillation(alpha=0.0)},
+    "sdpo": {
+        "teacher": Teacher(Ema(), Hint()), "distillation": Distillation(top_k=20, policy_weight=0.5),
+        "reward_funcs": by_length,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_two_steps_of_each_kind(run: str, tmp_path: Path) -> None:
+    trainer, batches = make(tmp_path, **RUNS[run])
+    trainer.train()
+    lines = trainer.state.log_history
+    assert trainer.state.global_step == len(batches) == 2
+    assert all(line["grad_norm"] > 0 for line in lines if "grad_norm" in line)
+    if run == "grpo":
+        assert lines[1]["kl"] > lines[0]["kl"] == pytest.approx(0.0, abs=1e-7)
+
+
+def test_the_order_of_the_rows_is_trls() -> None:
+    settings = {"mini_repeat_count": 2, "batch_size": 3, "repeat_count": 2, "shuffle": True, "seed": 5}
+    theirs = trl.trainer.grpo_trainer.RepeatSampler(list(range(7)), **settings)
+    ours = ResumableSampler(list(range(7)), **settings)
+    epochs = [list(theirs) for _ in range(3)]
+    for epoch in (0, 1, 2, 1):
+        ours.set_epoch(epoch)
+        assert list(ours) == epochs[epoch]
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize(
+    "case", ["continuous_group", "continuous_none", "binary_batch", "with_nan_group", "two_funcs_batch"]
+)
+def test_advantages_are_the_reference_values(case: str, tmp_path: Path) -> None:
+    """Groups, scaling, weights and rows that no reward applies to, as TRL computes them from what our adapter returns."""
+    cases, arrays = golden("grpo")
+    name = f"adv_{case}_sum_then_normalize"
+    rewards = arrays[f"{name}/in_rewards_per_func"]
+    functions = []
+    for column in rewards.T:
+
+        def reward(completions: list, values: np.ndarray = column, **_: Any) -> list[dict]:
+            return [{"score": None if np.isnan(v) else float(v), "feedback": "x"} for v in values]
+
+        functions.append(reward)
+    args = {
+        "scale_rewards": cases[name]["scale_rewards"],
+        "reward_weights": cases[name]["reward_weights"],
+        "max_steps": 1,
+    }
+    trainer, batches = make(tmp_path, args=args, reward_funcs=functions)
+    trainer.train()
+    expected = torch.tensor(arrays[f"{name}/out_advantages"])
+    torch.testing.assert_close(batches[0].advantages, torch.nan_to_num(expected), rtol=2e-5, atol=2e-6)

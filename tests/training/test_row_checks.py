@@ -1,0 +1,46 @@
+"""What a composition reads, the rows must have; the messages on the command line are in test_bad_input."""
+
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from omegaconf import OmegaConf
+
+from selfdistill.errors import UserError
+from selfdistill.rewards import ExactMatch, InverseLoss, Mix
+from selfdistill.training.row_checks import check_rows
+
+
+def checked(reward: Any, answers: list, golden: list, fraction: float = 1.0, field: str = "golden_response") -> None:
+    rollout = {"on_policy_fraction": fraction, "demonstration_field": field}
+    columns = {"prompt": ["p"] * len(answers), "answer": answers, "golden_response": golden}
+    rows = Dataset.from_dict({**columns, "id": [str(i) for i in range(len(answers))]})
+    check_rows(OmegaConf.create({"rollout": rollout, "data": {"path": "f.jsonl"}}), reward, rows)
+
+
+@pytest.mark.parametrize(
+    ("answers", "golden"), [(["a", "b"], [[], []]), ([None, "b"], [[], []]), ([None, None], [[], ["g"]])]
+)
+def test_one_answer_or_golden_response_is_enough_for_a_reward(answers: list, golden: list) -> None:
+    checked(ExactMatch(), answers, golden)
+
+
+def test_rewards_without_answers_need_none() -> None:
+    checked(InverseLoss(), [None], [[]])
+    checked(lambda **_: [], [None], [[]])
+    checked(None, [None], [[]])
+
+
+def test_a_part_of_a_mix_is_named() -> None:
+    mix = Mix({"short": InverseLoss(), "right": ExactMatch()})
+    with pytest.raises(UserError, match=r"^reward\.rewards\.right\.answer_field=answer: no row of f\.jsonl"):
+        checked(mix, [None, None], [[], []])
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5])
+def test_every_row_needs_its_demonstration(fraction: float) -> None:
+    checked(None, [None, None], [["g"], ["h"]], fraction)
+    checked(None, ["a", "b"], [[], []], fraction, field="answer")
+    with pytest.raises(UserError, match=r"f\.jsonl, row 1 has no demonstration"):
+        checked(None, ["a", "b"], [["g"], []], fraction)
+    checked(None, ["a", "b"], [["g"], []], 1.0)

@@ -1,0 +1,128 @@
+"""Training with a teacher behind a server: the numbers of the same teacher at hand, asked for ahead, and its absence."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from selfdistill.teachers import Teacher
+from selfdistill.teachers.server import ServerTeacher
+from selfdistill.teachers.weights import Base
+from selfdistill.training.settings import Distillation
+from tests.command import Outcome, command
+from tests.runs.test_resume import assert_same_end, only_run, status
+from tests.teachers.server.stub_server import Reply, Request, StubServer
+from tests.tiny import tiny_tokenizer
+from tests.training.naive import Hint, by_length, lively, make
+
+
+@pytest.fixture
+def stub() -> Iterator[StubServer]:
+    with StubServer().speak_for(lively(), tiny_tokenizer()) as stub:
+        yield stub
+
+
+SIGNALS = {
+    "forward": {"alpha": 0.0},
+    "jensen_shannon": {"alpha": 0.5},
+    "reverse": {"alpha": 1.0},
+    "sampled_token": {"alpha": 1.0, "signal": "sampled_token"},
+    "advantage": {"signal": "advantage"},
+}
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_follows_the_run_with_the_same_teacher_at_hand(name: str, stub: StubServer, tmp_path: Path) -> None:
+    """Full support. The server's numbers are rounded to float32."""
+    ends, losses = [], []
+    served = ServerTeacher(stub.url, "stub", context=Hint(), top_k=0 if "signal" in SIGNALS[name] else None)
+    for teacher in (Teacher(Base(), Hint()), served):
+        trainer, _ = make(
+            tmp_path, args={"max_steps": 3}, teacher=teacher, distillation=Distillation(**SIGNALS[name]),
+            reward_funcs=by_length,
+        )  # fmt: skip
+        trainer.train()
+        ends.append(torch.nn.utils.parameters_to_vector(trainer.model.parameters()).detach())
+        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    served.close()
+    start = torch.nn.utils.parameters_to_vector(lively().parameters()).detach()
+    assert (ends[0] - start).norm() > 1e-3, "nothing was learnt"
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    torch.testing.assert_close(ends[1], ends[0], rtol=0, atol=1e-5 * float((ends[0] - start).abs().max()))
+
+
+def test_later_micro_batches_are_asked_about_while_the_first_is_learnt_from(stub: StubServer, tmp_path: Path) -> None:
+    served = ServerTeacher(stub.url, "stub", context=Hint(), top_k=3, max_concurrency=1)
+    trainer, _ = make(tmp_path, args={"max_steps": 2}, teacher=served, distillation=Distillation(policy_weight=0.0))
+    plain, under_way = trainer.distiller.loss, []
+
+    def loss(*args: Any) -> Any:
+        value = plain(*args)
+        deadline = time.monotonic() + 10
+        while len(stub.asked("completions")) % 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        under_way.append(len(stub.asked("completions")))
+        return value
+
+    trainer.distiller.loss = loss
+    trainer.train()
+    served.close()
+    # A step learns from two micro-batches. With both asked about at once, the second is before the first's loss is over.
+    assert under_way == [2, 2, 4, 4]
+    rows = [json.dumps(row) for request in stub.asked("completions") for row in request.body["prompt"]]
+    assert len(rows) == 2 * 5, "Hint shows something for 5 of 8 rollouts"
+
+
+# ---- a server that goes away ----
+
+COMMON = [
+    "data=jsonl", "logger=none", "max_steps=10", "training.checkpoint_every=4", "num_generations=2", "hardware=cpu",
+    "hardware.per_device_batch_size=4", "hardware.accumulation_steps=2", "hardware.threads=1", "reward=none", "eval=none",
+    "rollout.max_completion_tokens=8", "learning_rate=0.003", "teacher=server", "teacher/context=demonstration",
+    "teacher.model=stub", "teacher.top_k=5", "teacher.patience_s=1.0", "teacher.max_concurrency=1",
+    "+training.arguments.steps_per_generation=4",
+]  # fmt: skip
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"add {i} {i + 1}", "golden_response": [f"it is {2 * i + 1}"]} for i in range(18)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def train(stub: StubServer, data: Path, folder: Path) -> Outcome:
+    paths = [f"data.path={data}", f"data.eval_path={data}", f"output_dir={folder}", f"teacher.base_url={stub.url}"]
+    return command([*COMMON, *paths], data.parent)
+
+
+@pytest.mark.parametrize("dies_after", [0, 11, 12])
+def test_a_run_whose_server_dies_is_interrupted_and_goes_on_where_it_was(
+    dies_after: int, stub: StubServer, data: Path, tmp_path: Path
+) -> None:
+    """Two steps share the rollouts; each micro-batch is a request, so the server dies at the start or amid of them."""
+    assert train(stub, data, tmp_path / "unbroken").code == 0
+    answered = 0
+
+    def dying(request: Request) -> Reply | None:
+        nonlocal answered
+        scoring = request.path.endswith("completions") and len(request.body["prompt"]) > 1  # the probe has one row
+        answered += scoring
+        return Reply(fault="reset") if answered > dies_after else None
+
+    stub.answer = dying
+    outcome = train(stub, data, tmp_path / "broken")
+    run = only_run(tmp_path / "broken")
+    assert outcome.code != 0
+    assert "Traceback" not in outcome.err
+    assert stub.url.removesuffix("/v1").removeprefix("http://") in outcome.err
+    assert f"resume={run}" in outcome.err
+    assert status(run) == "interrupted"
+    stub.answer = lambda request: None
+    assert command([f"resume={run}"], data.parent).code == 0
+    assert_same_end(run, only_run(tmp_path / "unbroken"))
