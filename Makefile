@@ -21,7 +21,7 @@ demo: $(BIN)/.installed
 	$(BIN)/python -m selfdistill.train experiment=grpo_supervised
 
 test: $(BIN)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .
