@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import Any
 
 _EXPORTS = {
-    "Distillation": "selfdistill.training.settings",
-    "RolloutSource": "selfdistill.training.settings",
+    "Distillation": "selfdistill.config.settings",
+    "RolloutSource": "selfdistill.config.settings",
     "SelfDistillConfig": "selfdistill.training.settings",
     "SelfDistillTrainer": "selfdistill.training.trainer",
     "Teacher": "selfdistill.teachers",

@@ -1,13 +1,15 @@
-"""Where a causal language model keeps what the losses need: its backbone, its output head, and how logits are scaled."""
+"""Where a causal language model keeps what the losses need: its backbone and its output head."""
 
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from selfdistill.losses.head import Head
 
 
 def inner_model(model: nn.Module) -> Any:
@@ -17,45 +19,24 @@ def inner_model(model: nn.Module) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-@dataclass(frozen=True)
-class Head:
-    """How hidden states become logits: soft_cap * tanh(scale * (W h + b) / soft_cap)."""
-
-    weight: Tensor
-    bias: Tensor | None
-    logit_scale: float
-    soft_cap: float | None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(N, H) -> (N, V) in float32."""
-        logits = nn.functional.linear(hidden, self.weight.to(hidden.dtype), self.bias).float() * self.logit_scale
-        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
-
-    def detached(self) -> "Head":
-        """Without gradient, and with the numbers as they are now: a parameter's data may be exchanged later."""
-        return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
-
-    def narrowed(self, size: int) -> "Head":
-        """Of the first `size` tokens."""
-        if size == len(self.weight):
-            return self
-        return replace(self, weight=self.weight[:size], bias=None if self.bias is None else self.bias[:size])
-
-
 def head_of(model: nn.Module) -> Head:
     """The output head; a LoRA adapter on the head is folded into its weight, with gradient."""
     inner = inner_model(model)
     module = inner.get_output_embeddings()
-    config = inner.config.get_text_config()
-    scale = 1.0
-    if getattr(config, "logits_scaling", None):  # Granite divides
-        scale = 1.0 / config.logits_scaling
-    elif getattr(config, "logit_scale", None):  # Cohere multiplies
-        scale = float(config.logit_scale)
     weight = module.weight
     if hasattr(module, "get_delta_weight") and not module.disable_adapters:
         weight = weight + sum(module.get_delta_weight(name) for name in module.active_adapters)
-    return Head(weight, getattr(module, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+    return Head(weight, getattr(module, "bias", None), *scale_and_soft_cap(inner.config.get_text_config()))
+
+
+def scale_and_soft_cap(config: PretrainedConfig) -> tuple[float, float | None]:
+    """What some architectures do with their logits: Granite divides them, Cohere multiplies them, Gemma caps them."""
+    scale = 1.0
+    if divisor := getattr(config, "logits_scaling", None):
+        scale = 1.0 / divisor
+    elif factor := getattr(config, "logit_scale", None):
+        scale = float(factor)
+    return scale, getattr(config, "final_logit_softcapping", None)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Between rewards that may give feedback and TRL, which wants numbers."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,43 +10,54 @@ from torch import nn
 from selfdistill.errors import UserError
 from selfdistill.rewards.mix import Mix
 from selfdistill.rewards.result import normalise
+from selfdistill.rewards.scorer import PolicyScorer
+from selfdistill.rollout import Rollouts
+
+# The column in which the trainer hands the batch over: what is known of it goes to the function, feedback comes back.
+ROLLOUTS = "_rollouts"
+RewardFunction = Callable[..., Any]
 
 
 class AdaptedReward:
-    """A reward function as TRL calls it; keeps the scores and the feedback of its last call.
+    """A reward function as TRL calls it: it returns the scores, and writes the feedback onto the rollouts."""
 
-    Attributes:
-        known: what the trainer knows beyond the dataset's columns (`prompt_ids`, and `policy_logprobs` where there are any).
-        scores, feedback: of the last call, one per completion.
-    """
-
-    def __init__(self, name: str, function: Callable[..., Any]) -> None:
+    def __init__(self, name: str, function: RewardFunction) -> None:
         self.__name__ = name
         self.function = function
-        self.known: dict[str, Any] = {}
-        self.scores: list[float | None] = []
-        self.feedback: list[str | None] = []
 
-    def bind(self, scorer: Any) -> None:
+    def bind(self, scorer: PolicyScorer) -> None:
+        """Hands the policy to a function that asks for it."""
         if hasattr(self.function, "bind"):
             self.function.bind(scorer)
 
-    def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float | None]:
-        return self._read(self._ask(prompts, completions, columns), len(completions))
+    def __call__(self, prompts: list, completions: list, **columns: Any) -> Sequence[float | None]:
+        rollouts = _take_rollouts(columns)
+        result = self.function(prompts=prompts, completions=completions, **columns)
+        return self._scores(result, rollouts)
 
-    def _ask(self, prompts: list, completions: list, columns: dict[str, Any]) -> Any:
-        return self.function(prompts=prompts, completions=completions, **{**columns, **self.known})
-
-    def _read(self, result: Any, count: int) -> list[float | None]:
-        self.scores, self.feedback = normalise(result, self.__name__, count, _inner(self.function))
-        return self.scores
+    def _scores(self, result: Any, rollouts: Rollouts) -> Sequence[float | None]:
+        scores, feedback = normalise(result, self.__name__, len(rollouts), _inner(self.function))
+        rollouts.add_feedback(feedback)
+        return scores
 
 
 class AsyncAdaptedReward(AdaptedReward):
     """The same of a coroutine function, which TRL awaits."""
 
-    async def __call__(self, prompts: list, completions: list, **columns: Any) -> list[float | None]:  # type: ignore[override]
-        return self._read(await self._ask(prompts, completions, columns), len(completions))
+    async def __call__(self, prompts: list, completions: list, **columns: Any) -> Sequence[float | None]:  # type: ignore[override]
+        rollouts = _take_rollouts(columns)
+        result = await self.function(prompts=prompts, completions=completions, **columns)
+        return self._scores(result, rollouts)
+
+
+def _take_rollouts(columns: dict[str, Any]) -> Rollouts:
+    """Takes the batch out of its column, and gives the function what is known of it beyond the dataset's columns."""
+    rollouts: Rollouts = columns.pop(ROLLOUTS)[0]
+    columns["prompt_ids"] = rollouts.prompt_ids
+    if rollouts.policy_logps is not None:
+        rows = zip(rollouts.policy_logps, rollouts.completion_ids, strict=True)
+        columns["policy_logprobs"] = [logps[: len(ids)] for logps, ids in rows]
+    return rollouts
 
 
 def adapt(reward_funcs: Any) -> tuple[list[Any], list[float] | None]:

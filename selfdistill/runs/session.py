@@ -149,7 +149,7 @@ class Record:
             self.interruption,
         ]
         use_callbacks(trainer, callbacks)
-        trainer.on_rollouts = lambda *seen: self._keep(parts, *seen)
+        trainer.on_rollouts = lambda rollouts, _: self._keep(parts, rollouts)
 
     def _evaluate(self, parts: "build.Parts", step: int) -> dict[str, float]:
         with self.screen.status("evaluating") if self.screen.is_terminal else _nothing():
@@ -181,9 +181,7 @@ class Record:
         parameters = [(p.numel(), p.requires_grad) for p in model.parameters()]
         teacher = ""
         if parts.trainer.teacher is not None:
-            who = parts.trainer.teacher
-            inside = getattr(who, "weights", who)
-            teacher = f"{type(inside).__name__}, sees {type(who.context).__name__}"
+            teacher = str(parts.trainer.teacher)
         return console.Plan(
             model=str(cfg.model.name),
             device=f"{torch.cuda.get_device_name() if build.use_cuda(cfg) else 'cpu'}, {build.precision(cfg)}",
@@ -203,23 +201,19 @@ class Record:
 
     # ---- during training ----
 
-    def _keep(self, parts: "build.Parts", rollouts: Rollouts, teacher_prompts: list | None, tensors: dict) -> None:
-        advantages = tensors["advantages"]
-        if advantages.dim() > 1:  # one for each token
-            mask = tensors["completion_mask"]
-            advantages = (advantages * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
-        columns = rollouts.prompts, rollouts.completions, rollouts.scores, rollouts.feedback, advantages.tolist()
+    def _keep(self, parts: "build.Parts", rollouts: Rollouts) -> None:
+        columns = rollouts.prompts, rollouts.completions, rollouts.scores, rollouts.feedback, rollouts.advantages
         names = ("prompt", "completion", "reward", "feedback", "advantage")
         watched: dict[str, float | None] = dict(completion_metrics(rollouts.completion_ids))
         if parts.trainer.rewards:
             watched["monitor/reward_spread"] = reward_spread(rollouts.scores, rollouts.num_generations)
         for name, value in watched.items():
             if value is not None:
-                parts.trainer._metrics["train"][name].append(value)
+                parts.trainer.note(name, value)
         self._rows = [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
         if not self._prompts_written:
             self._prompts_written = True
-            same = self.folder.write_prompts(prompt_samples(parts.tokenizer, rollouts, teacher_prompts, tensors))
+            same = self.folder.write_prompts(prompt_samples(parts.tokenizer, rollouts))
             if not same:
                 raise RuntimeError(f"student and teacher score different tokens: see {self.folder.path / 'prompts.md'}")
 
@@ -271,34 +265,25 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-def prompt_samples(
-    tokenizer: Any, rollouts: Rollouts, teacher_prompts: list | None, tensors: dict[str, torch.Tensor]
-) -> list[PromptSample]:
+def prompt_samples(tokenizer: Any, rollouts: Rollouts) -> list[PromptSample]:
     """The first prompts' rollouts as student and teacher see them, from the ids that go into the models.
 
     Where none of these has a teacher's signal, the first rollout that has one stands beside them.
     """
-    shown = list(range(0, len(rollouts), max(1, rollouts.num_generations))[:PROMPT_SAMPLES])
-    taught = [i for i, prompt in enumerate(teacher_prompts or []) if prompt is not None]
-    if taught and not set(taught) & set(shown):
-        shown.append(taught[0])
+    chosen = list(range(0, len(rollouts), max(1, rollouts.num_generations))[:PROMPT_SAMPLES])
+    taught = [i for i, sent in enumerate(rollouts.sent_to_teacher) if sent is not None]
+    if taught and not set(taught) & set(chosen):
+        chosen.append(taught[0])
     samples = []
-    for i in shown:
-        student = tensors["prompt_ids"][i][tensors["prompt_mask"][i].bool()].tolist()
-        scored = tensors["completion_ids"][i][tensors["completion_mask"][i].bool()].tolist()
-        theirs, their_ids = None, None
-        if i in taught:
-            mask = tensors["teacher_prompt_mask"][i].bool()
-            theirs = tokenizer.decode(tensors["teacher_prompt_ids"][i][mask])
-            # A completion that is masked as a whole is not scored.
-            their_ids = scored or None
+    for i in chosen:
+        sent = rollouts.sent_to_teacher[i] if i in taught else None
         samples.append(
             PromptSample(
-                student=tokenizer.decode(student),
+                student=tokenizer.decode(rollouts.prompt_ids[i]),
                 completion=tokenizer.decode(rollouts.completion_ids[i]),
                 completion_ids=list(rollouts.completion_ids[i]),
-                teacher=theirs,
-                teacher_completion_ids=their_ids,
+                teacher=tokenizer.decode(sent[0]) if sent else None,
+                teacher_completion_ids=sent[1] if sent else None,
             )
         )
     return samples

@@ -1,23 +1,21 @@
-"""Who teaches: a teacher is a choice of weights and a choice of context."""
+"""Who teaches, and what the teacher sees. Names are looked up when they are used: contexts are light to import."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from selfdistill.teachers.weights import Base, Weights
+if TYPE_CHECKING:
+    from selfdistill.teachers.interface import BaseTeacher
+    from selfdistill.teachers.local import Teacher
 
-
-class Teacher:
-    """A local teacher: whose weights score the student's completions, and what they see beyond the prompt.
-
-    Args:
-        weights: one of `selfdistill.teachers.weights`; the frozen start by default.
-        context: one of `selfdistill.teachers.context`; the student's own prompt by default.
-    """
-
-    def __init__(self, weights: Weights | None = None, context: Any = None) -> None:
-        from selfdistill.teachers.context import NoContext
-
-        self.weights = weights or Base()
-        self.context = context or NoContext()
+__all__ = ["BaseTeacher", "Teacher"]
 
 
-__all__ = ["Teacher"]
+def __getattr__(name: str) -> Any:
+    if name == "Teacher":
+        from selfdistill.teachers.local import Teacher
+
+        return Teacher
+    if name == "BaseTeacher":
+        from selfdistill.teachers.interface import BaseTeacher
+
+        return BaseTeacher
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,18 +27,36 @@ FEEDBACK_WHEN = ("failed", "always")
 SCORE_TOLERANCE = 1e-6
 
 
-class NoContext:
-    """The teacher sees what the student saw: distillation between models, or from an older self (GKD)."""
+class Context:
+    """What the teacher sees: a class with `prompts`, and with `check` where it reads columns of the data.
+
+    Attributes:
+        needs_reward: whether it shows what a reward says, so that there must be one.
+    """
+
+    needs_reward = False
 
     def check(self, columns: Mapping[str, Iterable[Any]]) -> None:
-        """Nothing is needed from the data."""
+        """Called before training with the data's columns beside `prompt`.
+
+        Raises:
+            UserError: a column is missing or empty.
+        """
+
+    def prompts(self, rollouts: Rollouts, tokenizer: "PreTrainedTokenizerBase") -> list[Prompt | None]:
+        """What the teacher is shown for each rollout; None where there is nothing to learn from."""
+        raise NotImplementedError
+
+
+class NoContext(Context):
+    """The teacher sees what the student saw: distillation between models, or from an older self (GKD)."""
 
     def prompts(self, rollouts: Rollouts, tokenizer: "PreTrainedTokenizerBase") -> list[Prompt | None]:
         """The student's own prompts."""
         return list(rollouts.prompts)
 
 
-class _Column:
+class _Column(Context):
     """A context that comes from a column of the data: one text, or a list of texts that are joined."""
 
     def __init__(self, slot: str, field: str, template: str, max_tokens: int | None, separator: str) -> None:
@@ -145,7 +163,7 @@ class Source:
         return self.solution is not None or self.feedback is not None
 
 
-class Feedback:
+class Feedback(Context):
     """The question with a successful peer's solution, with the rollout's own feedback, or with both (SDPO, 2601.20802).
 
     Rollout i of a group with scores s is shown, where `use_solution`, the completion of one peer j with
@@ -178,6 +196,8 @@ class Feedback:
     Raises:
         UserError: an option is out of its range or a template is not as described.
     """
+
+    needs_reward = True
 
     def __init__(
         self,
@@ -230,9 +250,6 @@ class Feedback:
         self.max_solution_tokens = _token_budget("max_solution_tokens", max_solution_tokens)
         self.max_feedback_tokens = _token_budget("max_feedback_tokens", max_feedback_tokens)
         self.seed = seed
-
-    def check(self, columns: Mapping[str, Iterable[Any]]) -> None:
-        """Nothing is needed from the data: scores and feedback come from the reward."""
 
     def sources(self, rollouts: Rollouts) -> list[Source]:
         """What each rollout is distilled from. The batch must hold whole groups.

@@ -26,9 +26,9 @@ class Weights:
     `views` gives the passes the teacher needs: one, or two whose logits are mixed with `mix_coef`.
     """
 
-    mix_coef: float | None = None
-    cadence = "step"
-    exchanges = False  # whether the student's parameters are replaced in place
+    mix_coef = 0.0  # weight of the second view
+    cadence = "step"  # or "rollout": updated once per batch of rollouts
+    keeps_copy = False  # whether the trained parameters are kept a second time and put into the student's place
 
     def attach(self, model: nn.Module) -> None:
         """Called once before training, with the unwrapped student."""
@@ -70,7 +70,7 @@ class Live(Weights):
 class _Shadowed(Weights):
     """Keeps a copy of the trainable parameters."""
 
-    exchanges = True
+    keeps_copy = True
     dtype: torch.dtype | None = None  # of the copy; None keeps each parameter's own
 
     def attach(self, model: nn.Module) -> None:
@@ -124,7 +124,7 @@ class Ema(_Shadowed):
 
     dtype = torch.float32
 
-    def __init__(self, rate: float | int = 0.05, cadence: str = "step") -> None:
+    def __init__(self, rate: float = 0.05, cadence: str = "step") -> None:
         if not 0 < rate <= 1:
             raise UserError(
                 f"teacher.weights.rate={rate} is outside (0, 1]: it is the student's weight per update, e.g. 0.05."
@@ -160,7 +160,7 @@ class TrustRegion(_Shadowed):
     Both see the teacher's prompt; the reference is the frozen start. Two teacher passes.
     """
 
-    def __init__(self, coef: float | int = 0.3) -> None:
+    def __init__(self, coef: float = 0.3) -> None:
         if not 0 <= coef <= 1:
             raise UserError(f"teacher.weights.coef={coef} is outside [0, 1]: 0 is the frozen start, 1 the student.")
         self.mix_coef = coef

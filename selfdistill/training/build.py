@@ -21,7 +21,8 @@ from selfdistill.teachers import Teacher
 from selfdistill.teachers.context import Demonstration, NoContext
 from selfdistill.teachers.weights import Base
 from selfdistill.training.row_checks import check_rows
-from selfdistill.training.trainer import Distillation, RolloutSource, SelfDistillConfig, SelfDistillTrainer
+from selfdistill.training.settings import Distillation, RolloutSource, SelfDistillConfig
+from selfdistill.training.trainer import SelfDistillTrainer
 
 PASSED_LATER = {"tokenizer"}  # arguments that a `_target_` gets when it is built, not from the configuration
 CHECKPOINTS = "checkpoints"
@@ -256,8 +257,6 @@ def build(cfg: DictConfig, folder: Any) -> Parts:
         processing_class=tokenizer,
         peft_config=peft,
     )
-    if teacher is not None and hasattr(teacher, "check_length"):
-        teacher.check_length(trainer.longest_teacher_tokens())
     evaluator = None
     if settings is not None:
         judged = [

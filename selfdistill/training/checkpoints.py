@@ -37,10 +37,10 @@ def save(folder: Path, trainer: Any) -> None:
     """Adds the teacher's weights, the number of micro-batches done and rollouts not used up yet to a checkpoint."""
     accelerator = trainer.accelerator
     generate_every = trainer.args.steps_per_generation * trainer.num_iterations
-    rollouts = trainer._buffered_inputs if trainer._step % generate_every else None
+    rollouts = trainer.unused_rollouts() if trainer._step % generate_every else None
     torch.save({"step": trainer._step, "rollouts": rollouts}, folder / _rollouts_file(accelerator.process_index))
-    weights = getattr(trainer.teacher, "weights", None)
-    if accelerator.is_main_process and weights is not None and (tensors := weights.state_dict()):
+    tensors = {} if trainer.teacher is None else trainer.teacher.state_dict()
+    if accelerator.is_main_process and tensors:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / TEACHER)
 
 
@@ -51,13 +51,12 @@ def restore(folder: Path, trainer: Any) -> None:
         UserError: the checkpoint was written without this teacher.
     """
     accelerator = trainer.accelerator
-    weights = getattr(trainer.teacher, "weights", None)
-    if weights is not None and weights.state_dict():
+    if trainer.teacher is not None and trainer.teacher.state_dict():
         if not (folder / TEACHER).exists():
             raise UserError(
                 f"{folder} has no {TEACHER}: it was written without this teacher and cannot be continued with it."
             )
-        weights.load_state_dict(load_file(folder / TEACHER))
+        trainer.teacher.load_state_dict(load_file(folder / TEACHER))
     file = folder / _rollouts_file(accelerator.process_index)
     if file.exists():
         state = torch.load(file, map_location=accelerator.device, weights_only=True)

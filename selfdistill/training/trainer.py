@@ -6,49 +6,61 @@
 
 A term of weight 0 costs nothing, not even a forward pass. Which published method a run is follows from the choice of
 reward, teacher, context and weights; nothing here knows a method's name.
+
+What is known of a batch travels on its `Rollouts`, and what is asked about a micro-batch on its `TeacherRequest`.
 """
 
-import logging
-import random
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import pad
 
 from selfdistill import losses
+from selfdistill.config.settings import Distillation, RolloutSource
 from selfdistill.errors import UserError
+from selfdistill.losses.head import sampled_entropy
 from selfdistill.models.reference import copy_weights, loadable
 from selfdistill.models.structure import (
     aligned,
     captured_hidden,
     completion_hidden,
+    evaluating,
     has_dropout,
     head_of,
     inner_model,
     is_reference,
 )
-from selfdistill.rewards.adapter import adapt
+from selfdistill.rewards.adapter import ROLLOUTS, AdaptedReward, adapt
 from selfdistill.rewards.scorer import PolicyScorer
-from selfdistill.rollout import Rollouts, text_of
-from selfdistill.teachers.callback import TeacherCallback
-from selfdistill.training import checkpoints as resumption
-from selfdistill.training.distiller import Distiller, States, token_logps
-from selfdistill.training.settings import Distillation, RolloutSource, SelfDistillConfig
+from selfdistill.rollout import Prompt, Rollouts, text_of
+from selfdistill.teachers.interface import BaseTeacher, TeacherRequest
+from selfdistill.training import checkpoints
+from selfdistill.training.demonstrations import demonstrated_groups, demonstration_ids
+from selfdistill.training.metrics import Means
+from selfdistill.training.token_weights import demonstration_weights, distillation_weights, distilled_tokens
 
-__all__ = ["Distillation", "RolloutSource", "SelfDistillConfig", "SelfDistillTrainer"]
+__all__ = ["SelfDistillTrainer"]
 
+# Rows whose teacher's prompts are tokenised to find the longest: those with the most characters.
+LONGEST_ROWS = 64
+# Where a micro-batch keeps what its teacher is asked.
+REQUEST = "teacher_request"
 
-log = logging.getLogger(__name__)
-
-LONGEST_ROWS = 64  # by characters: among them is the one with most tokens, or nearly so
+# Hidden states (N, H) of the tokens in a mask (B, T), in row order.
+States = Callable[[Tensor], Tensor]
+# Called after every generation with the rollouts of all processes, and with this process's tensors.
+OnRollouts = Callable[[Rollouts, Mapping[str, Any]], None]
 
 
 def no_reward(completions: list, **_: Any) -> list[float]:
@@ -67,11 +79,14 @@ class SelfDistillTrainer(GRPOTrainer):
         teacher: `selfdistill.teachers.Teacher` or a served one; None for a plain policy gradient.
         distillation: `Distillation`, read only with a teacher.
         rollout: `RolloutSource`.
-        on_rollouts: called with (rollouts, teacher_prompts, tensors) after every generation, to record them.
+        on_rollouts: called after every generation with the rollouts of all processes and with this process's tensors.
 
     Raises:
         UserError: a combination that cannot work.
     """
+
+    args: GRPOConfig
+    model: nn.Module
 
     def __init__(
         self,
@@ -80,52 +95,46 @@ class SelfDistillTrainer(GRPOTrainer):
         args: GRPOConfig | None = None,
         train_dataset: Any = None,
         *,
-        teacher: Any = None,
+        teacher: BaseTeacher | None = None,
         distillation: Distillation | None = None,
         rollout: RolloutSource | None = None,
-        on_rollouts: Callable[..., None] | None = None,
+        on_rollouts: OnRollouts | None = None,
         **kwargs: Any,
     ) -> None:
         self.teacher = teacher
         self.rollout = rollout or RolloutSource()
         self.distillation = distillation or Distillation()
-        self.policy_weight = self.distillation.policy_weight if teacher is not None else 1.0
         self.on_rollouts = on_rollouts
         self.rewards, weights = adapt(reward_funcs) if reward_funcs else ([], None)
-        self._rows: list[dict] = []
-        self._sampled_prompt_ids: list[list[int]] = []
-        self._policy_logps: Tensor | None = None
-        self._is_demonstration: list[bool] = []
+        if not self.rewards and teacher is None and not self.rollout.cross_entropy_weight:
+            raise UserError(
+                "Nothing to learn from: give a reward, a teacher, or demonstrations with a cross-entropy weight."
+            )
+        self.policy_weight = 1.0 if teacher is None else self.distillation.policy_weight
         if not self.rewards:
-            if teacher is None and not self.rollout.cross_entropy_weight:
-                raise UserError(
-                    "Nothing to learn from: give a reward, a teacher, or demonstrations with a cross-entropy weight."
-                )
             self.policy_weight = 0.0
         if args is not None and weights is not None and args.reward_weights is None:
             args.reward_weights = weights
+        self._means = {"train": Means(), "eval": Means()}
         self._check_rollout(kwargs)
-        _check_context(teacher, train_dataset)
+        _check_columns(teacher, train_dataset)
         with loadable(model, needed=args is not None and args.beta != 0 and kwargs.get("peft_config") is None):
             super().__init__(
                 model=model, reward_funcs=self.rewards or [no_reward], args=args, train_dataset=train_dataset, **kwargs
             )
         self._check_size(train_dataset)
-        unwrapped = self.accelerator.unwrap_model(self.model)
+        student = self.accelerator.unwrap_model(self.model)
         if self.ref_model is not None and not self._sharded:
-            copy_weights(unwrapped, self.accelerator.unwrap_model(self.ref_model))
+            copy_weights(student, self.accelerator.unwrap_model(self.ref_model))
         for reward in self.rewards:
-            if hasattr(reward, "bind"):
-                reward.bind(PolicyScorer(unwrapped, self._tokenizer))
-        self.distiller = None if teacher is None else Distiller(teacher, self.distillation, self)
+            if isinstance(reward, AdaptedReward):
+                reward.bind(PolicyScorer(student, self._tokenizer))
         if teacher is not None:
-            self._attach_teacher(unwrapped)
+            self._attach(teacher, student)
 
     def _check_rollout(self, given: dict[str, Any]) -> None:
         if self.rollout.from_teacher:
-            if getattr(self.teacher, "weights", None) is None:
-                raise UserError("rollout.from_teacher=true needs a local teacher, for example teacher=demonstration.")
-            self.teacher.weights.generating()  # refuses here if it cannot
+            self._generating()  # refuses here if the teacher cannot sample
         if self.rollout.from_teacher or self.rollout.on_policy_fraction < 1:
             for several_turns in ("tools", "environment_factory", "rollout_func"):
                 if given.get(several_turns):
@@ -141,21 +150,22 @@ class SelfDistillTrainer(GRPOTrainer):
                 "accumulation_steps, steps_per_generation), or more completions per prompt."
             )
 
-    def _attach_teacher(self, model: Any) -> None:
-        top_k, size = self.distillation.top_k, len(inner_model(model).get_output_embeddings().weight)
-        if top_k and top_k > size:
-            raise UserError(f"distillation.top_k={top_k} is above the vocabulary of {size} tokens.")
-        weights = getattr(self.teacher, "weights", None)
-        if weights is None:
-            return
-        if weights.exchanges and self._sharded:
-            raise UserError(
-                f"teacher.weights={type(weights).__name__} keeps a copy of the trained parameters, which FSDP and "
-                "ZeRO-3 shard. Train with data parallelism or ZeRO-2, or take teacher/weights=live, model or a server."
-            )
-        weights.attach(model)
-        weights.check_vocabulary(self._tokenizer)
-        self.add_callback(TeacherCallback(weights))
+    def _attach(self, teacher: BaseTeacher, student: nn.Module) -> None:
+        try:
+            self.distillation.check_vocabulary(len(inner_model(student).get_output_embeddings().weight))
+        except ValueError as error:
+            raise UserError(f"distillation.{error}.") from error
+        teacher.attach(student, self._tokenizer, sharded=self._sharded)
+        if teacher.context_tokens is not None:
+            teacher.check_length(self._longest_teacher_tokens(teacher))
+        self.add_callback(_AfterStep(teacher))
+
+    def _longest_teacher_tokens(self, teacher: BaseTeacher) -> int:
+        """Of teacher prompt and completion together, as far as can be said before there are rollouts."""
+        rows = sorted(self.train_dataset, key=lambda row: len(str(row)))[-LONGEST_ROWS:]
+        rollouts = Rollouts.of_rows(rows, 1)
+        prompts = [*rollouts.prompts, *teacher.prompts(rollouts, self._tokenizer)]
+        return max(map(len, self._prompt_ids(prompts))) + self.max_completion_length
 
     @property
     def _sharded(self) -> bool:
@@ -176,203 +186,187 @@ class SelfDistillTrainer(GRPOTrainer):
         return self.teacher is not None and self.distillation.weight > 0
 
     @property
-    def windows_per_generation(self) -> float:
+    def _windows_per_generation(self) -> float:
         """How many optimizer steps the rollouts generated together are spread over."""
         return self.args.steps_per_generation / self.current_gradient_accumulation_steps
+
+    def _mean(self, tensor: Tensor) -> Tensor:
+        return self.accelerator.reduce(tensor, "mean")
 
     # ---- rollouts: who writes the completions, who judges them, what the teacher is shown ----
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, Any]:
-        self._rows, self._policy_logps = inputs, None
-        if not self.model.training:
+        training = self.model.training
+        rollouts = Rollouts.of_rows(inputs, self.num_generations if training else self.num_generations_eval)
+        self._rollouts = rollouts
+        if not training:
             return super()._generate_and_score_completions(inputs)
-        weights = getattr(self.teacher, "weights", None)
-        if weights is not None and weights.cadence == "rollout" and self.state.global_step:
-            weights.update(self.state.global_step)
+        if self.teacher is not None:
+            self.teacher.before_rollouts(self.state.global_step)
         output = super()._generate_and_score_completions(inputs)
-        if not self.rewards:  # those of `no_reward` would read as if something had gone wrong
-            for name in [name for name in self._metrics["train"] if "reward" in name and not name.startswith("time/")]:
-                del self._metrics["train"][name]
         if self.rollout.cross_entropy_weight:
-            output["demonstration_weights"] = self._demonstration_weights(output)
-        prompts = None
+            weights = demonstration_weights(rollouts, output["completion_mask"], self._mean)
+            output["demonstration_weights"] = weights * self._windows_per_generation
         if self._teaches:
-            prompts = self._teacher_prompts(self._rollouts)
-            ids = self._teacher_prompt_ids(prompts)
-            output |= self.distiller.inputs(self._rollouts, prompts, ids, output)
-            if self.distillation.route == "failures":
-                output["advantages"] = output["advantages"].masked_fill(output["distill_mask"].any(dim=1), 0.0)
+            output |= self._show_teacher(rollouts, output)
         if self._teaches_by_advantage:
-            told = self.distiller.token_advantages(self.model, output, self.args.per_device_train_batch_size)
-            output["advantages"] = output["advantages"][:, None] * self.policy_weight + told * self.distillation.weight
+            log_ratios = self._log_ratios(output)
+            policy = output["advantages"][:, None] * self.policy_weight
+            output["advantages"] = policy + log_ratios * self.distillation.weight
         if self.on_rollouts is not None:
-            self.on_rollouts(self._rollouts, prompts, output)
+            rollouts.advantages = _by_row(output["advantages"], output["completion_mask"])
+            self.on_rollouts(self._everyones(rollouts), output)
         return output
-
-    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        before = self._buffered_inputs
-        inputs = super()._prepare_inputs(generation_batch)
-        if self._teaches and not self._teaches_by_advantage and self._buffered_inputs is not before:
-            self.distiller.prefetch(self._buffered_inputs)
-        return inputs
 
     def _generate_single_turn(
         self, prompt_ids: list, images: Any, multimodal_fields: Any, num_generations: int, *args: Any, **kwargs: Any
     ) -> Any:
-        start = time.perf_counter()
-        self._sampled_prompt_ids = prompt_ids
-        self._is_demonstration = self._off_policy_rows(len(prompt_ids), num_generations)
-        asked, as_teacher = prompt_ids, nullcontext()
-        if self.rollout.from_teacher and self.model.training:
-            shown = self._teacher_prompts(self._blank_rollouts(self._rows, num_generations))
-            ids = self._teacher_prompt_ids(shown)
-            asked = [own if s is None else i for own, s, i in zip(prompt_ids, shown, ids, strict=True)]
-            as_teacher = self.teacher.weights.generating()
-        on_policy = [i for i, demonstrated in enumerate(self._is_demonstration) if not demonstrated]
-        written, logprobs = [], None
-        if on_policy:
-            with as_teacher:
+        start, rollouts, training = time.perf_counter(), self._rollouts, self.model.training
+        rollouts.prompt_ids = prompt_ids
+        asked, generating = prompt_ids, nullcontext()
+        if training:
+            rollouts.demonstrated = self._demonstrated(len(prompt_ids), num_generations)
+        if training and self.rollout.from_teacher:
+            asked, generating = self._as_the_teacher_is_asked(rollouts), self._generating()
+        sampled = [i for i, demonstrated in enumerate(rollouts.demonstrated) if not demonstrated]
+        written: list[list[int]] = []
+        logprobs = None
+        if sampled:
+            with generating:
                 written, logprobs = super()._generate_single_turn(
-                    [asked[i] for i in on_policy], images, multimodal_fields, num_generations, *args, **kwargs
+                    [asked[i] for i in sampled], images, multimodal_fields, num_generations, *args, **kwargs
                 )
-        if self.model.training and (self.rollout.from_teacher or len(on_policy) < len(prompt_ids)):
-            logprobs = None  # not the student's, or not of every row: no ratio can be formed from them
-        if len(on_policy) < len(prompt_ids):
-            by_row = dict(zip(on_policy, written, strict=True))
-            written = [by_row[i] if i in by_row else self._demonstration_ids(i) for i in range(len(prompt_ids))]
-        self._log_seconds("time/generate_s", start)
+        if len(sampled) < len(prompt_ids):
+            by_row = dict(zip(sampled, written, strict=True))
+            written = [by_row[i] if i in by_row else self._demonstration(i) for i in range(len(prompt_ids))]
+        if training and (self.rollout.from_teacher or len(sampled) < len(prompt_ids)):
+            logprobs = None  # not the student's, or not of every row: no importance ratio can be formed from them
+        self._note_seconds("time/generate_s", start)
         return written, logprobs
 
-    def _off_policy_rows(self, count: int, num_generations: int) -> list[bool]:
-        """Whole groups take their demonstration; which ones depends on seed and step alone, so that a resumed run agrees."""
-        fraction = self.rollout.on_policy_fraction
-        if not self.model.training or fraction == 1:
+    def _demonstrated(self, count: int, num_generations: int) -> list[bool]:
+        fraction, first = self.rollout.on_policy_fraction, self.accelerator.process_index * count
+        if fraction == 1:
             return [False] * count
-        first = self.accelerator.process_index * count
-        groups = [(first + i) // num_generations for i in range(count)]
-        return [random.Random(f"{self.args.seed} {self._step} {group}").random() >= fraction for group in groups]
+        groups = range(first // num_generations, (first + count - 1) // num_generations + 1)
+        chosen = demonstrated_groups(fraction, groups, seed=self.args.seed, micro_batch=self._step)
+        return [chosen[(first + i) // num_generations - groups.start] for i in range(count)]
 
-    def _demonstration_ids(self, index: int) -> list[int]:
+    def _demonstration(self, index: int) -> list[int]:
+        row = {name: values[index] for name, values in self._rollouts.columns.items()}
         field = self.rollout.demonstration_field
-        texts = self._rows[index].get(field)
-        text = texts[0] if isinstance(texts, list) and texts else texts
-        if not isinstance(text, str) or not text:
-            columns = ", ".join(sorted(self._rows[index]))
-            raise UserError(
-                f"rollout.demonstration_field={field}: a row has no demonstration there (columns: {columns})."
-            )
-        ids = [*self._tokenizer(text, add_special_tokens=False)["input_ids"], self._tokenizer.eos_token_id]
-        if len(ids) > self.max_completion_length:
-            _warn_of_cut(field, len(ids), self.max_completion_length)
-        return ids[: self.max_completion_length]  # as a completion that reaches the limit: without its end
+        return demonstration_ids(row, field, self._tokenizer, self.max_completion_length)
 
-    def _demonstration_weights(self, output: dict[str, Any]) -> Tensor:
-        """Each token's weight (B, T) in the cross-entropy: a mean over demonstrated tokens, times the share of such rows."""
-        mask = output["completion_mask"]
-        demonstrated = torch.tensor(self._is_demonstration, device=mask.device)
-        kind = {"row_active": demonstrated, "count_inactive_rows": False}
-        tokens = self.accelerator.reduce(losses.aggregation_normalizer(mask, "token_mean", **kind), "mean")
-        share = self.accelerator.reduce(demonstrated.float().mean(), "mean")
-        weights = losses.aggregation_weights(mask, "token_mean", **kind, normalizer=tokens)
-        return weights * share * self.windows_per_generation
+    def _generating(self) -> AbstractContextManager[None]:
+        return BaseTeacher().generating() if self.teacher is None else self.teacher.generating()
 
-    @staticmethod
-    def _blank_rollouts(rows: list[dict], num_generations: int) -> Rollouts:
-        count = len(rows)
-        columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
-        nothing: list[None] = [None] * count
-        prompts = [row["prompt"] for row in rows]
-        return Rollouts(prompts, [""] * count, [[]] * count, columns, nothing, list(nothing), num_generations)
-
-    def _calculate_rewards(self, inputs: list, prompts: list, completions: list, completion_ids_list: list) -> Tensor:
-        start = time.perf_counter()
-        self._rollouts = self._blank_rollouts(
-            self._rows, self.num_generations if self.model.training else self.num_generations_eval
-        )
-        self._rollouts.completions = [text_of(c) for c in completions]
-        self._rollouts.completion_ids = completion_ids_list
-        known: dict[str, Any] = {"prompt_ids": self._sampled_prompt_ids}
-        # TRL computes them at the sampling temperature, and not of completions that it masks.
-        if self._policy_logps is not None and self.temperature == 1.0 and not self.mask_truncated_completions:
-            rows = zip(self._policy_logps, completion_ids_list, strict=True)
-            known["policy_logprobs"] = [logps[: len(ids)] for logps, ids in rows]
-        adapted = [reward for reward in self.rewards if hasattr(reward, "feedback")]
-        for reward in adapted:
-            reward.known = known
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        if self.rewards:
-            first = self.accelerator.process_index * len(prompts)
-            self._rollouts.scores = _weighted(rewards[first : first + len(prompts)], self.reward_weights)
-        if adapted:
-            told = zip(*(reward.feedback for reward in adapted), strict=True)
-            self._rollouts.feedback = ["\n".join(filter(None, row)) or None for row in told]
-        self._log_seconds("time/reward_s", start)
-        return rewards
+    def _as_the_teacher_is_asked(self, rollouts: Rollouts) -> list[list[int]]:
+        """The teacher's prompts as token ids; the student's own where the teacher is shown nothing."""
+        assert self.teacher is not None
+        prompts = self.teacher.prompts(rollouts, self._tokenizer)
+        ids = self._prompt_ids(prompts)
+        return [own if p is None else i for own, p, i in zip(rollouts.prompt_ids, prompts, ids, strict=True)]
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         # Without gradient TRL scores the whole batch: by the policy (old log-probabilities), then by the reference.
-        if not torch.is_grad_enabled() and self._policy_logps is None and model is self.model:
-            as_scored = not model.training or not has_dropout(model)
-            if as_scored and not is_reference(model):
-                self._policy_logps = result[0]
+        # It does so at the sampling temperature, and not for completions that it masks.
+        if not torch.is_grad_enabled() and self._rollouts.policy_logps is None and model is self.model:
+            as_scored = self.temperature == 1.0 and not self.mask_truncated_completions
+            if as_scored and not (model.training and has_dropout(model)) and not is_reference(model):
+                self._rollouts.policy_logps = result[0]
         return result
 
-    def _teacher_prompts(self, rollouts: Rollouts) -> list:
-        """What the teacher is shown for each rollout; a context sees whole groups, wherever they were sampled."""
-        if self.accelerator.num_processes == 1:
-            return self.teacher.context.prompts(rollouts, self._tokenizer)
-        own = (rollouts.prompts, rollouts.completions, rollouts.completion_ids, rollouts.scores, rollouts.feedback)
-        prompts, texts, ids, scores, feedback = (gather_object(list(values)) for values in own)
-        columns = {key: gather_object(list(rollouts.columns[key])) for key in sorted(rollouts.columns)}
-        everyone = Rollouts(prompts, texts, ids, columns, scores, feedback, rollouts.num_generations)
+    def _calculate_rewards(self, inputs: list, prompts: list, completions: list, completion_ids_list: list) -> Tensor:
+        start, rollouts = time.perf_counter(), self._rollouts
+        rollouts.completions = [text_of(completion) for completion in completions]
+        rollouts.completion_ids = completion_ids_list
+        inputs = [{**row, ROLLOUTS: rollouts} for row in inputs]
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)  # of all processes
+        if self.rewards:
+            first = self.accelerator.process_index * len(prompts)
+            rollouts.scores = _weighted(rewards[first : first + len(prompts)], self.reward_weights)
+        self._note_seconds("time/reward_s", start)
+        return rewards
+
+    def _show_teacher(self, rollouts: Rollouts, output: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What the loss needs of the teacher beyond TRL's tensors: its prompts, and the tokens it is asked about."""
+        assert self.teacher is not None
+        # A context sees whole groups, wherever they were sampled.
         first = self.accelerator.process_index * len(rollouts)
-        return self.teacher.context.prompts(everyone, self._tokenizer)[first : first + len(rollouts)]
+        prompts = self.teacher.prompts(self._everyones(rollouts), self._tokenizer)
+        rollouts.teacher_prompts = prompts[first : first + len(rollouts)]
+        device = output["completion_ids"].device
+        ids = [torch.tensor(i, device=device) for i in self._prompt_ids(rollouts.teacher_prompts)]
+        learnable = output["completion_mask"] * output.get("tool_mask", 1)
+        distilled, counted = distilled_tokens(rollouts, learnable, self.distillation)
+        weights = distillation_weights(
+            distilled, counted, self.distillation, max_completion_tokens=self.max_completion_length, reduce=self._mean
+        )
+        active = distilled.any(dim=1)
+        self.note("distill/active_fraction", active.sum().item(), len(active))
+        shown: dict[str, Tensor] = {
+            "distill_mask": distilled,
+            "distill_weights": weights * self._windows_per_generation,
+            "teacher_prompt_ids": pad(ids, self._tokenizer.pad_token_id, padding_side="left"),
+            "teacher_prompt_mask": pad([torch.ones_like(i) for i in ids], 0, padding_side="left"),
+        }
+        if self.distillation.route == "failures":
+            shown["advantages"] = output["advantages"].masked_fill(active, 0.0)
+        if self.on_rollouts is not None:
+            sent = iter(TeacherRequest.of({**output, **shown}).sent())
+            rollouts.sent_to_teacher = [next(sent) if taught else None for taught in active.tolist()]
+        return shown
 
-    def longest_teacher_tokens(self) -> int:
-        """Of teacher prompt and completion together, as far as can be said before there are rollouts."""
-        rows = sorted(self.train_dataset, key=lambda row: len(str(row)))[-LONGEST_ROWS:]
-        student = [row["prompt"] for row in rows]
-        shown = self.teacher.context.prompts(self._blank_rollouts(rows, 1), self._tokenizer)
-        ids = self._teacher_prompt_ids(student) + self._teacher_prompt_ids(shown)
-        return max(map(len, ids)) + self.max_completion_length
-
-    def _teacher_prompt_ids(self, prompts: list) -> list[list[int]]:
-        """Tokenised as the student's are; a missing prompt stands as one padding token."""
+    def _prompt_ids(self, prompts: Sequence[Prompt | None]) -> list[list[int]]:
+        """Prompts tokenised as the student's are; a missing one stands as one padding token."""
         filled = [i for i, prompt in enumerate(prompts) if prompt is not None]
         ids = self._tokenize_prompts([prompts[i] for i in filled])[0] if filled else []
         by_row = dict(zip(filled, ids, strict=True))
         return [by_row.get(i, [self._tokenizer.pad_token_id]) for i in range(len(prompts))]
 
+    def _everyones(self, rollouts: Rollouts) -> Rollouts:
+        return rollouts.gathered(gather_object) if self.accelerator.num_processes > 1 else rollouts
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self._teaches and not self._teaches_by_advantage and self._buffered_inputs is not before:
+            assert self.teacher is not None
+            for batch in self._buffered_inputs:
+                batch[REQUEST] = TeacherRequest.of(batch)
+            self.teacher.prepare([batch[REQUEST] for batch in self._buffered_inputs])
+        return inputs
+
     # ---- the loss ----
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        start = time.perf_counter()
-        terms = []
+        start, terms = time.perf_counter(), []
         with captured_hidden(model) as captured:
             if self.has_policy_term:
                 scaled = inputs["advantages"] * (1.0 if self._teaches_by_advantage else self.policy_weight)
                 terms.append(super()._compute_loss(model, {**inputs, "advantages": scaled}))
-        # Tokens that the other terms read. Where several processes train, all make the pass that one of them needs.
-        masks = {}
-        if self._teaches and not self._teaches_by_advantage and "distill_mask" in inputs:
-            masks["distillation"] = inputs["distill_mask"]
-        if "demonstration_weights" in inputs:
-            masks["demonstration"] = inputs["demonstration_weights"] > 0
-        if self.accelerator.num_processes == 1:
-            masks = {name: mask for name, mask in masks.items() if mask.any()}
-        if masks:
-            states = self._states(model, inputs, torch.stack(list(masks.values())).any(dim=0), captured)
-        if "distillation" in masks:
-            terms.append(self.distillation.weight * self.distiller.loss(model, inputs, states))
-        if "demonstration" in masks:
-            terms.append(self.rollout.cross_entropy_weight * self._cross_entropy(model, inputs, states))
+        distilled, demonstrated = inputs.get("distill_mask"), inputs.get("demonstration_weights")
+        masks = [] if distilled is None or self._teaches_by_advantage else [distilled]
+        masks += [] if demonstrated is None else [demonstrated > 0]
+        # With several processes all make the pass that one of them needs, since it is a collective call.
+        if masks and (self.accelerator.num_processes > 1 or any(mask.any() for mask in masks)):
+            states = self._states(model, inputs, torch.stack(masks).any(dim=0), captured)
+            if distilled is not None and not self._teaches_by_advantage and self._worthwhile(distilled):
+                terms.append(self.distillation.weight * self._distillation_loss(model, inputs, states))
+            if demonstrated is not None and self._worthwhile(demonstrated > 0):
+                terms.append(self.rollout.cross_entropy_weight * self._cross_entropy(model, inputs, states))
         if not terms:  # nothing to learn: a zero on the graph
             terms.append(next(p for p in self.model.parameters() if p.requires_grad).sum() * 0.0)
-        self._log_seconds("time/loss_s", start)
+        self._note_seconds("time/loss_s", start)
         return sum(terms[1:], terms[0])
 
-    def _states(self, model: Any, inputs: dict[str, Any], mask: Tensor, captured: list[Tensor]) -> States:
+    def _worthwhile(self, mask: Tensor) -> bool:
+        return self.accelerator.num_processes > 1 or bool(mask.any())
+
+    def _states(
+        self, model: nn.Module, inputs: Mapping[str, Any], mask: Bool[Tensor, "B T"], captured: list[Tensor]
+    ) -> States:
         """The student's hidden states: of the pass that the policy gradient made, or of the rows in `mask` alone."""
         prompt_ids, ids, attention = inputs["prompt_ids"], inputs["completion_ids"], inputs["completion_mask"]
         if captured:
@@ -387,21 +381,104 @@ class SelfDistillTrainer(GRPOTrainer):
             hidden = completion_hidden(model, prompt_ids[rows], inputs["prompt_mask"][rows], *completion)
         return lambda tokens: hidden[tokens[rows][:, :longest]]
 
-    def _cross_entropy(self, model: Any, inputs: dict[str, Any], states: States) -> Tensor:
+    def _distillation_loss(self, model: nn.Module, inputs: Mapping[str, Any], states: States) -> Float[Tensor, ""]:
+        """Sum over tokens of weight times divergence, from the student's hidden states."""
+        settings, keep, head = self.distillation, inputs["distill_mask"], head_of(model)
+        student, tokens, weights = states(keep), inputs["completion_ids"][keep], inputs["distill_weights"][keep]
+        if settings.is_clip is not None and "old_per_token_logps" in inputs:
+            now = losses.token_logps(student.detach(), head.at(self.temperature).detached(), tokens)
+            weights = weights * losses.importance_weight(now, inputs["old_per_token_logps"][keep], settings.is_clip)
+        said = self._ask_teacher(model, inputs)
+        temperature = said.temperature(settings.temperature or self.temperature)
+        if settings.signal == "sampled_token":
+            ours = losses.token_logps(student, head.at(temperature), tokens, weights=weights)
+            theirs = said.logps(tokens, temperature)
+            per_token = losses.sampled_token_loss(ours, theirs)
+            # The value of this loss means nothing; what is shown is the divergence that it estimates.
+            divergence = torch.where(theirs.isfinite(), ours.detach() - theirs, 0.0)
+        else:
+            kind = replace(settings, temperature=temperature)
+            per_token = divergence = said.divergence(student, head, kind, weights=weights)
+        self.note("distill/divergence", divergence.detach().sum().item(), len(tokens))
+        if not self.has_policy_term and len(student):  # the policy gradient logs the entropy where it runs
+            self.note("entropy", *sampled_entropy(student, head.at(self.temperature)))
+        return (per_token * weights).sum()
+
+    def _ask_teacher(self, model: nn.Module, inputs: Mapping[str, Any]) -> losses.TeacherOutput:
+        assert self.teacher is not None
+        start = time.perf_counter()
+        with self.accelerator.autocast():
+            said = self.teacher.say(inputs.get(REQUEST) or TeacherRequest.of(inputs), model)
+        self._note_seconds("time/teacher_s", start)
+        return said
+
+    @torch.no_grad()
+    def _log_ratios(self, output: dict[str, Any]) -> Float[Tensor, "B T"]:
+        """log q - log pi of the sampled tokens, 0 where there is no signal: distillation as an advantage."""
+        assert self.teacher is not None
+        mask = output["distill_mask"]
+        log_ratios = torch.zeros(mask.shape, device=mask.device)
+        tensors = {name: value for name, value in output.items() if isinstance(value, Tensor) and value.dim() > 0}
+        rows_at_once = self.args.per_device_train_batch_size
+        parts: list[tuple[Tensor, dict[str, Any]]] = []
+        for rows in mask.any(dim=1).nonzero().squeeze(1).split(rows_at_once):
+            part: dict[str, Any] = {name: value[rows] for name, value in tensors.items()}
+            parts.append((rows, {**part, REQUEST: TeacherRequest.of(part)}))
+        self.teacher.prepare([part[REQUEST] for _, part in parts])
+        for rows, part in parts:
+            keep, tokens = part["distill_mask"], part["completion_ids"][part["distill_mask"]]
+            said = self._ask_teacher(self.model, part)
+            temperature = said.temperature(self.temperature)
+            with evaluating(self.model), self.accelerator.autocast():
+                prompt = part["prompt_ids"], part["prompt_mask"]
+                hidden = completion_hidden(self.model, *prompt, part["completion_ids"], part["completion_mask"])
+            ours = losses.token_logps(hidden[keep], head_of(self.model).at(temperature), tokens)
+            theirs = said.logps(tokens, temperature)
+            values = torch.zeros(keep.shape, device=mask.device)
+            values[keep] = torch.where(theirs.isfinite(), theirs - ours, 0.0).float()
+            log_ratios[rows] = values
+        self.note("distill/divergence", -log_ratios.sum().item(), int(mask.sum()))
+        return log_ratios
+
+    def _cross_entropy(self, model: nn.Module, inputs: Mapping[str, Any], states: States) -> Float[Tensor, ""]:
         """Weighted sum of the negative log-probabilities of the demonstrations' tokens, at temperature 1."""
         tokens = inputs["demonstration_weights"] > 0
         weights = inputs["demonstration_weights"][tokens]
-        logps = token_logps(states(tokens), inputs["completion_ids"][tokens], head_of(model), 1.0, weights)
-        self._metrics["train"]["cross_entropy"].append(-logps.detach().sum().item() / max(len(logps), 1))
+        logps = losses.token_logps(states(tokens), head_of(model), inputs["completion_ids"][tokens], weights=weights)
+        self.note("cross_entropy", -logps.detach().sum().item(), len(logps))
         return -(logps * weights).sum()
 
-    def _log_seconds(self, name: str, start: float) -> None:
-        self._metrics["train" if self.model.training else "eval"][name].append(time.perf_counter() - start)
+    # ---- what is logged ----
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def note(self, name: str, total: float, count: float = 1.0) -> None:
+        """Adds to a metric of the next logged step: the sum of `count` values. Processes are put together there."""
+        self._means[self._mode].add(name, total, count)
+
+    def _note_seconds(self, name: str, start: float) -> None:
+        self.note(name, time.perf_counter() - start)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        metrics = self._metrics[self._mode]
+        if not self.rewards:  # those of `no_reward` would read as if something had gone wrong
+            for name in [name for name in metrics if "reward" in name]:
+                del metrics[name]
+        for name, value in self._means[self._mode].take(self.accelerator).items():
+            metrics[name] = [value]
+        super().log(logs, start_time)
 
     # ---- checkpoints ----
 
-    def _get_train_sampler(self, dataset: Any = None) -> resumption.ResumableSampler:
-        return resumption.ResumableSampler(
+    def unused_rollouts(self) -> list[dict[str, Tensor]] | None:
+        """The micro-batches that were sampled together and not all learned from yet, without what can be made again."""
+        batches = self._buffered_inputs
+        return batches and [{name: value for name, value in batch.items() if name != REQUEST} for batch in batches]
+
+    def _get_train_sampler(self, dataset: Any = None) -> checkpoints.ResumableSampler:
+        return checkpoints.ResumableSampler(
             data_source=self.train_dataset if dataset is None else dataset,
             mini_repeat_count=self.num_generations,
             batch_size=self.args.generation_batch_size // self.num_generations,
@@ -413,34 +490,41 @@ class SelfDistillTrainer(GRPOTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        resumption.save(Path(self._get_output_dir(trial=trial)) / name, self)
+        checkpoints.save(Path(self._get_output_dir(trial=trial)) / name, self)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        resumption.restore(Path(resume_from_checkpoint), self)
+        checkpoints.restore(Path(resume_from_checkpoint), self)
 
 
-@cache
-def _warn_of_cut(field: str, tokens: int, limit: int) -> None:
-    log.warning(
-        "a %s has %d tokens and is cut at rollout.max_completion_tokens=%d: how it ends is not learned",
-        field,
-        tokens,
-        limit,
-    )
+class _AfterStep(TrainerCallback):
+    """Keeps a teacher in step with the training."""
+
+    def __init__(self, teacher: BaseTeacher) -> None:
+        self.teacher = teacher
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.teacher.after_step(state.global_step)
 
 
-def _check_context(teacher: Any, dataset: Any) -> None:
+def _check_columns(teacher: BaseTeacher | None, dataset: Any) -> None:
     """Raises UserError when the teacher's context needs a column that the data does not have."""
     names = getattr(dataset, "column_names", None)
-    if teacher is not None and hasattr(teacher.context, "check") and names and hasattr(dataset, "__getitem__"):
-        teacher.context.check({name: dataset[name] for name in names if name != "prompt"})
+    if teacher is not None and names and hasattr(dataset, "__getitem__"):
+        teacher.check_columns({name: dataset[name] for name in names if name != "prompt"})
 
 
-def _weighted(rewards: Tensor, weights: Tensor) -> list[float | None]:
-    """Weighted sum of the rewards that apply (B, F) -> B; None where none does."""
+def _weighted(rewards: Float[Tensor, "B F"], weights: Float[Tensor, " F"]) -> list[float | None]:
+    """Weighted sum of the rewards that apply to each completion; None where none does."""
     rows = []
     for row in rewards.tolist():
         applicable = [w * r for w, r in zip(weights.tolist(), row, strict=True) if r == r]
         rows.append(sum(applicable) if applicable else None)
     return rows
+
+
+def _by_row(advantages: Tensor, mask: Tensor) -> list[float]:
+    """One advantage for each row: the mean over its tokens where each token has its own."""
+    if advantages.dim() > 1:
+        advantages = (advantages * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+    return advantages.tolist()

@@ -8,16 +8,21 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from selfdistill.losses import (
-    chunked_support_divergence,
-    chunked_token_divergence,
-    chunked_token_logps,
+    Divergence,
+    FullDistribution,
+    Head,
+    TopTokens,
+    chunks,
     mix_logits,
-    projection,
     support_divergence,
     token_divergence,
+    token_logps,
 )
-from selfdistill.losses.chunked import _largest
-from selfdistill.losses.projection import Head, Sweep
+from selfdistill.losses import (
+    head as heads,
+)
+from selfdistill.losses.chunks import ChunkedPass
+from selfdistill.losses.teacher_output import _largest
 
 N, H, V = 11, 6, 203
 OPTIONS = [{}, {"top_k": 4}, {"top_k": 4, "tail": False}, {"top_k": V}]
@@ -27,8 +32,27 @@ ALPHAS = [0.0, 0.3, 0.5, 1.0]
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """So that a small vocabulary takes several, and the last ones are not full."""
-    monkeypatch.setattr(projection, "TILE_COLUMNS", 64)
-    monkeypatch.setattr(projection, "TILE_TOKENS", 5)
+    monkeypatch.setattr(heads, "TILE_COLUMNS", 64)
+    monkeypatch.setattr(chunks, "TILE_TOKENS", 5)
+
+
+def both(value):
+    return value if isinstance(value, tuple) else (value, value)
+
+
+def chunked_token_divergence(
+    student, teacher, student_head, teacher_head, *, student_bias=None, teacher_bias=None, logit_scale=1.0,
+    soft_cap=None, mixture=None, weights=None, chunk_tokens=None, temperature=1.0, **kind,
+):  # fmt: skip
+    """With heads that have a bias, a scale and a soft cap, and a second teacher."""
+    scales, caps = both(logit_scale), both(soft_cap)
+    head = Head(student_head, student_bias, scales[0], caps[0])
+    sides = [(teacher, Head(teacher_head, teacher_bias, scales[1], caps[1]))]
+    if mixture is not None:
+        sides.append((mixture[0], Head(mixture[1], teacher_bias, scales[1], caps[1])))
+    output = FullDistribution(sides, coef=mixture[2] if mixture is not None else 0.0)
+    kind = Divergence(temperature=temperature, **kind)
+    return output.divergence(student, head, kind, weights=weights, chunk_tokens=chunk_tokens)
 
 
 class Side:
@@ -273,7 +297,7 @@ def test_tokens_that_a_bias_forbids_count_for_nothing(alpha, options):
 
 
 def test_default_chunks_are_of_equal_size():
-    sweep = Sweep(Head(torch.empty(0, 1)), lambda *_: torch.empty(0), None)
+    sweep = ChunkedPass(Head(torch.empty(0, 1)), lambda *_: torch.empty(0), None)
     assert sweep._sizes(616, 151_936, gpu=False)[0] == 206
     assert sweep._sizes(616, 151_936, gpu=True)[0] == 308
     assert sweep._sizes(5, 100, gpu=False)[0] == 5
@@ -358,10 +382,9 @@ def test_served_teacher(alpha, tail):
     student, teacher = Side(0).trained(), Side(1)
     teacher_logps, ids = (teacher.hidden @ teacher.head.T).log_softmax(-1).topk(6)
     teacher_logps[::2, -1] = -math.inf
-    ours = chunked_support_divergence(
-        student.hidden, student.head, ids, teacher_logps, alpha=alpha, tail=tail, temperature=1.2, chunk_tokens=4,
-        student_bias=student.bias,
-    )  # fmt: skip
+    output = TopTokens(torch.zeros(N), ids, teacher_logps)
+    kind = Divergence(alpha, tail=tail, temperature=1.2)
+    ours = output.divergence(student.hidden, Head(student.head, student.bias), kind, chunk_tokens=4)
     logps = ((student.hidden @ student.head.T + student.bias) / 1.2).log_softmax(-1).gather(-1, ids)
     theirs = support_divergence(logps, teacher_logps, alpha=alpha, tail=tail)
     assert_same(ours, theirs, torch.arange(N).double(), student.hidden, student.head, student.bias)
@@ -370,9 +393,19 @@ def test_served_teacher(alpha, tail):
 def test_token_logps():
     student = Side(0).trained()
     ids = torch.arange(N) * 7
-    ours = chunked_token_logps(
-        student.hidden, student.head, ids, temperature=0.9, bias=student.bias, soft_cap=3.0, chunk_tokens=3
-    )
+    head = Head(student.head, student.bias, soft_cap=3.0, temperature=0.9)
+    ours = token_logps(student.hidden, head, ids, chunk_tokens=3)
     logits = 3 * torch.tanh((student.hidden @ student.head.T + student.bias) / 3) / 0.9
     theirs = logits.log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
     assert_same(ours, theirs, torch.arange(N).double(), student.hidden, student.head, student.bias)
+
+
+def test_a_teachers_log_probabilities():
+    """Those of the sampled tokens under a full distribution, and under a mixture of two."""
+    first, second = Side(1), Side(2, hidden=4)
+    ids = torch.arange(N) * 7
+    logits = [x.hidden @ x.head.T for x in (first, second)]
+    for sides, mixed in (([first], logits[0]), ([first, second], mix_logits(*logits, 0.3))):
+        output = FullDistribution([(x.hidden, Head(x.head)) for x in sides], coef=0.3)
+        expected = (mixed / 0.7).log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
+        torch.testing.assert_close(output.logps(ids, 0.7), expected)

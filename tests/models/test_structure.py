@@ -54,7 +54,7 @@ def test_head_of_hidden_states_gives_the_logits(kind: str) -> None:
     ids, ends = torch.tensor([[11, 12, 13], [14, 2, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
     with torch.no_grad():
         hidden = completion_hidden(model, prompts, mask, ids, ends)
-        found = head_of(model).logits(hidden)
+        found = head_of(model).logits(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
         for row, (start, end) in enumerate(((2, 3), (0, 2))):
             sequence = torch.cat([prompts[row, start:], ids[row, :end]])[None]
             expected = model(input_ids=sequence).logits[0, 3 - start : 3 - start + end]

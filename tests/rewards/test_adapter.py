@@ -3,7 +3,8 @@
 from functools import partial
 from typing import Any
 
-from selfdistill.rewards.adapter import adapt
+from selfdistill.rewards.adapter import ROLLOUTS, adapt
+from selfdistill.rollout import Rollouts
 
 
 def brevity(completions: list, limit: int, **_: Any) -> list[float]:
@@ -16,5 +17,6 @@ def test_what_hydra_makes_of_a_function_keeps_its_name_and_its_feedback() -> Non
     assert weights is None
     (reward,) = rewards
     assert reward.__name__ == "brevity"
-    assert reward(prompts=["a", "b"], completions=["xx", "xxx"]) == [1.0, 0.0]
-    assert reward.feedback == [None, "Be shorter."]
+    rollouts = Rollouts.of_rows([{"prompt": "a"}, {"prompt": "b"}], 1)
+    assert reward(prompts=["a", "b"], completions=["xx", "xxx"], **{ROLLOUTS: [rollouts] * 2}) == [1.0, 0.0]
+    assert rollouts.feedback == [None, "Be shorter."]

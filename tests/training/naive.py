@@ -12,9 +12,11 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from selfdistill.config.settings import Distillation
 from selfdistill.models.structure import inner_model
 from selfdistill.rollout import Rollouts
-from selfdistill.training.settings import Distillation, SelfDistillConfig
+from selfdistill.teachers.context import Context
+from selfdistill.training.settings import SelfDistillConfig
 from selfdistill.training.trainer import SelfDistillTrainer
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -61,7 +63,7 @@ def questions(count: int = 12) -> Dataset:
 
 
 @dataclass
-class Hint:
+class Hint(Context):
     """A context that shows something for some rollouts only, and remembers what it was asked."""
 
     active: Callable[[int], bool] = lambda i: i % 3 != 1
@@ -108,8 +110,9 @@ def make(folder: Path, model: Any = None, args: dict | None = None, **given: Any
     """A trainer, and the list that its rollouts will be written to."""
     batches: list[Batch] = []
 
-    def keep(rollouts: Rollouts, shown: list | None, tensors: dict) -> None:
-        ids = trainer._teacher_prompt_ids(shown) if shown is not None else [None] * len(rollouts)
+    def keep(rollouts: Rollouts, tensors: dict) -> None:
+        shown = rollouts.teacher_prompts or None
+        ids = trainer._prompt_ids(shown) if shown is not None else [None] * len(rollouts)
         batches.append(
             Batch(
                 prompts=[i[m.bool()].tolist() for i, m in zip(tensors["prompt_ids"], tensors["prompt_mask"])],

@@ -106,7 +106,7 @@ def test_off_policy_rows(fraction: float, tmp_path: Path) -> None:
     for _ in range(2):
         trainer, batches = make(tmp_path, frozen(start), {"max_steps": 1, "num_generations": 2}, rollout=source)
         trainer.train()
-        demonstrated = trainer._is_demonstration
+        demonstrated = trainer._rollouts.demonstrated
         taken.append(demonstrated)
     assert taken[0] == taken[1] and taken[0][::2] == taken[0][1::2]
     assert sum(demonstrated) == 8 if fraction == 0 else 0 < sum(demonstrated) < 8

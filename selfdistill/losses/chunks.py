@@ -1,110 +1,42 @@
-"""Losses on logits that are never held: project a few tokens, take value and gradient, overwrite, go on.
+"""Losses on logits that are never held whole: project a few tokens, take value and gradient, overwrite, go on.
 
 A loss per token needs its logits for a moment only. `token_losses` projects a chunk of hidden states to logits, lets
 the loss overwrite them with its own gradient, and multiplies that back to the hidden states at once, in the forward
-pass. The backward pass then only scales rows. This is the idea of Liger's fused linear
-cross-entropy (arXiv 2410.10989).
+pass. The backward pass then only scales rows. This is the idea of Liger's fused linear cross-entropy
+(arXiv 2410.10989).
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from selfdistill.losses import head as heads
+from selfdistill.losses.head import Head, logits_dtype
 
 # Logits held at a time, per model: 128 MiB in float32 on a CPU, 256 MiB on a GPU. Products of fewer rows are slower.
 CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS_GPU = 2**25, 2**26
 # The loss itself goes through a chunk in blocks: on a CPU such that all it touches stays in the cache.
 BLOCK_ELEMENTS_CPU, BLOCK_ELEMENTS_GPU = 2**22, 2**26
-# Tokens and columns of the vocabulary taken at a time where only a sum over the vocabulary is wanted.
-TILE_TOKENS, TILE_COLUMNS = 2048, 8192
+# Tokens taken at a time where only a sum over the vocabulary is wanted.
+TILE_TOKENS = 2048
 
 
 @dataclass(frozen=True)
-class Head:
-    """From hidden states (n, H) to logits / temperature (n, V): cap·tanh(scale·(h Wᵀ + b) / cap) / temperature."""
+class HeadedStates:
+    """Hidden states with the head that makes logits of them, or two such whose logits are mixed.
 
-    weight: Tensor  # (V, H)
-    bias: Tensor | None = None  # (V,)
-    scale: float = 1.0
-    soft_cap: float | None = None
-    temperature: float = 1.0
+    Attributes:
+        sides: hidden states (N, H) and head, once or twice.
+        coef: with two sides the logits are (1 - coef)·first + coef·second.
+    """
 
-    @property
-    def linear_scale(self) -> float:
-        """The factor of the product; with a soft cap the temperature comes after it."""
-        return self.scale if self.soft_cap else self.scale / self.temperature
-
-    def tiles(self) -> Iterator[tuple[slice, "Head"]]:
-        """The head of a few columns of the vocabulary after the other."""
-        for start in range(0, len(self.weight), TILE_COLUMNS):
-            columns = slice(start, min(start + TILE_COLUMNS, len(self.weight)))
-            bias = None if self.bias is None else self.bias[columns]
-            yield columns, replace(self, weight=self.weight[columns], bias=bias)
-
-    def project(self, hidden: Tensor, out: Tensor) -> None:
-        """h Wᵀ + b into `out` (n, V)."""
-        if self.weight.dtype == hidden.dtype == out.dtype:
-            torch.mm(hidden, self.weight.T, out=out)
-        else:
-            for columns, tile in self.tiles():
-                out[:, columns] = _product(hidden, tile.weight.T, out.dtype)
-        if self.bias is not None:
-            out.add_(self.bias)
-
-    def finish(self, logits: Tensor) -> Tensor:
-        """Scale, soft cap and temperature, in place."""
-        if self.linear_scale != 1:
-            logits.mul_(self.linear_scale)
-        if self.soft_cap:
-            logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap / self.temperature)
-        return logits
-
-    def slope(self, logits: Tensor) -> Tensor | None:
-        """Derivative of the soft cap and what follows it, from finished logits; None where there is no cap."""
-        if not self.soft_cap:
-            return None
-        tanh = logits * (self.temperature / self.soft_cap)
-        return tanh.square_().neg_().add_(1).div_(self.temperature)
-
-    def logits_at(self, hidden: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Finished logits of some entries, ids (n, k) -> (n, k), from k dot products a token."""
-        rows = self.weight.index_select(0, ids.flatten()).to(dtype).unflatten(0, ids.shape)  # (n, k, H)
-        logits = torch.bmm(hidden.to(dtype)[:, None], rows.transpose(1, 2)).squeeze(1)
-        if self.bias is not None:
-            logits.add_(self.bias[ids])
-        return self.finish(logits)
-
-    def pull_back(self, gradient: Tensor, out: Tensor) -> None:
-        """gradient (n, V) of the scaled product to that of the hidden states, into `out` (n, H)."""
-        if self.weight.dtype == gradient.dtype:
-            torch.mm(gradient, self.weight, out=out)
-        else:
-            out.zero_()
-            for columns, tile in self.tiles():
-                out.add_(_product(gradient[:, columns], tile.weight, out.dtype))
-        out.mul_(self.linear_scale)
-
-    def add_gradient(self, gradient: Tensor, hidden: Tensor, out: Tensor) -> None:
-        """Adds gradientᵀ·hidden to `out` (V, H)."""
-        torch.addmm(out, gradient.T, hidden, alpha=self.linear_scale, out=out)
-
-
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left @ right, summed in `dtype` whatever the operands are."""
-    if right.is_cuda and right.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(left.to(right.dtype), right, out_dtype=dtype)
-    return left.to(dtype) @ right.to(dtype)
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A head with its hidden states, or two whose logits are mixed: (1 - coef)·first + coef·second."""
-
-    sides: tuple[tuple[Tensor, Head], ...]
+    sides: Sequence[tuple[Tensor, Head]]
     coef: float = 0.0
 
     @property
@@ -114,20 +46,20 @@ class Teacher:
         return logits_dtype(hidden, head.weight)
 
     def project(self, rows: slice, out: list[Tensor]) -> None:
-        """The bare products, one for each side."""
+        """The bare products of some tokens, one for each side."""
         for (hidden, head), logits in zip(self.sides, out, strict=True):
             head.project(hidden[rows], out=logits)
 
-    def finish(self, products: list[Tensor]) -> Tensor:
+    def finish_(self, products: list[Tensor]) -> Tensor:
         """Logits from the products, in the first one's memory."""
-        return self._mix([head.finish(x) for (_, head), x in zip(self.sides, products, strict=True)])
+        return self._mix_([head.finish_(x) for (_, head), x in zip(self.sides, products, strict=True)])
 
-    def logits_at(self, rows: slice, ids: Tensor) -> Tensor:
-        """Logits of some entries, ids (n, k) -> (n, k)."""
-        return self._mix([head.logits_at(hidden[rows], ids, self.dtype) for hidden, head in self.sides])
+    def logits_at(self, rows: slice, ids: Int[Tensor, "N K"]) -> Float[Tensor, "N K"]:
+        """Logits of some entries."""
+        return self._mix_([head.logits_at(hidden[rows], ids, self.dtype) for hidden, head in self.sides])
 
-    def logsumexp(self) -> Tensor:
-        """Of all logits of each token, (N,); only a tile of tokens and columns is held."""
+    def logsumexp(self) -> Float[Tensor, " N"]:
+        """Of all logits of each token; only a tile of tokens and columns is held."""
         hidden = self.sides[0][0]
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             parts = [self._logsumexp(slice(i, i + TILE_TOKENS)) for i in range(0, len(hidden), TILE_TOKENS)]
@@ -135,7 +67,7 @@ class Teacher:
 
     def _logsumexp(self, rows: slice) -> Tensor:
         hidden = [hidden[rows] for hidden, _ in self.sides]
-        columns = min(TILE_COLUMNS, len(self.sides[0][1].weight))
+        columns = min(heads.TILE_COLUMNS, len(self.sides[0][1].weight))
         buffers = [x.new_empty(len(x) * columns, dtype=self.dtype) for x in hidden]
         total = hidden[0].new_full((len(hidden[0]), 1), -math.inf, dtype=self.dtype)
         for tiles in zip(*(head.tiles() for _, head in self.sides), strict=True):
@@ -143,20 +75,20 @@ class Teacher:
             for x, buffer, (_, head) in zip(hidden, buffers, tiles, strict=True):
                 products.append(buffer[: len(x) * len(head.weight)].view(len(x), -1))
                 head.project(x, out=products[-1])
-            logits = self.finish(products)
-            total = torch.logaddexp(total, self._tile_logsumexp(logits))
+            total = torch.logaddexp(total, self._tile_logsumexp_(self.finish_(products)))
         return total.squeeze(-1)
 
-    def _tile_logsumexp(self, logits: Tensor) -> Tensor:
+    def _tile_logsumexp_(self, logits: Tensor) -> Tensor:
         """(n, 1) of a tile (n, c), which is overwritten."""
-        if self.sides[0][1].bias is not None:  # it may forbid tokens
+        if self.sides[0][1].bias is not None:  # one of minus infinity may forbid every token of a tile
             return logits.logsumexp(-1, keepdim=True)
-        # What log_softmax takes from any finite entry: half the time of logsumexp.
+        # log_softmax subtracts the wanted sum from every entry, so one entry before and after gives it back: this takes
+        # half the time of logsumexp.
         entry = logits[:, :1].clone()
         torch.log_softmax(logits, dim=-1, out=logits)
         return entry.sub_(logits[:, :1])
 
-    def _mix(self, logits: list[Tensor]) -> Tensor:
+    def _mix_(self, logits: list[Tensor]) -> Tensor:
         return logits[0] if len(logits) == 1 else logits[0].lerp_(logits[1], self.coef)
 
 
@@ -173,33 +105,36 @@ def softmax_(logits: Tensor, out: Tensor, largest: tuple[Tensor, Tensor] | None 
     return top - most.log_()
 
 
-def logits_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """float32, or float64 if anything is."""
-    return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-
-
-# Of the student's logits, the teacher's (or None), which tokens these are, and whether a gradient is wanted. Returns
-# the value per token; overwrites the student's logits, with their gradient if it is wanted, and may the teacher's.
-RowLoss = Callable[[Tensor, Tensor | None, slice, bool], Tensor]
+# Called as loss(student_logits, teacher_logits or None, rows, wants_gradient) with the logits of the tokens in `rows`.
+# It returns the value per token. It overwrites the student's logits, with the gradient where that is wanted, and may
+# overwrite the teacher's too.
+LogitsLoss = Callable[[Tensor, Tensor | None, slice, bool], Tensor]
 
 
 @dataclass(frozen=True)
-class Sweep:
-    """One loss over all tokens.
+class ChunkedPass:
+    """One loss over all tokens, a chunk of them at a time.
 
     Attributes:
         head: the student's.
         loss: value and gradient of some rows of logits.
-        chunk_tokens: tokens whose logits are held at a time; None: by memory.
-        teacher: where the loss takes its logits.
+        chunk_tokens: tokens whose logits are held at a time; None decides by memory.
+        teacher: where the loss takes the teacher's logits from.
         tensors: how many tensors of the size of the logits the loss works with, for the size of its blocks.
+
+    Raises:
+        ValueError: chunk_tokens below 1; another vocabulary in the teacher's head.
     """
 
     head: Head
-    loss: RowLoss
-    chunk_tokens: int | None
-    teacher: Teacher | None = None
+    loss: LogitsLoss
+    chunk_tokens: int | None = None
+    teacher: HeadedStates | None = None
     tensors: int = 1
+
+    def __post_init__(self) -> None:
+        if self.chunk_tokens is not None and self.chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens must be at least 1, got {self.chunk_tokens}")
 
     def run(
         self,
@@ -239,9 +174,9 @@ class Sweep:
         return values
 
     def _block(self, student: Tensor, teacher: list[Tensor], rows: slice, wants_gradient: bool) -> Tensor:
-        self.head.finish(student)
+        self.head.finish_(student)
         slope = self.head.slope(student) if wants_gradient else None
-        values = self.loss(student, self.teacher.finish(teacher) if self.teacher else None, rows, wants_gradient)
+        values = self.loss(student, self.teacher.finish_(teacher) if self.teacher else None, rows, wants_gradient)
         if slope is not None:
             student.mul_(slope)
         return values
@@ -259,31 +194,37 @@ class Sweep:
         return chunk, max(1, block_elements // (self.tensors * vocabulary), 1 if gpu else torch.get_num_threads())
 
 
-def token_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, sweep: Sweep, weights: Tensor | None) -> Tensor:
-    """Values (N,) of the sweep, differentiable in hidden (N, H), weight (V, H) and bias (V,).
+def token_losses(
+    hidden: Float[Tensor, "N H"], head: Head, chunked: ChunkedPass, weights: Float[Tensor, " N"] | None
+) -> Float[Tensor, " N"]:
+    """Values of the loss, differentiable in `hidden` and in the head's weight (V, H) and bias (V,).
 
-    Always exact. The gradient of `weight` needs to know what each value is multiplied by later; the forward pass takes
-    `weights` (default: all the same) for that, and the backward pass repeats the sweep if it was something else.
+    Always exact. The gradient of the head needs to know what each value is multiplied by later; the forward pass takes
+    `weights` (default: all the same) for that, and the backward pass repeats the work if it was something else.
+
+    Args:
+        head: the student's with its gradient; the one in `chunked` has none.
     """
+    weight, bias = head.weight, head.bias
     if not torch.is_grad_enabled():
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    values: Tensor = _TokenLosses.apply(hidden, weight, bias, sweep, weights)
+    values: Tensor = _TokenLosses.apply(hidden, weight, bias, chunked, weights)
     return values
 
 
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, sweep: Sweep, weights: Tensor | None
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunked: ChunkedPass, weights: Tensor | None
     ) -> Tensor:
         dtype = logits_dtype(hidden, weight)
         grad_hidden = torch.empty_like(hidden, dtype=dtype) if ctx.needs_input_grad[0] else None
-        ctx.sweep = sweep
+        ctx.chunked = chunked
         weights = torch.ones_like(hidden[:, 0], dtype=dtype) if weights is None else weights.detach().to(dtype)
         head_gradients = _head_gradients(ctx, weight, bias, dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            values = sweep.run(hidden, grad_hidden=grad_hidden, weights=weights, **head_gradients)
-        # Not an input or output, and handed over to the first backward pass: scaled in place, never copied.
+            values = chunked.run(hidden, grad_hidden=grad_hidden, weights=weights, **head_gradients)
+        # Kept aside and not by save_for_backward: the first backward pass scales them in place instead of copying them.
         ctx.head_gradients = head_gradients
         ctx.save_for_backward(hidden, weight, bias, weights, grad_hidden)
         return values
@@ -302,7 +243,7 @@ class _TokenLosses(torch.autograd.Function):
         if factor is None:
             factor, known = 1.0, _head_gradients(ctx, weight, bias, grad_values.dtype)
             with torch.autocast(hidden.device.type, enabled=False):
-                ctx.sweep.run(hidden, weights=grad_values, **known)
+                ctx.chunked.run(hidden, weights=grad_values, **known)
         of_weight, of_bias = known["grad_weight"], known["grad_bias"]
         of_weight = None if of_weight is None else of_weight.mul_(factor).to(weight.dtype)
         of_bias = None if of_bias is None else of_bias.mul_(factor).to(bias.dtype)

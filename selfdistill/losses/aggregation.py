@@ -7,8 +7,8 @@ from torch import Tensor
 MODES = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm")
 
 Mask = Float[Tensor, "B T"] | Bool[Tensor, "B T"] | Int[Tensor, "B T"]
-RowMask = Float[Tensor, "B"] | Bool[Tensor, "B"] | Int[Tensor, "B"]
-Scalar = Float[Tensor, ""] | Int[Tensor, ""] | float | int
+RowMask = Float[Tensor, " B"] | Bool[Tensor, " B"] | Int[Tensor, " B"]
+Scalar = Float[Tensor, ""] | Int[Tensor, ""] | float
 
 
 def aggregation_normalizer(

@@ -1,0 +1,68 @@
+"""A teacher in the same process: a choice of weights and a choice of context."""
+
+from contextlib import AbstractContextManager
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from selfdistill.errors import UserError
+from selfdistill.losses.teacher_output import FullDistribution
+from selfdistill.models.structure import completion_hidden, evaluating, head_of
+from selfdistill.teachers.context import Context, NoContext
+from selfdistill.teachers.interface import BaseTeacher, TeacherRequest
+from selfdistill.teachers.weights import Base, Weights
+
+
+class Teacher(BaseTeacher):
+    """A local teacher: whose weights score the student's completions, and what they see beyond the prompt.
+
+    Args:
+        weights: one of `selfdistill.teachers.weights`; the frozen start by default.
+        context: one of `selfdistill.teachers.context`; the student's own prompt by default.
+    """
+
+    def __init__(self, weights: Weights | None = None, context: Context | None = None) -> None:
+        self.weights = weights or Base()
+        self.context = context or NoContext()
+
+    def __str__(self) -> str:
+        return f"{type(self.weights).__name__}, sees {type(self.context).__name__}"
+
+    def attach(self, student: nn.Module, tokenizer: PreTrainedTokenizerBase, *, sharded: bool) -> None:
+        if sharded and self.weights.keeps_copy:
+            raise UserError(
+                f"teacher.weights={type(self.weights).__name__} keeps a copy of the trained parameters, which FSDP and "
+                "ZeRO-3 shard. Train with data parallelism or ZeRO-2, or take teacher/weights=live, model or a server."
+            )
+        self.weights.attach(student)
+        self.weights.check_vocabulary(tokenizer)
+
+    def generating(self) -> AbstractContextManager[None]:
+        return self.weights.generating()
+
+    def say(self, request: TeacherRequest, student: nn.Module) -> FullDistribution:
+        """The teacher's passes over the rows with a signal, in evaluation mode and without gradient."""
+        sides = []
+        for module in self.weights.views():
+            model = student if module is None else module
+            with evaluating(model):
+                hidden = completion_hidden(
+                    model, request.prompt_ids, request.prompt_mask, request.completion_ids, request.completion_mask
+                )
+            # Detached inside the loop: the student's parameters are about to be put back into the module.
+            sides.append((hidden[request.keep], head_of(model).detached()))
+        return FullDistribution(sides, coef=self.weights.mix_coef)
+
+    def before_rollouts(self, step: int) -> None:
+        if self.weights.cadence == "rollout" and step:
+            self.weights.update(step)
+
+    def after_step(self, step: int) -> None:
+        if self.weights.cadence == "step":
+            self.weights.update(step)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.weights.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.weights.load_state_dict(state)
