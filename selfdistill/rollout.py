@@ -89,7 +89,7 @@ class Rollouts:
         Args:
             gather: joins the lists that the processes give, such as `accelerate.utils.gather_object`.
         """
-        lists = {
+        lists: dict[str, Any] = {
             f.name: gather(list(getattr(self, f.name)))
             for f in fields(self)
             if f.name not in ("columns", "num_generations", "policy_logps")

@@ -64,13 +64,13 @@ def main() -> None:
             [{"prompt": [{"role": "user", "content": text}], "tests": tests} for text, tests in PROBLEMS]
         ),
         processing_class=tokenizer,
-        on_rollouts=lambda rollouts, teacher_prompts, tensors: seen.append((rollouts, teacher_prompts)),
+        on_rollouts=lambda rollouts, tensors: seen.append(rollouts),
     )
     trainer.train()
-    rollouts, teacher_prompts = seen[-1]
+    rollouts = seen[-1]
     print("\nthe last first rollout:", rollouts.completions[0])
     print("what the tests said:", rollouts.feedback[0])
-    print("what the teacher was shown:", teacher_prompts[0])
+    print("what the teacher was shown:", rollouts.teacher_prompts[0])
     trainer.save_model(options.output)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from datasets import Dataset
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -85,8 +86,14 @@ class SelfDistillTrainer(GRPOTrainer):
         UserError: a combination that cannot work.
     """
 
+    # TRL's own attributes, with the types that they have once it is constructed.
     args: GRPOConfig
     model: nn.Module
+    train_dataset: Dataset
+    num_generations: int
+    num_generations_eval: int
+    max_completion_length: int
+    shuffle_dataset: bool
 
     def __init__(
         self,
@@ -142,7 +149,7 @@ class SelfDistillTrainer(GRPOTrainer):
 
     def _check_size(self, dataset: Any) -> None:
         """Rows that do not fill a batch are left out, which may be all of them."""
-        together = self.args.generation_batch_size // self.num_generations
+        together = self._prompts_per_generation
         if hasattr(dataset, "__len__") and len(dataset) < together:
             raise UserError(
                 f"The training data has {len(dataset)} rows, but completions are sampled for {together} prompts at a "
@@ -188,7 +195,18 @@ class SelfDistillTrainer(GRPOTrainer):
     @property
     def _windows_per_generation(self) -> float:
         """How many optimizer steps the rollouts generated together are spread over."""
-        return self.args.steps_per_generation / self.current_gradient_accumulation_steps
+        return self._micro_batches_per_generation / self.current_gradient_accumulation_steps
+
+    @property
+    def _micro_batches_per_generation(self) -> int:
+        assert self.args.steps_per_generation is not None  # GRPOConfig fills it in
+        return self.args.steps_per_generation
+
+    @property
+    def _prompts_per_generation(self) -> int:
+        """Of all processes."""
+        assert self.args.generation_batch_size is not None  # GRPOConfig fills it in
+        return self.args.generation_batch_size // self.num_generations
 
     def _mean(self, tensor: Tensor) -> Tensor:
         return self.accelerator.reduce(tensor, "mean")
@@ -223,7 +241,8 @@ class SelfDistillTrainer(GRPOTrainer):
     ) -> Any:
         start, rollouts, training = time.perf_counter(), self._rollouts, self.model.training
         rollouts.prompt_ids = prompt_ids
-        asked, generating = prompt_ids, nullcontext()
+        asked: list[list[int]] = prompt_ids
+        generating: AbstractContextManager[None] = nullcontext()
         if training:
             rollouts.demonstrated = self._demonstrated(len(prompt_ids), num_generations)
         if training and self.rollout.from_teacher:
@@ -481,8 +500,8 @@ class SelfDistillTrainer(GRPOTrainer):
         return checkpoints.ResumableSampler(
             data_source=self.train_dataset if dataset is None else dataset,
             mini_repeat_count=self.num_generations,
-            batch_size=self.args.generation_batch_size // self.num_generations,
-            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            batch_size=self._prompts_per_generation,
+            repeat_count=self.num_iterations * self._micro_batches_per_generation,
             shuffle=self.shuffle_dataset,
             seed=self.args.seed,
         )

@@ -25,12 +25,13 @@ OVERRIDDEN = {
     "_generate_single_turn": ["self", "prompt_ids", "images", "multimodal_fields", "num_generations"],
     "_get_per_token_logps_and_entropies": ["self", "model"],
     "_get_train_sampler": ["self", "dataset"],
+    "_prepare_inputs": ["self", "generation_batch"],
+    "log": ["self", "logs", "start_time"],
     "_save_checkpoint": ["self", "model", "trial"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
 }
 CALLED = {
     "_tokenize_prompts": ["self", "prompts"],
-    "_prepare_inputs": ["self", "generation_batch"],
 }
 STATE = (
     "_buffered_inputs", "_step", "_metrics", "_tokenizer", "beta", "temperature", "num_iterations", "reward_weights",
@@ -74,6 +75,49 @@ def test_state_that_is_read(tmp_path: Path) -> None:
     trainer.train()
     assert hasattr(trainer, "current_gradient_accumulation_steps")
     assert trainer._step == 4
+
+
+# Each hook takes up what the one before it left on the rollouts.
+ORDER = [
+    "_prepare_inputs",
+    "_generate_and_score_completions",
+    "_generate_single_turn",
+    "_get_per_token_logps_and_entropies of the policy",
+    "_get_per_token_logps_and_entropies of the reference",
+    "_calculate_rewards",
+    "_compute_loss",
+    "_get_per_token_logps_and_entropies with gradient",
+    "_prepare_inputs",
+    "_compute_loss",
+    "_get_per_token_logps_and_entropies with gradient",
+    "log",
+]
+
+
+def test_trl_calls_the_hooks_in_this_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+
+    def noted(name: str) -> Callable[..., Any]:
+        ours = getattr(SelfDistillTrainer, name)
+
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            scored = ""
+            if name == "_get_per_token_logps_and_entropies":
+                without_gradient = " of the policy" if args[0] is self.model else " of the reference"
+                scored = " with gradient" if torch.is_grad_enabled() else without_gradient
+            called.append(name + scored)
+            return ours(self, *args, **kwargs)
+
+        return call
+
+    for name in OVERRIDDEN:
+        if name not in ("_get_train_sampler", "_save_checkpoint", "_load_from_checkpoint"):
+            monkeypatch.setattr(SelfDistillTrainer, name, noted(name))
+    # Rollouts that serve more than one optimizer step make TRL ask for the policy's log-probabilities too.
+    args = {"max_steps": 1, "beta": 0.04, "steps_per_generation": 4, "gradient_accumulation_steps": 2}
+    trainer, _ = make(tmp_path, teacher=Teacher(Ema(), Hint()), reward_funcs=by_length, args=args)
+    trainer.train()
+    assert called[: len(ORDER)] == ORDER, f"trl {trl.__version__} calls the hooks in another order"
 
 
 RUNS: dict[str, dict] = {
