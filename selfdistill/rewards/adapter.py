@@ -53,7 +53,8 @@ class AsyncAdaptedReward(AdaptedReward):
 def _take_rollouts(columns: dict[str, Any]) -> Rollouts:
     """Takes the batch out of its column, and gives the function what is known of it beyond the dataset's columns."""
     rollouts: Rollouts = columns.pop(ROLLOUTS)[0]
-    columns["prompt_ids"] = rollouts.prompt_ids
+    if rollouts.prompt_ids:  # a rollout function of the user's own does not say them
+        columns["prompt_ids"] = rollouts.prompt_ids
     if rollouts.policy_logps is not None:
         rows = zip(rollouts.policy_logps, rollouts.completion_ids, strict=True)
         columns["policy_logprobs"] = [logps[: len(ids)] for logps, ids in rows]

@@ -21,6 +21,9 @@ from selfdistill.losses.teacher_output import TeacherOutput
 from selfdistill.rollout import Prompt, Rollouts
 from selfdistill.teachers.context import Context
 
+# Where a micro-batch keeps what its teacher is asked.
+REQUEST = "teacher_request"
+
 
 @dataclass
 class TeacherRequest:

@@ -9,6 +9,7 @@ import torch
 from trl import GRPOConfig
 
 from selfdistill import Distillation, RolloutSource, Teacher, UserError
+from selfdistill.rollout import Rollouts
 from selfdistill.teachers.context import Feedback
 from selfdistill.teachers.weights import Ema, Model, TrustRegion
 from tests.tiny import tiny_tokenizer
@@ -245,3 +246,34 @@ def test_log_probabilities_under_dropout_are_not_used(tmp_path: Path) -> None:
     )
     trainer.train()
     assert reward.given == [None]
+
+
+class FakeVllm:
+    """What TRL asks of vLLM: fixed completions, and their log-probabilities as lists of candidates."""
+
+    def sync_weights(self) -> None:
+        pass
+
+    def generate(self, prompts: list, images: Any, num_generations: int, profiler: Any = None) -> tuple:
+        return None, [[5, 6, 7, 2] for _ in prompts], [[[-1.0]] * 4 for _ in prompts], None
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5])
+def test_off_policy_rows_beside_vllm(fraction: float, tmp_path: Path) -> None:
+    """TRL corrects for the sampler's log-probabilities, which demonstrations do not have."""
+    source = RolloutSource(on_policy_fraction=fraction, cross_entropy_weight=1.0)
+    trainer, _ = make(tmp_path, lively(dtype=torch.float32), {"max_steps": 1}, rollout=source)
+    trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, FakeVllm(), -1
+    trainer.train()
+    assert logged(trainer, "cross_entropy")[0] > 0
+
+
+def test_prompt_ids_are_those_of_the_first_turn(tmp_path: Path) -> None:
+    """After a tool was called TRL samples again, for the rows that called it and with longer prompts."""
+    trainer, _ = make(tmp_path, reward_funcs=by_length)
+    trainer._rollouts = Rollouts.of_rows([{"prompt": "a"}] * 4, 4)
+    first = [[5, 6], [5, 6], [5, 6], [5, 6]]
+    trainer._generate_single_turn(first, None, {}, 4)
+    trainer._generate_single_turn([[5, 6, 7, 8, 9]], None, {}, 4)
+    assert trainer._rollouts.prompt_ids == first
+    assert trainer._rollouts.demonstrated == [False] * 4
