@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import Any
 
 _EXPORTS = {
-    "Distillation": "selfdistill.training.settings",
-    "RolloutSource": "selfdistill.training.settings",
-    "SelfDistillConfig": "selfdistill.training.settings",
+    "Distillation": "selfdistill.config.settings",
+    "RolloutSource": "selfdistill.config.settings",
+    "SelfDistillConfig": "selfdistill.training.arguments",
     "SelfDistillTrainer": "selfdistill.training.trainer",
     "Teacher": "selfdistill.teachers",
     "UserError": "selfdistill.errors",

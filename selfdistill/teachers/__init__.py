@@ -1,8 +1,9 @@
 """Who teaches: a teacher is a choice of weights and a choice of context."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from selfdistill.teachers.weights import Base, Weights
+if TYPE_CHECKING:
+    from selfdistill.teachers.weights import Weights
 
 
 class Teacher:
@@ -13,8 +14,12 @@ class Teacher:
         context: one of `selfdistill.teachers.context`; the student's own prompt by default.
     """
 
-    def __init__(self, weights: Weights | None = None, context: Any = None) -> None:
+    served = False
+
+    def __init__(self, weights: "Weights | None" = None, context: Any = None) -> None:
+        # Imported here so that the configuration's check may look at this class without waiting for torch.
         from selfdistill.teachers.context import NoContext
+        from selfdistill.teachers.weights import Base
 
         self.weights = weights or Base()
         self.context = context or NoContext()

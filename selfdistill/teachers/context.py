@@ -179,6 +179,8 @@ class Feedback:
         UserError: an option is out of its range or a template is not as described.
     """
 
+    needs_reward = True
+
     def __init__(
         self,
         template: str | None = templates.FEEDBACK,

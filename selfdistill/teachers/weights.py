@@ -29,6 +29,7 @@ class Weights:
     mix_coef: float | None = None
     cadence = "step"
     exchanges = False  # whether the student's parameters are replaced in place
+    keeps_copy = False  # whether a copy of the trained parameters takes memory
 
     def attach(self, model: nn.Module) -> None:
         """Called once before training, with the unwrapped student."""
@@ -71,6 +72,7 @@ class _Shadowed(Weights):
     """Keeps a copy of the trainable parameters."""
 
     exchanges = True
+    keeps_copy = True
     dtype: torch.dtype | None = None  # of the copy; None keeps each parameter's own
 
     def attach(self, model: nn.Module) -> None:

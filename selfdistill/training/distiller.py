@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from selfdistill import losses
+from selfdistill.config.settings import Distillation
 from selfdistill.models.structure import Head, completion_hidden, evaluating, head_of
 from selfdistill.rollout import Rollouts
 from selfdistill.teachers.context import SCORE_TOLERANCE
 from selfdistill.teachers.server.scored import Scored
-from selfdistill.training.settings import Distillation
 
 # How many tokens the entropy is estimated from where no policy gradient computes it: enough for an alarm, and few beside
 # what the loss projects. So many at a time are projected, so that no tensor of tokens x vocabulary is held.

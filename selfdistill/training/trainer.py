@@ -24,6 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 
 from selfdistill import losses
+from selfdistill.config.settings import Distillation, RolloutSource
 from selfdistill.errors import UserError
 from selfdistill.models.reference import copy_weights, loadable
 from selfdistill.models.structure import (
@@ -41,10 +42,6 @@ from selfdistill.rollout import Rollouts, text_of
 from selfdistill.teachers.callback import TeacherCallback
 from selfdistill.training import checkpoints as resumption
 from selfdistill.training.distiller import Distiller, States, token_logps
-from selfdistill.training.settings import Distillation, RolloutSource, SelfDistillConfig
-
-__all__ = ["Distillation", "RolloutSource", "SelfDistillConfig", "SelfDistillTrainer"]
-
 
 log = logging.getLogger(__name__)
 

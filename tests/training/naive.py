@@ -12,9 +12,9 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from selfdistill import Distillation, SelfDistillConfig
 from selfdistill.models.structure import inner_model
 from selfdistill.rollout import Rollouts
-from selfdistill.training.settings import Distillation, SelfDistillConfig
 from selfdistill.training.trainer import SelfDistillTrainer
 from tests.tiny import tiny_model, tiny_tokenizer
 
