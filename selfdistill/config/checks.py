@@ -6,6 +6,7 @@ Keys, types, ranges, choices and combinations are judged here, before torch is i
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import Any, cast, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -72,6 +73,7 @@ def _groups(kind: type, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _groups(cast(type, hint), f"{path}{name}.")
 
 
+@cache
 def _schema(kind: type) -> DictConfig:
     """A dataclass as OmegaConf checks it. Every key must be given, whatever its default in Python."""
     node = OmegaConf.structured(kind)

@@ -163,9 +163,10 @@ def make(node: Mapping[str, Any] | None, key: str, **later: Any) -> Any:
         return None
     parameters = _parameters(find(key, node["_target_"])) or {}
     given = {name: value for name, value in later.items() if name in parameters}
+    literal = escaped(escaped(dict(node)))  # Hydra would resolve a `${` in the text, and the result once more
     try:
-        # Resolved text may hold `${`, which Hydra would resolve again. "all": plain lists and dictionaries.
-        built = instantiate(escaped({**node, "_partial_": True} if given else node), _convert_="all")
+        # "all": plain lists and dictionaries
+        built = instantiate(literal | {"_partial_": True} if given else literal, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__ or error
         if isinstance(cause, UserError):
