@@ -11,7 +11,7 @@ from typing import Any
 _EXPORTS = {
     "Distillation": "selfdistill.config.settings",
     "RolloutSource": "selfdistill.config.settings",
-    "SelfDistillConfig": "selfdistill.training.settings",
+    "SelfDistillConfig": "selfdistill.training.arguments",
     "SelfDistillTrainer": "selfdistill.training.trainer",
     "Teacher": "selfdistill.teachers",
     "UserError": "selfdistill.errors",

@@ -23,20 +23,22 @@ def run(cfg: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
     overrides = sweep.overrides_of(hydra_config)
     with sweep.job(cfg) as job:
-        config.check(cfg, overrides)
+        checked = config.check(cfg, overrides)
 
+        from selfdistill.config.targets import check_targets
         from selfdistill.runs import session
         from selfdistill.training import build
+        from selfdistill.training.arguments import ARGUMENTS
 
-        if cfg.resume:
-            cfg = session.resumed_config(cfg, overrides)
-        build.check_targets(cfg)
-        if cfg.check:
-            session.show_plan(cfg)
+        if checked.resume:
+            cfg, checked = session.resumed_config(cfg, overrides)
+        check_targets(checked, ARGUMENTS)
+        if checked.check:
+            session.show_plan(cfg, checked)
             return None
-        with session.recorded(cfg, hydra_config) as record:
+        with session.recorded(cfg, checked, hydra_config) as record:
             job.folder = record.folder
-            parts = build.build(cfg, record.folder)
+            parts = build.build(checked, record.folder.path)
             record.begin(parts)
             session.train(parts, record)
             record.end(parts)

@@ -55,9 +55,13 @@ COMPOSITION = [
     ("max_steps=true", ["max_steps=True: write a whole number"]),
     ("dry_run=perhaps", ["dry_run='perhaps': write true or false"]),
     ("tags=a", ["tags='a': write a list"]),
-    ("tags=[1]", ["tags=[1]: write a list of texts"]),
-    ("name=5", ["name=5: write text, in quotes"]),
-    ("rollout=5", ["rollout is a group of keys", "rollout.temperature=…"]),
+    ("tags={a: 1}", ["tags={'a': 1}: write a list of texts"]),
+    ("output_dir=[a]", ["output_dir=['a']: write text"]),
+    ("rollout=5", ["rollout is a group of keys", "rollout.on_policy_fraction=…"]),
+    (
+        "reward=exact_match reward.feedback=${missing}",
+        ["reward.feedback refers to a key that does not exist", "missing"],
+    ),
     ("model.lora=null", ["model.lora is a group of keys", "model.lora.r=…"]),
     ("training.arguments=5", ["training.arguments=5: write keys and values"]),
     ("beta=-1", ["beta=-1 is out of range", "at least 0"]),
@@ -101,7 +105,19 @@ COMPOSITION = [
     ("hardware.vllm.standby=true", ["hardware.vllm.standby is set but nothing reads it", "hardware.vllm.mode is null"]),
     (
         "num_generations=7",
-        ["num_generations=7 does not divide a batch of 32", "num_generations=8", "accumulation_steps=7"],
+        ["num_generations=7 does not divide a batch of 32", "num_generations=8", "completions_per_step=28"],
+    ),
+    (
+        "hardware.accumulation_steps=8 hardware.per_device_batch_size=1 num_generations=3",
+        ["num_generations=3 does not divide a batch of 8", "num_generations=2", "accumulation_steps=3"],
+    ),
+    (
+        "hardware.per_device_batch_size=5",
+        ["completions_per_step=32 cannot be divided into passes of 5", "hardware.per_device_batch_size=4"],
+    ),
+    (
+        "completions_per_step=8 hardware.accumulation_steps=1",
+        ["completions_per_step is set but nothing reads it", "hardware.accumulation_steps=null"],
     ),
     ("num_generations=1", ["num_generations=1", "at least 2"]),
     ("rollout.max_completion_tokens=9999", ["rollout.max_completion_tokens=9999 is above model.max_seq_tokens=512"]),

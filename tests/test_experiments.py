@@ -25,7 +25,7 @@ SHORT = [
     "debug=fast",
     "eval=none",
     "hardware=cpu",
-    "hardware.per_device_batch_size=8",
+    "completions_per_step=8",
     "rollout.max_completion_tokens=16",
 ]
 

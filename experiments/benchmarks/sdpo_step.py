@@ -110,10 +110,10 @@ def settings(folder: Path, steps: int) -> dict[str, Any]:
 def our_trainer(arguments: dict[str, Any], shared: dict[str, Any], answers: list[list[int]]) -> Any:
     from trl import GRPOTrainer
 
+    from selfdistill import Distillation, SelfDistillConfig
     from selfdistill.teachers import Teacher
     from selfdistill.teachers.context import Feedback
     from selfdistill.teachers.weights import Ema
-    from selfdistill.training.settings import Distillation, SelfDistillConfig
     from selfdistill.training.trainer import SelfDistillTrainer
 
     GRPOTrainer._generate_single_turn = lambda *_, **__: ([list(ids) for ids in answers], None)

@@ -1,177 +1,138 @@
-"""Every check of a composed configuration that needs nothing heavy: keys, types, ranges, choices and combinations."""
+"""From a composed configuration to a typed run: every check that needs nothing heavy.
 
-import math
+Keys, types, ranges, choices and combinations are judged here, before torch is imported.
+"""
+
 import re
-import types
-import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
-from math import gcd
-from os import environ
-from typing import Any, get_args, get_origin, get_type_hints
+from functools import cache
+from typing import Any, cast, get_type_hints
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from selfdistill.config.batch import batch_of
 from selfdistill.config.messages import WITHOUT, explain
-from selfdistill.config.schema import CHOICES, POSITIVE, RANGES, Run
+from selfdistill.config.schema import Run
 from selfdistill.config.suggestions import closest
+from selfdistill.config.targets import check_trust, declares, targets
+from selfdistill.config.values import mismatch
 from selfdistill.errors import UserError
-
-TRUSTED = ("selfdistill", "trl", "peft", "transformers", "torch")
-WRITE = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list: "a list, e.g. [a,b]",
-         dict: "keys and values, e.g. {a: 1}"}  # fmt: skip
+from selfdistill.limits import check_limits
 
 
-def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> None:
-    """Raises UserError at the first thing in the composed configuration that cannot be meant.
+def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> Run:
+    """The run that a composed configuration describes.
 
     Args:
-        cfg: as Hydra composed it.
-        overrides: the command line's, so that a knob that was set but that nothing reads is noticed.
+        cfg: as Hydra composed it, or as a run's config.yaml has it.
+        overrides: the command line's, so that a setting that was given but that nothing reads is noticed.
+
+    Raises:
+        UserError: the first thing in the configuration that cannot be meant.
     """
-    _check_keys(cfg, Run, "")
+    typed = _typed(cfg)
+    values = _resolved(typed, cfg)
+    for group, kind in get_type_hints(Run).items():
+        if not is_dataclass(kind) and isinstance(values[group], dict) and "_target_" not in values[group]:
+            raise UserError(
+                f"{group} has no _target_, so nothing can be built from it: choose one of its options, e.g. {group}=NAME."
+            )
+    for key, node in targets(values):
+        check_trust(key, node["_target_"], values["trusted_prefixes"])
+    for path, kind in (("", Run), *_groups(Run)):
+        _check_limits(cfg, values, path, kind)
+    run = cast(Run, OmegaConf.to_object(typed))
+    _check_read(run, cfg, {override.lstrip("+~").split("=")[0] for override in overrides})
+    _check_signal(run)
+    _check_batch(run)
+    _check_machine(run)
+    return run
+
+
+def _typed(cfg: DictConfig) -> DictConfig:
+    """The configuration with the types of `Run`; a key that `Run` lacks or a value of another type is refused."""
+    for path, kind in _groups(Run):
+        if not isinstance(OmegaConf.select(cfg, path), DictConfig):
+            first = fields(kind)[0].name
+            raise UserError(f"{path} is a group of keys and cannot be one value: write {path}.{first}=… and so on.")
     try:
-        plain = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        return cast(DictConfig, OmegaConf.merge(_schema(Run), cfg))
+    except ConfigKeyError as error:
+        known = map(str, error.parent_node or [])
+        raise UserError(f"{error.full_key} is not a key: {closest(str(error.key), known)}") from None
+    except OmegaConfBaseException as error:
+        raise UserError(_wrong_type(cfg, error)) from None
+
+
+def _groups(kind: type, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The groups of keys that are dataclasses, with their keys, outermost first."""
+    for name, hint in get_type_hints(kind).items():
+        if is_dataclass(hint):
+            yield f"{path}{name}", hint
+            yield from _groups(cast(type, hint), f"{path}{name}.")
+
+
+@cache
+def _schema(kind: type) -> DictConfig:
+    """A dataclass as OmegaConf checks it. Every key must be given, whatever its default in Python."""
+    node = OmegaConf.structured(kind)
+    OmegaConf.set_readonly(node, False)  # the dataclasses are frozen
+    for name, hint in get_type_hints(kind).items():
+        node[name] = _schema(hint) if is_dataclass(hint) else MISSING
+    return node
+
+
+def _wrong_type(cfg: DictConfig, error: OmegaConfBaseException) -> str:
+    """What to write instead of the value that OmegaConf could not convert."""
+    key = error.full_key or ""
+    hint: Any = Run
+    for name in key.split("."):
+        hint = get_type_hints(hint).get(name) if is_dataclass(hint) else None
+    value = OmegaConf.select(cfg, key)
+    value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    wanted = mismatch(value, hint) if hint is not None else None
+    return f"{key}={value!r}: write {wanted}." if wanted else explain(error)
+
+
+def _resolved(typed: DictConfig, cfg: DictConfig) -> dict[str, Any]:
+    """The values alone, interpolations replaced."""
+    try:
+        return cast(dict[str, Any], OmegaConf.to_container(typed, resolve=True, throw_on_missing=True))
     except MissingMandatoryValue as error:
-        raise UserError(f"{error.full_key} is missing: write {error.full_key}=… on the command line.") from None
+        key = error.full_key or ""
+        above, _, name = key.rpartition(".")
+        if OmegaConf.is_missing(OmegaConf.select(cfg, above) if above else cfg, name):
+            raise UserError(f"{key} is missing: write {key}=… on the command line.") from None
+        instead = f"; to do without write {key}={WITHOUT[key]}" if key in WITHOUT else ""
+        raise UserError(f"{key} was removed, but a run needs it{instead}.") from None
     except InterpolationKeyError as error:
         raise UserError(
             f"{error.full_key} refers to a key that does not exist: {str(error).splitlines()[0]}."
         ) from None
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from None
-    _check_types(plain, Run, "")
-    for key, node in targets(cfg):
-        _check_trust(key, node["_target_"], cfg.trusted_prefixes)
-    _check_values(cfg)
-    _check_read(cfg, {override.lstrip("+~").split("=")[0] for override in overrides})
-    _check_signal(cfg)
-    _check_batch(cfg)
-    _check_distillation(cfg)
-    _check_machine(cfg)
 
 
-def targets(node: Any, path: str = "") -> list[tuple[str, DictConfig]]:
-    """Every node of the configuration that names a `_target_`, with its key, outermost first."""
-    found: list[tuple[str, DictConfig]] = []
-    if isinstance(node, DictConfig) and not node._is_none():
-        if "_target_" in node:
-            found.append((path, node))
-        for key in node:
-            found += targets(node._get_node(key), f"{path}.{key}" if path else str(key))
-    elif isinstance(node, ListConfig) and not node._is_none():
-        for i in range(len(node)):
-            found += targets(node._get_node(i), f"{path}[{i}]")
-    return found
+def _check_limits(cfg: DictConfig, values: dict[str, Any], path: str, kind: type) -> None:
+    for name in path.split(".") if path else ():
+        values = values[name]
+    check_limits(kind, values, lambda name: _written(cfg, f"{path}.{name}" if path else name))
 
 
-def mismatch(value: Any, hint: Any) -> str | None:
-    """What to write instead of a value that its annotation does not take; None where it fits.
-
-    Judges numbers, truth values, texts, lists, mappings and literals; any other annotation takes everything.
-    """
-    union = get_origin(hint) in (typing.Union, types.UnionType)
-    options = get_args(hint) if union else (hint,)
-    wanted: list[str] = []
-    for option in options:
-        kind = get_origin(option) or option
-        if option is type(None) or option is None:
-            fits, write = value is None, "null"
-        elif kind is typing.Literal:
-            fits, write = value in get_args(option), " or ".join(map(str, get_args(option)))
-        elif kind in WRITE:
-            fits, write = _fits(value, kind, get_args(option)), WRITE[kind]
-            if kind is list and get_args(option) == (str,):
-                write = "a list of texts"
-            if kind is str and isinstance(value, bool | int | float):
-                write = f"text, in quotes: '\"{value}\"'"
-        else:
-            return None
-        if fits:
-            return None
-        wanted.append(write)
-    return " or ".join(wanted)
+def _written(cfg: DictConfig, key: str) -> str:
+    """KEY=VALUE as it was written: of a value that only refers to another key, that key and its value."""
+    above, _, name = key.rpartition(".")
+    raw = OmegaConf.to_container(OmegaConf.select(cfg, above) if above else cfg, resolve=False)
+    value = cast(dict[str, Any], raw)[name]
+    source = re.fullmatch(r"\$\{([\w.]+)\}", str(value))
+    return _written(cfg, source[1]) if source else f"{key}={value}"
 
 
-def _fits(value: Any, kind: Any, arguments: tuple[Any, ...]) -> bool:
-    if kind is list:
-        return isinstance(value, list) and not any(arguments and mismatch(item, arguments[0]) for item in value)
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, int | float if kind is float else kind)
-
-
-def _check_keys(node: DictConfig, schema: type, path: str) -> None:
-    known = {f.name for f in fields(schema)}
-    hints = get_type_hints(schema)
-    for key in node:
-        if key not in known:
-            raise UserError(f"{path}{key} is not a key: {closest(str(key), known)}")
-    for name in known:
-        where, child = f"{path}{name}", node._get_node(name) if name in node.keys() else None  # noqa: SIM118 - without resolving
-        if child is None:
-            instead = f"; to do without write {name}={WITHOUT[name]}" if name in WITHOUT and not path else ""
-            raise UserError(f"{where} was removed, but a run needs it{instead}.")
-        if is_dataclass(hints[name]):
-            if not isinstance(child, DictConfig) or child._is_none():
-                first = fields(hints[name])[0].name
-                raise UserError(
-                    f"{where} is a group of keys and cannot be one value: write {where}.{first}=… and so on."
-                )
-            _check_keys(child, hints[name], f"{where}.")
-
-
-def _check_types(values: Any, schema: Any, path: str) -> None:
-    hints = get_type_hints(schema)
-    for name, hint in hints.items():
-        where, value = f"{path}{name}", values[name]
-        if is_dataclass(hint):
-            _check_types(value, hint, f"{where}.")
-        elif hint is Any and not path:
-            if value is not None and not (isinstance(value, dict) and "_target_" in value):
-                raise UserError(
-                    f"{where} has no _target_, so nothing can be built from it: choose one of its options, e.g. {where}=NAME."
-                )
-        elif wanted := mismatch(value, hint):
-            raise UserError(f"{where}={value!r}: write {wanted}.")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{where}={value}: write a finite number.")
-
-
-def _check_trust(key: str, target: Any, prefixes: Iterable[str]) -> None:
-    if not isinstance(target, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", target):
-        raise UserError(
-            f"{key}._target_={target!r}: write a dotted path to a class or function, e.g. my_module.MyReward."
-        )
-    trusted = (*TRUSTED, *prefixes)
-    if not any(target.startswith(f"{prefix.rstrip('.')}.") for prefix in trusted):
-        raise UserError(
-            f"{key}._target_={target}: only {', '.join(trusted)} are trusted. To allow it: "
-            f"trusted_prefixes=[{target.split('.')[0]}]."
-        )
-
-
-def _check_values(cfg: DictConfig) -> None:
-    for key, (low, high) in RANGES.items():
-        value = OmegaConf.select(cfg, key)
-        if value is None:
-            continue
-        excluded = key in POSITIVE
-        if value < low or (excluded and value == low) or (high is not None and value > high):
-            lower = f"above {low}" if excluded else f"at least {low}"
-            bounds = lower if high is None else f"{lower} and at most {high}"
-            raise UserError(f"{key}={value} is out of range: write a number {bounds}.")
-    for key, choices in CHOICES.items():
-        value = OmegaConf.select(cfg, key)
-        if value not in choices:
-            shown = ", ".join("null" if choice is None else choice for choice in choices)
-            raise UserError(f"{key}={value}: write one of {shown}.")
-
-
-def _check_read(cfg: DictConfig, overridden: set[str]) -> None:
-    """A knob that was turned and that nothing in the composition reads: a sweep over it would compare equal runs."""
-    d, vllm = cfg.distillation, cfg.hardware.vllm
+def _check_read(run: Run, cfg: DictConfig, overridden: set[str]) -> None:
+    """A setting that was given and that nothing in the composition reads: a sweep over it would compare equal runs."""
+    d, vllm = run.distillation, run.hardware.vllm
     divergence = (
         "distillation.top_k",
         "distillation.tail",
@@ -179,15 +140,16 @@ def _check_read(cfg: DictConfig, overridden: set[str]) -> None:
         "distillation.jsd_normalize",
     )
     with_alpha = ("alpha", "distillation.alpha", *divergence)
+    threshold_read = d.route == "failures" or _context_follows(cfg, "success_threshold")
     rules: tuple[tuple[bool, tuple[str, ...], str], ...] = (
-        (cfg.teacher is None, ("alpha", "distillation"), "there is no teacher. Add one, e.g. teacher=demonstration"),
+        (run.teacher is None, ("alpha", "distillation"), "there is no teacher. Add one, e.g. teacher=demonstration"),
         (
-            cfg.teacher is None,
+            run.teacher is None,
             ("policy_weight",),
             "without a teacher there is nothing to weigh the policy gradient against",
         ),
         (
-            cfg.reward is None,
+            run.reward is None,
             ("policy_weight", "training.scale_rewards"),
             "there is no reward. Choose one, e.g. reward=exact_match",
         ),
@@ -199,20 +161,26 @@ def _check_read(cfg: DictConfig, overridden: set[str]) -> None:
             "distillation.signal=sampled_token compares the sampled tokens alone",
         ),
         (
-            d.top_k is None and not served(cfg),
+            # Whether the teacher is served is asked last: to know it takes an import.
+            d.top_k is None and "distillation.tail" in overridden and not served(run),
             ("distillation.tail",),
             "it belongs to distillation.top_k, which is null",
         ),
         (
-            d.route == "all" and not _context_follows(cfg, "success_threshold"),
+            not threshold_read,
             ("distillation.success_threshold",),
             "it belongs to distillation.route=failures and teacher/context=feedback",
         ),
-        (cfg.rollout.on_policy_fraction == 1, ("rollout.demonstration_field",), "rollout.on_policy_fraction is 1"),
-        (cfg.model.tuning == "full", ("model.lora",), "model.tuning=full has no adapter. Write model.tuning=lora"),
+        (run.rollout.on_policy_fraction == 1, ("rollout.demonstration_field",), "rollout.on_policy_fraction is 1"),
+        (run.model.tuning == "full", ("model.lora",), "model.tuning=full has no adapter. Write model.tuning=lora"),
+        (
+            run.hardware.accumulation_steps is not None,
+            ("completions_per_step",),
+            "hardware.accumulation_steps decides in its place. Write hardware.accumulation_steps=null",
+        ),
         (
             vllm.mode is None,
-            tuple(f"hardware.vllm.{key}" for key in vllm if key != "mode"),
+            tuple(f"hardware.vllm.{field.name}" for field in fields(vllm) if field.name != "mode"),
             "hardware.vllm.mode is null",
         ),
     )
@@ -222,9 +190,15 @@ def _check_read(cfg: DictConfig, overridden: set[str]) -> None:
                 raise UserError(f"{key} is set but nothing reads it: {reason}.")
 
 
-def _check_signal(cfg: DictConfig) -> None:
+def _context_follows(cfg: DictConfig, key: str) -> bool:
+    """Whether the teacher's context takes this value from elsewhere in the configuration."""
+    context = OmegaConf.select(cfg, "teacher.context")
+    return isinstance(context, DictConfig) and key in context and OmegaConf.is_interpolation(context, key)
+
+
+def _check_signal(run: Run) -> None:
     """Something to learn from, and what each source of signal needs beside it."""
-    teaches, rewarded, rollout = cfg.teacher is not None, cfg.reward is not None, cfg.rollout
+    teaches, rewarded, rollout, d = run.teacher is not None, run.reward is not None, run.rollout, run.distillation
     if not (teaches or rewarded or rollout.cross_entropy_weight > 0):
         raise UserError(
             "Nothing to learn from: choose a reward (reward=supervised), a teacher (teacher=demonstration) or both."
@@ -236,93 +210,60 @@ def _check_signal(cfg: DictConfig) -> None:
         )
     if rollout.from_teacher and not teaches:
         raise UserError("rollout.from_teacher=true needs a teacher, e.g. teacher=demonstration.")
-    if cfg.distillation.route == "failures" and not rewarded:
+    if d.route == "failures" and not rewarded:
         raise UserError("distillation.route=failures needs a reward to tell failures by, e.g. reward=exact_match.")
-    if _target(cfg, "teacher.context").endswith(".Feedback") and not rewarded:
+    context = (run.teacher or {}).get("context")
+    if not rewarded and declares("teacher.context", context, "needs_reward"):
         raise UserError(
-            f"{_target(cfg, 'teacher.context')} shows successes and feedback, and there is no reward to tell them: "
+            f"{context['_target_']} shows successes and feedback, and there is no reward to tell them: "
             "choose one, e.g. reward=exact_match."
         )
-    if teaches and cfg.distillation.weight == 0 and not (rewarded and cfg.distillation.policy_weight > 0):
+    if teaches and d.weight == 0 and not (rewarded and d.policy_weight > 0):
         raise UserError(
             "distillation.weight=0 leaves nothing to learn: write distillation.weight=1, or a reward and policy_weight=1."
         )
-
-
-def _check_batch(cfg: DictConfig) -> None:
-    generations, hardware = cfg.num_generations, cfg.hardware
-    processes = int(environ.get("WORLD_SIZE", 1))
-    batch = hardware.per_device_batch_size * hardware.accumulation_steps * processes
-    if batch % generations:
-        fitting = [g for g in range(1, batch + 1) if batch % g == 0]
-        each = hardware.per_device_batch_size * processes
+    if run.rollout.temperature != 1 and served(run) and (run.teacher or {}).get("mode") != "write":
         raise UserError(
-            f"num_generations={generations} does not divide a batch of {batch} completions (hardware.per_device_batch_size="
-            f"{hardware.per_device_batch_size} x hardware.accumulation_steps={hardware.accumulation_steps}"
-            f"{f' x {processes} processes' if processes > 1 else ''}): write num_generations="
-            f"{min(fitting, key=lambda g: abs(g - generations))}, or hardware.accumulation_steps={generations // gcd(generations, each)}."
+            f"rollout.temperature={rollout.temperature:g}: a served teacher scores at temperature 1; write rollout.temperature=1."
         )
-    if cfg.reward is not None and generations == 1 and (cfg.teacher is None or cfg.distillation.policy_weight > 0):
-        without = "." if cfg.teacher is None else ", or policy_weight=0."
+
+
+def _check_batch(run: Run) -> None:
+    batch_of(run)
+    if run.reward is not None and run.num_generations == 1 and (run.teacher is None or run.distillation.policy_weight):
+        without = "." if run.teacher is None else ", or policy_weight=0."
         raise UserError(f"num_generations=1 leaves a policy gradient nothing to compare: write at least 2{without}")
-    if cfg.rollout.max_completion_tokens > cfg.model.max_seq_tokens:
+    if run.rollout.max_completion_tokens > run.model.max_seq_tokens:
         raise UserError(
-            f"rollout.max_completion_tokens={cfg.rollout.max_completion_tokens} is above "
-            f"model.max_seq_tokens={cfg.model.max_seq_tokens}: a completion cannot be longer than the whole sequence."
+            f"rollout.max_completion_tokens={run.rollout.max_completion_tokens} is above "
+            f"model.max_seq_tokens={run.model.max_seq_tokens}: a completion cannot be longer than the whole sequence."
         )
 
 
-def _check_distillation(cfg: DictConfig) -> None:
-    d = cfg.distillation
-    if d.signal == "sampled_token" and d.alpha != 1:
-        raise UserError(
-            f"distillation.signal=sampled_token estimates KL(student || teacher): write alpha=1, not alpha={d.alpha}."
-        )
-    if d.top_k == 1 and not d.tail:
-        raise UserError(
-            "distillation.top_k=1 with distillation.tail=false compares nothing: write tail=true or a larger top_k."
-        )
-    if served(cfg) and cfg.teacher.get("mode") != "write" and cfg.rollout.temperature != 1:
-        raise UserError(
-            f"rollout.temperature={cfg.rollout.temperature}: a served teacher scores at temperature 1; write rollout.temperature=1."
-        )
-
-
-def _check_machine(cfg: DictConfig) -> None:
-    model, vllm = cfg.model, cfg.hardware.vllm
+def _check_machine(run: Run) -> None:
+    model, vllm = run.model, run.hardware.vllm
     if model.load_in_4bit and model.tuning == "full":
         raise UserError("model.load_in_4bit=true cannot be trained in full: write model.tuning=lora.")
     if model.adapter_path and model.tuning == "full":
         raise UserError(
             "model.adapter_path names an adapter, and model.tuning=full trains none: write model.tuning=lora."
         )
-    if vllm.mode and cfg.hardware.device == "cpu":
+    if vllm.mode and run.hardware.device == "cpu":
         raise UserError(
             f"hardware.vllm.mode={vllm.mode} needs a GPU: write hardware.vllm.mode=null, or choose a GPU, e.g. hardware=gpu_24gb."
         )
     if vllm.mode == "server" and not vllm.server_base_url:
         raise UserError("hardware.vllm.mode=server needs hardware.vllm.server_base_url, e.g. http://localhost:8000.")
-    if vllm.mode and cfg.rollout.from_teacher:
+    if vllm.mode and run.rollout.from_teacher:
         raise UserError(
             f"rollout.from_teacher=true samples with transformers, not with hardware.vllm.mode={vllm.mode}: write hardware.vllm.mode=null."
         )
-    if _target(cfg, "export").endswith(".Lora") and model.tuning == "full":
+    if model.tuning == "full" and declares("export", run.export, "needs_adapter"):
         raise UserError(
             "export=lora has no adapter to export with model.tuning=full: write export=merged_16bit or model.tuning=lora."
         )
 
 
-def _context_follows(cfg: DictConfig, key: str) -> bool:
-    """Whether the teacher's context takes this value from elsewhere in the configuration."""
-    context = OmegaConf.select(cfg, "teacher.context")
-    return isinstance(context, DictConfig) and key in context and OmegaConf.is_interpolation(context, key)
-
-
-def served(cfg: DictConfig) -> bool:
+def served(run: Run) -> bool:
     """Whether the teacher is behind a server."""
-    return _target(cfg, "teacher").endswith(".ServerTeacher")
-
-
-def _target(cfg: DictConfig, key: str) -> str:
-    node = OmegaConf.select(cfg, key)
-    return str(node.get("_target_", "")) if isinstance(node, DictConfig) else ""
+    return declares("teacher", run.teacher, "served")

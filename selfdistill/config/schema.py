@@ -1,120 +1,109 @@
-"""The schema of a composed run: the keys that exist, their types, ranges and choices. What a `_target_` builds is open."""
+"""The typed run: its keys, their types, ranges and choices. Groups with a `_target_` are open; their target decides."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from selfdistill.config.settings import Distillation, RolloutSource
+from selfdistill.limits import number, one_of
 
-@dataclass
+Target = dict[str, Any]  # `_target_` and the arguments that it is called with
+
+
+@dataclass(frozen=True)
 class Lora:
-    r: int = 32
-    alpha: int = 32
-    dropout: float = 0.0
-    target_modules: Any = "all-linear"
+    r: int = field(metadata=number(1))
+    alpha: int = field(metadata=number(1))
+    dropout: float = field(metadata=number(0, 1))
+    target_modules: Any
 
 
-@dataclass
+@dataclass(frozen=True)
 class Model:
     name: str
-    loader: str
-    tuning: str
+    loader: str = field(metadata=one_of("transformers", "unsloth"))
+    tuning: str = field(metadata=one_of("lora", "full"))
     lora: Lora
-    dtype: str
+    dtype: str = field(metadata=one_of("auto", "float32", "bfloat16", "float16"))
     load_in_4bit: bool
     attn_implementation: str | None
     revision: str | None
     trust_remote_code: bool
     local_files_only: bool
     adapter_path: str | None
-    max_seq_tokens: int
-    max_completion_tokens: int
-    learning_rate: float
+    max_seq_tokens: int = field(metadata=number(1))
+    max_completion_tokens: int = field(metadata=number(1))
+    learning_rate: float = field(metadata=number(above=0))
     chat_template_kwargs: dict[str, Any]
     retention_path: str | None
-    parameters_billion: float | None
+    parameters_billion: float | None = field(metadata=number(0))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Vllm:
-    mode: str | None
-    gpu_memory_utilization: float
+    mode: str | None = field(metadata=one_of(None, "colocate", "server"))
+    gpu_memory_utilization: float = field(metadata=number(0.01, 0.99))
     standby: bool
     server_base_url: str | None
-    tensor_parallel_size: int
-    max_model_tokens: int
+    tensor_parallel_size: int = field(metadata=number(1))
+    max_model_tokens: int = field(metadata=number(1))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Hardware:
-    device: str
-    precision: str
-    per_device_batch_size: int
-    accumulation_steps: int
+    device: str = field(metadata=one_of("auto", "cpu", "cuda"))
+    precision: str = field(metadata=one_of("auto", "bf16", "fp16", "fp32"))
+    per_device_batch_size: int = field(metadata=number(1))
+    accumulation_steps: int | None = field(metadata=number(1))
     gradient_checkpointing: bool
-    memory_gib: float | None
-    threads: int | None
+    memory_gib: float | None = field(metadata=number(0))
+    threads: int | None = field(metadata=number(1))
     vllm: Vllm
 
 
-@dataclass
-class Rollout:
-    temperature: float
-    top_p: float
-    top_k: int
-    min_p: float | None
-    max_completion_tokens: int
-    on_policy_fraction: float
-    from_teacher: bool
-    demonstration_field: str
-    cross_entropy_weight: float
+@dataclass(frozen=True, kw_only=True)
+class Rollout(RolloutSource):
+    temperature: float = field(metadata=number(above=0))
+    top_p: float = field(metadata=number(above=0, high=1))
+    top_k: int = field(metadata=number(0))
+    min_p: float | None = field(metadata=number(0, 1))
+    max_completion_tokens: int = field(metadata=number(1))
 
 
-@dataclass
-class Distillation:
-    alpha: float
-    top_k: int | None
-    tail: bool
-    signal: str
-    temperature: float | None
-    is_clip: float | None
-    skip_tokens: int
-    pointwise_clip: float | None
-    jsd_normalize: bool
-    aggregation: str
-    count_inactive_rows: bool
-    weight: float
-    policy_weight: float
-    route: str
-    success_threshold: float
-
-
-@dataclass
+@dataclass(frozen=True)
 class Training:
-    loss_type: str
-    scale_rewards: str
-    num_iterations: int
-    epsilon: float
-    epsilon_high: float | None
+    loss_type: str = field(
+        metadata=one_of("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"),
+    )
+    scale_rewards: str = field(metadata=one_of("group", "batch", "none"))
+    num_iterations: int = field(metadata=number(1))
+    epsilon: float = field(metadata=number(0, 1))
+    epsilon_high: float | None = field(metadata=number(0))
     mask_truncated_completions: bool
-    lr_scheduler_type: str
-    warmup_steps: int
-    weight_decay: float
-    max_grad_norm: float
-    logging_steps: int
-    checkpoint_every: int
-    keep_checkpoints: int
+    lr_scheduler_type: str = field(
+        metadata=one_of(
+            "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
+        ),
+    )
+    warmup_steps: int = field(metadata=number(0))
+    weight_decay: float = field(metadata=number(0))
+    max_grad_norm: float = field(metadata=number(0))
+    logging_steps: int = field(metadata=number(1))
+    checkpoint_every: int = field(metadata=number(0))
+    keep_checkpoints: int = field(metadata=number(1))
     arguments: dict[str, Any]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """The root. The groups typed Any are None or have a `_target_`, whose signature they are bound against later."""
+    """The root of a configuration that has passed every check (`selfdistill.config.check` gives it)."""
 
-    seed: int
-    beta: float
+    seed: int = field(metadata=number(0, 2**32 - 1))
+    beta: float = field(metadata=number(0))
     alpha: float
-    num_generations: int
-    max_steps: int
-    learning_rate: float
+    num_generations: int = field(metadata=number(1))
+    completions_per_step: int = field(metadata=number(1))
+    max_steps: int = field(metadata=number(1))
+    learning_rate: float = field(metadata=number(above=0))
     policy_weight: float
     name: str | None
     group: str | None
@@ -130,80 +119,10 @@ class Run:
     training: Training
     model: Model
     hardware: Hardware
-    data: Any
-    reward: Any
-    teacher: Any
-    eval: Any
-    monitors: Any
-    logger: Any
-    export: Any
-
-
-# key -> (lowest, highest); those in POSITIVE must be above their lowest
-RANGES: dict[str, tuple[float, float | None]] = {
-    "seed": (0, 2**32 - 1),
-    "beta": (0, None),
-    "alpha": (0, 1),
-    "num_generations": (1, None),
-    "max_steps": (1, None),
-    "learning_rate": (0, None),
-    "policy_weight": (0, None),
-    "rollout.temperature": (0, None),
-    "rollout.top_p": (0, 1),
-    "rollout.top_k": (0, None),
-    "rollout.min_p": (0, 1),
-    "rollout.max_completion_tokens": (1, None),
-    "rollout.on_policy_fraction": (0, 1),
-    "rollout.cross_entropy_weight": (0, None),
-    "distillation.alpha": (0, 1),
-    "distillation.top_k": (1, None),
-    "distillation.temperature": (0, None),
-    "distillation.is_clip": (0, None),
-    "distillation.skip_tokens": (0, None),
-    "distillation.pointwise_clip": (0, None),
-    "distillation.weight": (0, None),
-    "distillation.policy_weight": (0, None),
-    "training.num_iterations": (1, None),
-    "training.epsilon": (0, 1),
-    "training.epsilon_high": (0, None),
-    "training.warmup_steps": (0, None),
-    "training.weight_decay": (0, None),
-    "training.max_grad_norm": (0, None),
-    "training.logging_steps": (1, None),
-    "training.checkpoint_every": (0, None),
-    "training.keep_checkpoints": (1, None),
-    "model.lora.r": (1, None),
-    "model.lora.alpha": (1, None),
-    "model.lora.dropout": (0, 1),
-    "model.max_seq_tokens": (1, None),
-    "model.max_completion_tokens": (1, None),
-    "model.learning_rate": (0, None),
-    "model.parameters_billion": (0, None),
-    "hardware.per_device_batch_size": (1, None),
-    "hardware.accumulation_steps": (1, None),
-    "hardware.memory_gib": (0, None),
-    "hardware.threads": (1, None),
-    "hardware.vllm.gpu_memory_utilization": (0.01, 0.99),
-    "hardware.vllm.tensor_parallel_size": (1, None),
-    "hardware.vllm.max_model_tokens": (1, None),
-}
-POSITIVE = (
-    "learning_rate", "model.learning_rate", "rollout.temperature", "rollout.top_p", "distillation.temperature",
-    "distillation.is_clip", "distillation.pointwise_clip",
-)  # fmt: skip
-CHOICES: dict[str, tuple[str | None, ...]] = {
-    "model.loader": ("transformers", "unsloth"),
-    "model.tuning": ("lora", "full"),
-    "model.dtype": ("auto", "float32", "bfloat16", "float16"),
-    "hardware.device": ("auto", "cpu", "cuda"),
-    "hardware.precision": ("auto", "bf16", "fp16", "fp32"),
-    "hardware.vllm.mode": (None, "colocate", "server"),
-    "distillation.signal": ("distribution", "sampled_token", "advantage"),
-    "distillation.aggregation": ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"),
-    "distillation.route": ("all", "failures"),
-    "training.loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"),
-    "training.scale_rewards": ("group", "batch", "none"),
-    "training.lr_scheduler_type": (
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt",
-    ),
-}  # fmt: skip
+    data: Target
+    reward: Target | None
+    teacher: Target | None
+    eval: Target | None
+    monitors: Target | None
+    logger: Target | None
+    export: Target | None

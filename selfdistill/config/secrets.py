@@ -40,7 +40,7 @@ class Redactor:
 
     def yaml(self) -> str:
         """The masked configuration as YAML that OmegaConf reads back to the same values."""
-        return OmegaConf.to_yaml(OmegaConf.create(_escaped(self.config)))
+        return OmegaConf.to_yaml(OmegaConf.create(escaped(self.config)))
 
     def text(self, text: str) -> str:
         """`text` without the configuration's secrets."""
@@ -82,12 +82,12 @@ class Redactor:
         return self.text(value) if isinstance(value, str) and not isinstance(value, _Interpolation) else value
 
 
-def _escaped(value: Any) -> Any:
+def escaped(value: Any) -> Any:
     """Resolved text may hold `${`, which must not be resolved again when the file is read."""
     if isinstance(value, dict):
-        return {key: _escaped(item) for key, item in value.items()}
+        return {key: escaped(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_escaped(item) for item in value]
+        return [escaped(item) for item in value]
     if isinstance(value, _Interpolation):
         return str(value)
     return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value

@@ -2,26 +2,26 @@
 
 from dataclasses import dataclass, field
 
-from selfdistill.config.values import check_limits, number, one_of
 from selfdistill.errors import UserError
+from selfdistill.limits import check_limits, number, one_of
 from selfdistill.losses.divergence import Divergence
 
 
 @dataclass(frozen=True)
 class Distillation(Divergence):
-    """What is distilled and how it is weighed.
+    """What is distilled and how it is weighed: a divergence, and the keys here.
 
     The defaults are those of conf/train.yaml, but for `policy_weight`. In Python a teacher replaces the policy gradient
     unless `policy_weight` asks for it. On the command line a run without a teacher has the policy gradient, and a
     teacher that is added to its reward joins it.
 
     Args:
-                tail: with `top_k`, the remaining mass is one more outcome; False renormalises.
+        alpha, top_k, tail, temperature, pointwise_clip, jsd_normalize: see `Divergence`; a temperature of None takes the
+            sampling temperature.
         signal: `distribution` compares distributions; `sampled_token` uses the sampled tokens' log-probabilities alone
             (alpha must be 1); `advantage` adds log q - log pi of the sampled tokens to the policy gradient's advantages.
-            is_clip: upper bound of the importance weight pi / pi_old; None leaves the weight out.
+        is_clip: upper bound of the importance weight pi / pi_old; None leaves the weight out.
         skip_tokens: leading completion tokens that carry no loss.
-            jsd_normalize: removes the jump of the divergence between alpha -> 0, 1 and alpha = 0, 1.
         aggregation: token_mean, seq_mean_token_mean, seq_mean_token_sum or seq_mean_token_sum_norm (sum over tokens /
             (rows * max_completion_length)); each over all rows of an optimizer step.
         count_inactive_rows: whether rows without a signal count in the denominator, as in the references.
@@ -35,13 +35,9 @@ class Distillation(Divergence):
         UserError: a value out of its range, or two values that contradict each other.
     """
 
-    alpha: float = field(default=0.5, metadata=number(0, 1))
-    top_k: int | None = field(default=None, metadata=number(1))
     signal: str = field(default="distribution", metadata=one_of("distribution", "sampled_token", "advantage"))
-    temperature: float | None = field(default=None, metadata=number(above=0))
     is_clip: float | None = field(default=2.0, metadata=number(above=0))
     skip_tokens: int = field(default=0, metadata=number(0))
-    pointwise_clip: float | None = field(default=None, metadata=number(above=0))
     aggregation: str = field(
         default="seq_mean_token_mean",
         metadata=one_of("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"),
@@ -54,17 +50,14 @@ class Distillation(Divergence):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_limits(type(self), vars(self), lambda name: f"distillation.{name}={getattr(self, name)}")
         if self.signal == "sampled_token" and self.alpha != 1:
             raise UserError(
                 "distillation.signal=sampled_token estimates KL(student || teacher) and needs alpha=1: "
                 f"write alpha=1, not alpha={self.alpha}."
             )
-        if self.top_k == 1 and not self.tail:
-            raise UserError(
-                "distillation.top_k=1 with distillation.tail=false compares nothing: write a top_k of at least 2, "
-                "or distillation.tail=true."
-            )
+
+    def written(self, name: str) -> str:
+        return f"distillation.{name}={getattr(self, name)}"
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,11 @@ The configuration is checked against this class before torch is imported, so onl
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from selfdistill.errors import UserError
+from selfdistill.limits import check_limits, number
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,40 +45,37 @@ class Divergence:
         jsd_normalize: divides by alpha·(1 - alpha) where 0 < alpha < 1.
 
     Raises:
-        ValueError: alpha outside [0, 1]; temperature or pointwise_clip not above 0; top_k below 1; top_k = 1 without
+        UserError: alpha outside [0, 1]; temperature or pointwise_clip not above 0; top_k below 1; top_k = 1 without
             a tail, which compares two distributions over one token and is always 0.
     """
 
-    alpha: float = 0.5
-    top_k: int | None = None
+    alpha: float = field(default=0.5, metadata=number(0, 1))
+    top_k: int | None = field(default=None, metadata=number(1))
     tail: bool = True
-    temperature: float | None = None
-    pointwise_clip: float | None = None
+    temperature: float | None = field(default=None, metadata=number(above=0))
+    pointwise_clip: float | None = field(default=None, metadata=number(above=0))
     jsd_normalize: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(
-                f"alpha={self.alpha} is outside [0, 1]: 0 is KL(teacher || student), 1 is KL(student || teacher)"
-            )
-        for name in ("temperature", "pointwise_clip"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name}={value} must be a finite number above 0; null leaves it out")
+        check_limits(type(self), vars(self), self.written)
         if self.top_k is not None:
             self.check_support(self.top_k)
 
+    def written(self, name: str) -> str:
+        """A setting as the person who wrote it knows it."""
+        return f"{name}={getattr(self, name)}"
+
     def check_support(self, size: int) -> None:
-        """Raises ValueError where a support of so many tokens cannot be compared."""
-        if size < 1:
-            raise ValueError(f"top_k={size} must be at least 1")
+        """Raises UserError where a support of so many tokens cannot be compared."""
         if size == 1 and not self.tail:
-            raise ValueError("top_k=1 without a tail is always 0: set tail=true or a larger top_k")
+            raise UserError(
+                f"{self.written('top_k')} without a tail compares nothing: write a top_k of at least 2, or tail=true."
+            )
 
     def check_vocabulary(self, size: int) -> None:
-        """Raises ValueError where `top_k` is more than there are tokens."""
+        """Raises UserError where `top_k` is more than there are tokens."""
         if self.top_k is not None and self.top_k > size:
-            raise ValueError(f"top_k={self.top_k} is above the vocabulary of {size} tokens")
+            raise UserError(f"{self.written('top_k')} is above the vocabulary of {size} tokens.")
 
     @property
     def scale(self) -> float:

@@ -2,41 +2,48 @@
 
 from omegaconf import DictConfig
 
+from selfdistill.config.schema import Model, Run
+from selfdistill.config.targets import declares
+
 GIB = 2**30
+# Trained parameters per parameter of the model and unit of rank, with an adapter on every linear layer: between the
+# 0.001 of a model of 0.6 billion and the 0.0003 of one of 7 billion.
+ADAPTER_SHARE = 0.0006
+TRAINED_BYTES = 12  # a trained parameter's gradient and two optimizer states, in float32
+COPY_BYTES = 4  # a teacher's copy of a trained parameter, in float32
 
 
-def estimate(cfg: DictConfig, trained: int | None = None) -> dict[str, float]:
+def estimate(run: Run | DictConfig, trained: int | None = None) -> dict[str, float]:
     """GiB by part, from the configuration alone: weights, gradients and optimizer, reference and teacher copies.
 
     Activations are left out, for they depend on lengths that only the run knows. Empty when the model's size is
     unknown (`model.parameters_billion`).
 
     Args:
+        run: a run, or a composed configuration that was not checked.
         trained: parameters that are trained, where that is known exactly.
     """
-    if not cfg.model.parameters_billion:
+    model, vllm = run.model, run.hardware.vllm
+    if not model.parameters_billion:
         return {}
-    parameters = cfg.model.parameters_billion * 1e9
-    full = cfg.model.tuning == "full"
-    bytes_each = (
-        0.55
-        if cfg.model.load_in_4bit
-        else 4
-        if cfg.model.dtype == "float32" or full and cfg.model.dtype == "auto"
-        else 2
-    )
+    parameters = model.parameters_billion * 1e9
+    full = model.tuning == "full"
     if trained is None:
-        # an adapter of rank r on every linear layer has about 0.04% of the weights per unit of rank at 1B, less above
-        trained = int(parameters) if full else int(parameters * 0.0006 * cfg.model.lora.r)
-    parts = {"weights": parameters * bytes_each / GIB, "gradients and optimizer": trained * 12 / GIB}
-    if full and cfg.beta:
-        parts["reference"] = parameters * bytes_each / GIB
-    if (
-        cfg.teacher is not None
-        and "weights" in cfg.teacher
-        and not str(cfg.teacher.weights._target_).endswith((".Live", ".Model"))
-    ):
-        parts["teacher's copy"] = trained * 4 / GIB
-    if cfg.hardware.vllm.mode == "colocate" and cfg.hardware.memory_gib:
-        parts["vLLM"] = cfg.hardware.memory_gib * cfg.hardware.vllm.gpu_memory_utilization
+        trained = int(parameters if full else parameters * ADAPTER_SHARE * model.lora.r)
+    weights = parameters * _bytes_each(model) / GIB
+    parts = {"weights": weights, "gradients and optimizer": trained * TRAINED_BYTES / GIB}
+    if full and run.beta:
+        parts["reference"] = weights
+    if run.teacher is not None and declares("teacher.weights", run.teacher.get("weights"), "keeps_copy"):
+        parts["teacher's copy"] = trained * COPY_BYTES / GIB
+    if vllm.mode == "colocate" and run.hardware.memory_gib:
+        parts["vLLM"] = run.hardware.memory_gib * vllm.gpu_memory_utilization
     return parts
+
+
+def _bytes_each(model: Model | DictConfig) -> float:
+    """Memory of one weight of the frozen model."""
+    if model.load_in_4bit:
+        return 0.55  # four bits and the scales of their blocks
+    in_float32 = model.dtype == "float32" or (model.tuning == "full" and model.dtype == "auto")
+    return 4 if in_float32 else 2

@@ -14,7 +14,9 @@ from omegaconf import DictConfig
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from selfdistill.config import run_name
+from selfdistill import config
+from selfdistill.config.batch import batch_of
+from selfdistill.config.targets import make
 from selfdistill.errors import UserError
 from selfdistill.evaluation.evaluator import EvalCallback
 from selfdistill.evaluation.monitors import completion_metrics, reward_spread
@@ -32,7 +34,7 @@ from selfdistill.runs.folder import PromptSample, RunFolder
 from selfdistill.runs.interruption import Interruption
 from selfdistill.runs.loggers import NoLogger
 from selfdistill.teachers.server.client import ServerUnavailable
-from selfdistill.training import build
+from selfdistill.training import arguments, build
 
 COMPLETE = "complete"  # written last into a checkpoint: without it a kill came in between
 MODEL = "model"
@@ -72,11 +74,11 @@ class StepBegun(TrainerCallback):
         self.trainer._step, self.trainer.state.num_input_tokens_seen = self.micro_batches, self.tokens
 
 
-def resumed_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
-    """The configuration of the run that `resume` names; of the command line only `max_steps` may differ.
+def resumed_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, config.Run]:
+    """The configuration of the run that `resume` names, and the run; of the command line only `max_steps` may differ.
 
     Raises:
-        UserError: not a run's folder, or another key was given beside it.
+        UserError: not a run's folder, a configuration that does not pass, or another key was given beside it.
     """
     for override in overrides:
         key = override.lstrip("+~").split("=")[0]
@@ -88,30 +90,33 @@ def resumed_config(cfg: DictConfig, overrides: list[str]) -> DictConfig:
     saved.resume = cfg.resume
     if any(o.startswith("max_steps=") for o in overrides):
         saved.max_steps = cfg.max_steps
-    return saved
+    try:
+        return saved, config.check(saved)
+    except UserError as error:
+        raise UserError(f"{cfg.resume}/config.yaml: {error}") from None
 
 
-def show_plan(cfg: DictConfig) -> None:
+def show_plan(cfg: DictConfig, run: config.Run) -> None:
     """The composed tree and a memory estimate; nothing is loaded or written."""
     screen = console.make_console()
     console.print_all(screen, console.config_tree(cfg))
-    screen.print(
-        "memory:", console.memory_line(estimate(cfg), cfg.hardware.memory_gib and float(cfg.hardware.memory_gib))
-    )
+    screen.print("memory:", console.memory_line(estimate(run), run.hardware.memory_gib))
     screen.print("checked: nothing was loaded or written")
 
 
 class Record:
     """What is written down of a run, and where."""
 
-    def __init__(self, cfg: DictConfig, folder: RunFolder, logger: Any, interruption: Interruption) -> None:
-        self.cfg, self.folder, self.logger, self.interruption = cfg, folder, logger, interruption
+    def __init__(
+        self, cfg: DictConfig, run: config.Run, folder: RunFolder, logger: Any, interruption: Interruption
+    ) -> None:
+        self.cfg, self.run, self.folder, self.logger, self.interruption = cfg, run, folder, logger, interruption
         self.screen = console.make_console()
         self.monitor: MonitorCallback | None = None
         self.final_accuracy: float | None = None
         self.before: dict[str, float] | None = None
         self._rows: list[dict] = []
-        self._prompts_written = cfg.resume is not None
+        self._prompts_written = run.resume is not None
         self.places: dict[str, Any] = {"run": folder.path}
         self.begun = False
 
@@ -129,7 +134,7 @@ class Record:
                 f"{len(parts.data.bad_rows)} bad rows skipped, listed in {self.folder.path / 'bad_rows.jsonl'}"
             )
         if parts.evaluator is not None:
-            stored = self.folder.summary.get("eval", {}).get("before") if self.cfg.resume else None
+            stored = self.folder.summary.get("eval", {}).get("before") if self.run.resume else None
             self.before = stored or self._evaluate(parts, 0)
             self.folder.update_summary(eval={"before": self.before})
         record = RecordCallback(self.folder, self.logger)
@@ -137,11 +142,9 @@ class Record:
         if parts.monitors is not None:
             self.monitor = MonitorCallback(parts.monitors, self.folder, self.screen)
             callbacks.append(self.monitor)
-        if parts.evaluator is not None and self.cfg.eval.every:
+        if parts.evaluator is not None and self.run.eval and (every := self.run.eval["every"]):
             callbacks.append(
-                EvalCallback(
-                    parts.evaluator, parts.tokenizer, every=self.cfg.eval.every, log=self._log_eval_of(trainer)
-                )
+                EvalCallback(parts.evaluator, parts.tokenizer, every=every, log=self._log_eval_of(trainer))
             )
         callbacks += [
             CompletionsCallback(record, self.screen, lambda: self._rows),
@@ -177,26 +180,26 @@ class Record:
         return log
 
     def _plan(self, parts: "build.Parts") -> console.Plan:
-        cfg, model = self.cfg, parts.trainer.model
+        run, batch, model = self.run, batch_of(self.run), parts.trainer.model
         parameters = [(p.numel(), p.requires_grad) for p in model.parameters()]
         teacher = ""
         if parts.trainer.teacher is not None:
             teacher = str(parts.trainer.teacher)
         return console.Plan(
-            model=str(cfg.model.name),
-            device=f"{torch.cuda.get_device_name() if build.use_cuda(cfg) else 'cpu'}, {build.precision(cfg)}",
+            model=run.model.name,
+            device=f"{torch.cuda.get_device_name() if arguments.use_cuda(run.hardware) else 'cpu'}, {arguments.precision(run.hardware)}",
             parameters=sum(n for n, _ in parameters),
             trained=sum(n for n, trained in parameters if trained),
             train_rows=len(parts.data.train),
             eval_rows=len(parts.data.eval) if parts.data.eval is not None else 0,
             max_steps=parts.trainer.args.max_steps,
-            completions_per_device=cfg.hardware.per_device_batch_size,
-            accumulation=cfg.hardware.accumulation_steps,
+            completions_per_device=batch.per_device,
+            accumulation=batch.accumulation_steps,
             processes=parts.trainer.accelerator.num_processes,
-            num_generations=cfg.num_generations,
-            adapter=f"LoRA, rank {cfg.model.lora.r}" if cfg.model.tuning == "lora" else "",
+            num_generations=run.num_generations,
+            adapter=f"LoRA, rank {run.model.lora.r}" if run.model.tuning == "lora" else "",
             teacher=teacher,
-            memory_gib=estimate(cfg, trained=sum(n for n, trained in parameters if trained)),
+            memory_gib=estimate(run, trained=sum(n for n, trained in parameters if trained)),
         )
 
     # ---- during training ----
@@ -234,11 +237,11 @@ class Record:
             self.folder.update_summary(eval={"before": self.before, "after": after})
             self.logger.summary(after)
             self.screen.print(console.change_table(_short(self.before), _short(after)))
-        if parts.exporter is not None and status == "finished" and not self.cfg.dry_run:
+        if parts.exporter is not None and status == "finished" and not self.run.dry_run:
             self.places["export"] = parts.exporter.run(
                 trainer.model,
                 parts.tokenizer,
-                self.folder.path / "export" / export_name(self.cfg),
+                self.folder.path / "export" / export_name(self.run),
                 parts.data.eval[:8]["prompt"],
             )
         self.folder.finish(status, step=step)
@@ -251,9 +254,10 @@ class Record:
         self.screen.print(console.where_table(self.places))
 
 
-def export_name(cfg: DictConfig) -> str:
+def export_name(run: config.Run) -> str:
     """The folder's name of an export, from its class: Merged16bit -> merged_16bit."""
-    return {"Lora": "lora", "Merged16bit": "merged_16bit"}.get(cfg.export._target_.rsplit(".", 1)[1], "export")
+    target = run.export["_target_"] if run.export else ""
+    return {"Lora": "lora", "Merged16bit": "merged_16bit"}.get(target.rpartition(".")[2], "export")
 
 
 def _short(metrics: Any) -> dict[str, float]:
@@ -292,7 +296,7 @@ def prompt_samples(tokenizer: Any, rollouts: Rollouts) -> list[PromptSample]:
 def train(parts: "build.Parts", record: Record) -> None:
     """Trains from the start, or from the newest whole checkpoint of a resumed run."""
     trainer = parts.trainer
-    checkpoint = newest_checkpoint(record.folder.path) if record.cfg.resume else None
+    checkpoint = newest_checkpoint(record.folder.path) if record.run.resume else None
     begun = StepBegun(trainer)
     trainer.add_callback(begun)
     use_callbacks(trainer, [CompleteCallback()])  # stays the last one
@@ -308,20 +312,20 @@ def train(parts: "build.Parts", record: Record) -> None:
 
 
 @contextmanager
-def recorded(cfg: DictConfig, hydra_config: Any) -> Iterator[Record]:
+def recorded(cfg: DictConfig, run: config.Run, hydra_config: Any) -> Iterator[Record]:
     """The run's folder and logger, closed in every case: finished, stopped, interrupted or failed.
 
     A new run that is refused before it has begun (no such model, a malformed file) leaves no folder.
     """
-    logger = build.make(cfg, "logger") if _is_main() else None
-    if cfg.resume:
-        folder = RunFolder.open(Path(cfg.resume), write=_is_main())
+    logger = make(run.logger, "logger") if _is_main() else None
+    if run.resume:
+        folder = RunFolder.open(Path(run.resume), write=_is_main())
     elif _is_main():
-        folder = RunFolder.create(Path(cfg.output_dir), run_name(cfg, hydra_config.runtime.choices), cfg)
+        folder = RunFolder.create(Path(run.output_dir), config.run_name(run, hydra_config.runtime.choices), cfg)
         _share(str(folder.path))
     else:
         folder = RunFolder.open(Path(_share(None)), write=False)
-    record, failed = Record(cfg, folder, logger or NoLogger(), Interruption()), True
+    record, failed = Record(cfg, run, folder, logger or NoLogger(), Interruption()), True
     with record.interruption:
         try:
             yield record
@@ -332,7 +336,7 @@ def recorded(cfg: DictConfig, hydra_config: Any) -> Iterator[Record]:
             folder.finish("interrupted")
             raise SystemExit(record.interruption.exit_code) from None
         except UserError as error:
-            if not record.begun and not cfg.resume:
+            if not record.begun and not run.resume:
                 folder.discard()
                 raise
             interrupted = isinstance(error, ServerUnavailable)

@@ -69,15 +69,13 @@ def check_jobs(config: DictConfig) -> list[list[str]]:
     given = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
     parsed = OverridesParser.create().parse_overrides([*given, *overrides_of(config.hydra)])
     (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    composed = []
-    for job in jobs:
-        composed.append(compose(config.hydra.job.config_name, list(job)))
-        check(composed[-1], list(job))
+    runs = [check(compose(config.hydra.job.config_name, list(job)), list(job)) for job in jobs]
 
-    from selfdistill.training.build import check_targets  # torch and trl: after everything that needs them not
+    from selfdistill.config.targets import check_targets
+    from selfdistill.training.arguments import ARGUMENTS  # imports torch and trl: after the checks that need neither
 
-    for cfg in composed:
-        check_targets(cfg)
+    for run in runs:
+        check_targets(run, ARGUMENTS)
     return [list(job) for job in jobs]
 
 

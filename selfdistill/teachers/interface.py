@@ -72,8 +72,11 @@ class BaseTeacher:
     Attributes:
         context: what the teacher sees beyond the prompt.
         context_tokens: the longest prompt and completion together that it takes, where there is a limit.
+        served: whether it gives log-probabilities of its likeliest tokens at temperature 1 alone, as servers do; the
+            configuration is checked against it.
     """
 
+    served = False
     context: Context
     context_tokens: int | None = None
 

@@ -1,20 +1,28 @@
 """Whether the rows to train on have what rewards and rollouts read, before anything is trained."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
-
+from selfdistill.config.settings import RolloutSource
 from selfdistill.config.suggestions import guess
 from selfdistill.errors import UserError
 from selfdistill.rewards.mix import Mix
 
+if TYPE_CHECKING:
+    from datasets import Dataset
 
-def check_rows(cfg: DictConfig, reward: Any, train: Any) -> None:
-    """What a teacher's context reads is checked by the trainer.
+
+def answer_field(reward: Any) -> str | None:
+    """The column with the answers that a reward compares with; None for one that compares with none, or a function."""
+    return getattr(reward, "answer_field", None)
+
+
+def check_rows(reward: Any, train: "Dataset", rollout: RolloutSource, path: str) -> None:
+    """Checks the rows for the reward and for demonstrations. What a teacher's context reads is checked by the trainer.
 
     Args:
         reward: as built; None, or one that may be a `Mix`.
-        train: datasets.Dataset as `load_data` makes it.
+        train: the rows as `load_data` makes them.
+        path: where they come from, for messages.
 
     Raises:
         UserError: a reward compares with answers and no row has one, or a row lacks the demonstration that takes the
@@ -22,13 +30,13 @@ def check_rows(cfg: DictConfig, reward: Any, train: Any) -> None:
     """
     parts = {f"reward.rewards.{name}": part for name, part, _ in reward.parts} if isinstance(reward, Mix) else {}
     for key, part in (parts or {"reward": reward}).items():
-        if hasattr(part, "answer_field"):
-            _check_answers(key, part.answer_field, train, cfg.data.path)
-    if cfg.rollout.on_policy_fraction < 1:
-        _check_demonstrations(cfg, train)
+        if field := answer_field(part):
+            _check_answers(key, field, train, path)
+    if rollout.on_policy_fraction < 1:
+        _check_demonstrations(rollout, train, path)
 
 
-def _check_answers(reward: str, field: str, train: Any, path: str) -> None:
+def _check_answers(reward: str, field: str, train: "Dataset", path: str) -> None:
     key = f"{reward}.answer_field={field}"
     if field not in train.column_names:
         raise UserError(_no_column(key, field, train, path))
@@ -40,8 +48,8 @@ def _check_answers(reward: str, field: str, train: Any, path: str) -> None:
         )
 
 
-def _check_demonstrations(cfg: DictConfig, train: Any) -> None:
-    field, path = cfg.rollout.demonstration_field, cfg.data.path
+def _check_demonstrations(rollout: RolloutSource, train: "Dataset", path: str) -> None:
+    field = rollout.demonstration_field
     key = f"rollout.demonstration_field={field}"
     if field not in train.column_names:
         raise UserError(_no_column(key, field, train, path))
@@ -50,15 +58,15 @@ def _check_demonstrations(cfg: DictConfig, train: Any) -> None:
             # Where rows have no id of their own, it is the line.
             raise UserError(
                 f"{key}: {path}, row {row} has no demonstration, and rollout.on_policy_fraction="
-                f"{cfg.rollout.on_policy_fraction} may ask any row for one. Write one there, or leave such rows out: "
+                f"{rollout.on_policy_fraction} may ask any row for one. Write one there, or leave such rows out: "
                 "data.require=[golden_response] data.on_bad_row=skip."
             )
 
 
-def _no_column(key: str, field: str, train: Any, path: str) -> str:
+def _no_column(key: str, field: str, train: "Dataset", path: str) -> str:
     names = [name for name in train.column_names if name != "prompt"]
     return f"{key}: the rows of {path} have no such column; they have {', '.join(names)}{guess(field, names)}"
 
 
-def _own_fields(train: Any) -> list[str]:
+def _own_fields(train: "Dataset") -> list[str]:
     return [name for name in train.column_names if name not in ("prompt", "answer", "golden_response", "id")]

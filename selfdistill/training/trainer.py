@@ -126,10 +126,7 @@ class SelfDistillTrainer(RolloutTrainer):
             )
 
     def _attach(self, teacher: BaseTeacher, student: nn.Module) -> None:
-        try:
-            self.distillation.check_vocabulary(len(inner_model(student).get_output_embeddings().weight))
-        except ValueError as error:
-            raise UserError(f"distillation.{error}.") from error
+        self.distillation.check_vocabulary(len(inner_model(student).get_output_embeddings().weight))
         teacher.attach(student, self._tokenizer, sharded=self._sharded)
         if teacher.context_tokens is not None:
             teacher.check_length(self._longest_teacher_tokens(teacher))

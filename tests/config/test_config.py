@@ -3,15 +3,18 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import pytest
 from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from selfdistill import config
-from selfdistill.config.schema import CHOICES, POSITIVE, RANGES
+from selfdistill.config.schema import Run
+from selfdistill.config.targets import targets
+from selfdistill.config.values import mismatch
 from selfdistill.errors import UserError
 from tests.command import CONF, command, composed, groups, options
 
@@ -52,12 +55,12 @@ def needed(option: str) -> list[str]:
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_of_every_group_composes_and_passes(option: str) -> None:
     overrides = [*needed(option), option]
-    cfg = composed(overrides)
-    config.check(cfg, overrides)
+    run = config.check(composed(overrides), overrides)
 
-    from selfdistill.training.build import check_targets
+    from selfdistill.config.targets import check_targets
+    from selfdistill.training.arguments import ARGUMENTS
 
-    check_targets(cfg)
+    check_targets(run, ARGUMENTS)
 
 
 def test_the_defaults_are_the_embedded_model_on_embedded_data() -> None:
@@ -67,14 +70,19 @@ def test_the_defaults_are_the_embedded_model_on_embedded_data() -> None:
     assert cfg.logger._target_ == "selfdistill.runs.loggers.WandbLogger"
 
 
-@pytest.mark.parametrize("key", [*RANGES, *CHOICES, *POSITIVE])
-def test_every_key_that_is_judged_exists(key: str) -> None:
-    parent, _, last = key.rpartition(".")
-    assert last in (OmegaConf.select(composed(), parent) if parent else composed())
+def _numbers(kind: Any, path: str = "") -> Iterator[tuple[str, bool]]:
+    for field in fields(kind):
+        hint = get_type_hints(kind)[field.name]
+        if is_dataclass(hint):
+            yield from _numbers(hint, f"{path}{field.name}.")
+        elif {int, float} & {hint, *get_args(hint)}:
+            yield f"{path}{field.name}", "limit" in field.metadata
 
 
-def _nodes(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
-    yield from ((f"{path}:{key}", found) for key, found in config.targets(node))
+@pytest.mark.parametrize(("key", "limited"), _numbers(Run))
+def test_every_number_has_a_range(key: str, limited: bool) -> None:
+    """These two are judged where the group `distillation` refers to them."""
+    assert limited != (key in ("alpha", "policy_weight"))
 
 
 @pytest.mark.parametrize("file", sorted(CONF.rglob("*.yaml")), ids=lambda file: str(file.relative_to(CONF)))
@@ -82,8 +90,8 @@ def test_what_is_built_shows_every_argument_it_takes(file: Path) -> None:
     """A key that a class takes and the file does not show could not be set without a plus sign."""
     if file.name == "train.yaml":
         return
-    for where, node in _nodes(OmegaConf.load(file), file.name):
-        if OmegaConf.is_missing(node, "_target_"):
+    for where, node in targets(OmegaConf.to_container(OmegaConf.load(file), resolve=False)):
+        if node["_target_"] == "???":
             continue
         parameters = inspect.signature(get_object(node["_target_"])).parameters
         named = {name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
@@ -91,10 +99,12 @@ def test_what_is_built_shows_every_argument_it_takes(file: Path) -> None:
 
 
 def test_interpolated_knobs_follow_the_root() -> None:
-    cfg = composed(["teacher=demonstration", "alpha=0.25", "seed=7", "policy_weight=0.5", "group=g", "tags=[a]"])
+    overrides = ["teacher=demonstration", "alpha=0.25", "seed=7", "policy_weight=0.5", "group=g", "tags=[a]"]
+    cfg = composed([*overrides, "+model.chat_template_kwargs.enable_thinking=false"])
     assert cfg.distillation.alpha == 0.25
     assert cfg.distillation.policy_weight == 0.5
     assert cfg.data.seed == 7
+    assert cfg.data.chat_template_kwargs == {"enable_thinking": False}
     assert (cfg.logger.group, cfg.logger.tags) == ("g", ["a"])
 
 
@@ -142,7 +152,8 @@ def test_a_knob_that_is_read_passes() -> None:
 )
 def test_a_run_is_called_by_what_it_is(line: str, name: str) -> None:
     choices = dict(part.split("=") for part in line.split())
-    assert config.run_name(composed(line.split()), {k: v for k, v in choices.items() if k != "name"}) == name
+    run = config.check(composed(line.split()))
+    assert config.run_name(run, {k: v for k, v in choices.items() if k != "name"}) == name
 
 
 @pytest.mark.parametrize(
@@ -165,7 +176,7 @@ def test_a_run_is_called_by_what_it_is(line: str, name: str) -> None:
     ],
 )
 def test_mismatch(value: Any, hint: Any, wanted: str | None) -> None:
-    assert config.mismatch(value, hint) == wanted
+    assert mismatch(value, hint) == wanted
 
 
 def test_help_lists_every_option_with_what_it_is(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 
 from tests.command import Outcome, command
 
-FAST = ["debug=fast", "eval=none", "hardware=cpu", "hardware.per_device_batch_size=8"]
+FAST = ["debug=fast", "eval=none", "hardware=cpu", "completions_per_step=8"]
 REWARD = """
 def score(completions, fail=False, **columns):
     if fail:

@@ -12,11 +12,10 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from selfdistill.config.settings import Distillation
+from selfdistill import Distillation, SelfDistillConfig
 from selfdistill.models.structure import inner_model
 from selfdistill.rollout import Rollouts
 from selfdistill.teachers.context import Context
-from selfdistill.training.settings import SelfDistillConfig
 from selfdistill.training.trainer import SelfDistillTrainer
 from tests.tiny import tiny_model, tiny_tokenizer
 

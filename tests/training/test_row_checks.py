@@ -4,18 +4,18 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from omegaconf import OmegaConf
 
+from selfdistill import RolloutSource
 from selfdistill.errors import UserError
 from selfdistill.rewards import ExactMatch, InverseLoss, Mix
 from selfdistill.training.row_checks import check_rows
 
 
 def checked(reward: Any, answers: list, golden: list, fraction: float = 1.0, field: str = "golden_response") -> None:
-    rollout = {"on_policy_fraction": fraction, "demonstration_field": field}
+    rollout = RolloutSource(on_policy_fraction=fraction, demonstration_field=field)
     columns = {"prompt": ["p"] * len(answers), "answer": answers, "golden_response": golden}
     rows = Dataset.from_dict({**columns, "id": [str(i) for i in range(len(answers))]})
-    check_rows(OmegaConf.create({"rollout": rollout, "data": {"path": "f.jsonl"}}), reward, rows)
+    check_rows(reward, rows, rollout, "f.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from selfdistill import Distillation
 from selfdistill.teachers import Teacher
 from selfdistill.teachers.server import ServerTeacher
 from selfdistill.teachers.weights import Base
-from selfdistill.training.settings import Distillation
 from tests.command import Outcome, command
 from tests.runs.test_resume import assert_same_end, only_run, status
 from tests.teachers.server.stub_server import Reply, Request, StubServer

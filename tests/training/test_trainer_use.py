@@ -99,7 +99,7 @@ def test_missing_demonstrations_are_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"alpha": 1.5}, "outside"),
+        ({"alpha": 1.5}, "out of range"),
         ({"signal": "tokens"}, "write one of distribution"),
         ({"route": "some"}, "write one of all, failures"),
         ({"aggregation": "mean"}, "write one of token_mean"),

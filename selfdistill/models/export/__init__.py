@@ -7,7 +7,7 @@ imported when they run, so that a wrong command is answered without waiting for 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from selfdistill.errors import UserError
 
@@ -22,6 +22,8 @@ class ExportError(RuntimeError):
 @dataclass
 class Lora:
     """The adapter alone, for use on top of its base."""
+
+    needs_adapter: ClassVar = True
 
     def run(
         self, model: Any, tokenizer: "PreTrainedTokenizerBase", folder: str | Path, prompts: Sequence[Any] = ()

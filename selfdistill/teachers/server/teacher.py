@@ -41,6 +41,8 @@ class ServerTeacher:
         max_concurrency, timeout_s, patience_s, api_key_env: see `Client`.
     """
 
+    served = True
+
     def __init__(
         self,
         base_url: str | Sequence[str],

@@ -1,0 +1,175 @@
+"""Whatever a `_target_` names: whether it may be built, whether its arguments fit, and building it."""
+
+import importlib
+import inspect
+import re
+import types
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict
+from typing import Any, get_type_hints
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+
+from selfdistill.config.schema import Run
+from selfdistill.config.secrets import escaped
+from selfdistill.config.suggestions import closest
+from selfdistill.config.values import mismatch
+from selfdistill.errors import UserError
+
+TRUSTED = ("selfdistill", "trl", "peft", "transformers", "torch")
+PASSED_LATER = {"tokenizer"}  # arguments that `make` is given beside the configuration
+
+
+def targets(node: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every mapping in plain mappings and lists that names a `_target_`, with its key, outermost first."""
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield path, node
+        for key, value in node.items():
+            yield from targets(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from targets(value, f"{path}[{index}]")
+
+
+def check_trust(key: str, target: Any, prefixes: Iterable[str]) -> None:
+    """Raises UserError unless `target` is a dotted path below a module that is trusted."""
+    if not isinstance(target, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", target):
+        raise UserError(
+            f"{key}._target_={target!r}: write a dotted path to a class or function, e.g. my_module.MyReward."
+        )
+    trusted = (*TRUSTED, *prefixes)
+    if not any(target.startswith(f"{prefix.rstrip('.')}.") for prefix in trusted):
+        raise UserError(
+            f"{key}._target_={target}: only {', '.join(trusted)} are trusted. To allow it: "
+            f"trusted_prefixes=[{target.split('.')[0]}]."
+        )
+
+
+def check_targets(run: Run, trainer_arguments: Collection[str]) -> None:
+    """Finds everything that the run will build and binds its arguments, without calling anything.
+
+    Args:
+        trainer_arguments: what `training.arguments` may hold.
+
+    Raises:
+        UserError: the key, what is wrong with it, and the closest argument there is.
+    """
+    for key, node in targets(asdict(run)):
+        bind(key, node)
+    for argument in run.training.arguments:
+        if argument not in trainer_arguments:
+            raise UserError(
+                f"training.arguments.{argument}: trl.GRPOConfig takes no such argument; "
+                f"{closest(argument, trainer_arguments)}"
+            )
+
+
+def find(key: str, name: str) -> Callable[..., Any]:
+    """What a dotted name stands for: the longest part that is a module, then attributes.
+
+    Raises:
+        UserError: there is no such thing, or it cannot be called.
+    """
+    parts = name.split(".")
+    found: Any = None
+    missing = ""
+    for count in range(1, len(parts) + 1):
+        module = ".".join(parts[:count])
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if not f"{module}.".startswith(f"{error.name}."):
+                raise UserError(f"{key}._target_={name}: {module} cannot be imported: {error}.") from None
+            missing = parts[count - 1]
+            break
+        except Exception as error:  # whatever a user's module raises
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{key}._target_={name}: {module} cannot be imported: {reason}") from None
+    if found is None:
+        raise UserError(
+            f"{key}._target_={name}: there is no module {missing} here. Is its folder on PYTHONPATH, or is it installed?"
+        )
+    for part in parts[count - 1 :] if missing else ():
+        if not hasattr(found, part):
+            public = [n for n in dir(found) if not n.startswith("_")]
+            inside = getattr(found, "__name__", found)
+            raise UserError(f"{key}._target_={name}: {inside} has no {part}; {closest(part, public)}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise UserError(f"{key}._target_={name} is no class or function: name one that is in it.")
+    return found
+
+
+def declares(key: str, node: Mapping[str, Any] | None, attribute: str) -> bool:
+    """Whether the class that a `_target_` names sets this attribute; functions and foreign classes need not know it."""
+    return node is not None and "_target_" in node and bool(getattr(find(key, node["_target_"]), attribute, False))
+
+
+def bind(key: str, node: Mapping[str, Any]) -> None:
+    """Raises UserError unless a `_target_` takes the arguments that stand beside it, and needs no others."""
+    name, target = node["_target_"], find(key, node["_target_"])
+    parameters = _parameters(target)
+    if parameters is None:
+        return
+    arguments = {str(argument): value for argument, value in node.items() if not str(argument).startswith("_")}
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for argument, value in arguments.items():
+        if argument not in parameters and not open_ended:
+            raise UserError(
+                f"{key}.{argument}: {name} takes no such argument; {closest(argument, parameters.keys() - PASSED_LATER)}"
+            )
+        is_target = isinstance(value, Mapping) and "_target_" in value
+        if argument in parameters and not is_target:
+            if wanted := mismatch(value, _hint(parameters[argument], target)):
+                raise UserError(f"{key}.{argument}={value!r}: write {wanted}.")
+    if node.get("_partial_") or "_args_" in node:
+        return
+    named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    required = {n for n, p in parameters.items() if p.default is p.empty and p.kind in named}
+    for argument in sorted(required - arguments.keys() - PASSED_LATER):
+        raise UserError(f"{key}.{argument} is missing: {name} needs it; write {key}.{argument}=…")
+
+
+def _parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
+    """None for what has no signature that can be read, such as some functions written in C."""
+    try:
+        return inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return None
+
+
+def _hint(parameter: inspect.Parameter, target: Callable[..., Any]) -> Any:
+    """A parameter's type; Any where its annotation names something that only a type checker can find."""
+    function = inspect.unwrap(target.__init__ if inspect.isclass(target) else target)  # type: ignore[misc]
+    annotated = types.SimpleNamespace(__annotations__={"it": parameter.annotation})
+    try:
+        return get_type_hints(annotated, getattr(function, "__globals__", {}))["it"]
+    except Exception:  # an annotation may be any expression
+        return Any
+
+
+def make(node: Mapping[str, Any] | None, key: str, **later: Any) -> Any:
+    """What the group `key` stands for; None where it is null.
+
+    Args:
+        later: arguments that no configuration can hold (`PASSED_LATER`), given where the target names them.
+
+    Raises:
+        UserError: the target refuses its arguments.
+    """
+    if node is None:
+        return None
+    parameters = _parameters(find(key, node["_target_"])) or {}
+    given = {name: value for name, value in later.items() if name in parameters}
+    literal = escaped(escaped(dict(node)))  # Hydra would resolve a `${` in the text, and the result once more
+    try:
+        # "all": plain lists and dictionaries
+        built = instantiate(literal | {"_partial_": True} if given else literal, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, UserError):
+            raise UserError(str(cause)) from error
+        raise UserError(f"{key} cannot be built: {str(cause).strip().splitlines()[0]}") from error
+    return built(**given) if given else built
