@@ -9,4 +9,4 @@ os.environ.setdefault("WANDB_SILENT", "true")
 from jaxtyping import install_import_hook  # noqa: E402
 
 # Every annotated tensor shape of the package is checked at run time in the tests.
-install_import_hook("selfdistill", "beartype.beartype")
+install_import_hook("selfdistill", "tests.checker.checked")
