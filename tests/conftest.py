@@ -8,5 +8,7 @@ os.environ.setdefault("WANDB_SILENT", "true")
 
 from jaxtyping import install_import_hook  # noqa: E402
 
+from tests import checker  # noqa: E402
+
 # Every annotated tensor shape of the package is checked at run time in the tests.
-install_import_hook("selfdistill", "tests.checker.checked")
+install_import_hook("selfdistill", f"{checker.__name__}.checked")
