@@ -20,9 +20,7 @@ def of_kind(prefix: str) -> list[str]:
 
 
 def tensors(name: str) -> dict[str, Tensor]:
-    return {
-        key.split("/")[1]: torch.from_numpy(array) for key, array in ARRAYS.items() if key.startswith(f"{name}/")
-    }
+    return {key.split("/")[1]: torch.from_numpy(array) for key, array in ARRAYS.items() if key.startswith(f"{name}/")}
 
 
 def scored_as(logps: Tensor) -> Any:
