@@ -22,8 +22,9 @@ class Brevity(Reward):
 """
 LINE = [
     "reward=function", "reward._target_=own_rewards.Brevity", "reward._partial_=false",
-    "trusted_prefixes=[own_rewards]", "dry_run=true", "logger=none", "eval=none", "hardware=cpu", "hardware.per_device_batch_size=4",
-    "num_generations=2", "hardware.accumulation_steps=1", "rollout.max_completion_tokens=8",
+    "trusted_prefixes=[own_rewards]", "dry_run=true", "logger=none", "eval=none", "hardware=cpu",
+    "hardware.per_device_batch_size=4", "hardware.accumulation_steps=1", "num_generations=2",
+    "rollout.max_completion_tokens=8",
 ]  # fmt: skip
 
 
