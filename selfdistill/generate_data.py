@@ -249,7 +249,7 @@ def build_keep(options: Options) -> Any:
     from hydra.utils import instantiate
 
     try:
-        return instantiate(keep)
+        return instantiate(keep, _convert_="all")
     except InstantiationException as error:
         raise UserError(f"keep: {str(error).strip().splitlines()[0]}") from None
 

@@ -1,20 +1,16 @@
 """Models for tests: a random one of a few thousand parameters with the embedded model's tokenizer."""
 
-import sys
 from functools import cache
-from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments" / "embedded_model"))
-
-from build import build_tokenizer  # noqa: E402
+from selfdistill.models.loading import resolve
 
 
 @cache
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    return build_tokenizer()
+    return AutoTokenizer.from_pretrained(resolve("embedded"))
 
 
 def tiny_model(seed: int = 0, hidden: int = 32, vocabulary: int | None = None, tied: bool = True) -> Qwen3ForCausalLM:

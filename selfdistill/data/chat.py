@@ -1,6 +1,7 @@
-"""Chat templates: which one is used, whether it works, and how long a prompt is once rendered."""
+"""Prompts: how they are written, which chat template renders them, and how long they are once rendered."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,41 +11,76 @@ from selfdistill.errors import UserError
 PROBE = "Which template?"
 
 
-def use_template(tokenizer: Any, chat_template: str, kwargs: Mapping[str, Any]) -> bool:
-    """Prepare the tokenizer: True when prompts are messages, False when they are plain strings.
-
-    Args:
-        tokenizer: its `chat_template` is replaced when `chat_template` is a path.
-        chat_template: `default` (the tokenizer's own), `none`, or the path of a Jinja file.
-        kwargs: what the template is rendered with besides the messages, such as `enable_thinking`.
+@dataclass(frozen=True)
+class Prompts:
+    """What prompts are made of and how long they may be; the settings are `load_data`'s.
 
     Raises:
-        UserError: the tokenizer has no template, the file is absent, or the template cannot render one message.
+        UserError: a setting is out of range, or two of them exclude each other.
     """
-    if chat_template == "none":
-        return False
-    if chat_template == "default":
-        if not getattr(tokenizer, "chat_template", None):
+
+    system: str | None
+    prompt_tokens: int | None
+    max_prompt_tokens: int | None
+    chat_template: str
+    template_kwargs: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        check_positive(prompt_tokens=self.prompt_tokens, max_prompt_tokens=self.max_prompt_tokens)
+        if self.prompt_tokens and self.max_prompt_tokens and self.prompt_tokens > self.max_prompt_tokens:
+            raise UserError(
+                f"data.prompt_tokens={self.prompt_tokens} is more than "
+                f"data.max_prompt_tokens={self.max_prompt_tokens}. Raise the latter."
+            )
+        if self.prompt_tokens and self.system:
+            raise UserError("data.system has no place in raw text: leave out data.system or data.prompt_tokens.")
+
+    def prepare(self, tokenizer: Any) -> bool:
+        """Set the template on the tokenizer; True when prompts are messages, False when they are plain strings.
+
+        Raises:
+            UserError: the tokenizer has no template, the file is absent, or the template cannot render one message.
+        """
+        if self.prompt_tokens and not getattr(tokenizer, "is_fast", False):
+            raise UserError(
+                "data.prompt_tokens needs a fast tokenizer, which this model does not have. Cut the text beforehand."
+            )
+        if self.prompt_tokens or self.chat_template == "none":
+            return False
+        if self.chat_template != "default":
+            tokenizer.chat_template = _read(self.chat_template)
+        elif not getattr(tokenizer, "chat_template", None):
             raise UserError(
                 "data.chat_template=default: this model's tokenizer has no chat template. "
                 "Write data.chat_template=none for raw text, or the path of a Jinja file."
             )
-    else:
-        tokenizer.chat_template = _read(chat_template)
-    try:
-        rendered = render(tokenizer, [{"role": "user", "content": PROBE}], kwargs)
-    except Exception as error:  # a template raises anything, also by its own raise_exception()
-        line = getattr(error, "lineno", None)
-        place = f", line {line}" if line else ""
-        raise UserError(
-            f"data.chat_template={chat_template}{place}: the template fails on one user message: {error}"
-        ) from None
-    if PROBE not in rendered:
-        raise UserError(
-            f"data.chat_template={chat_template}: the template leaves out what the user says. Write message['content'] "
-            "for each message in messages."
-        )
-    return True
+        try:
+            rendered = self.render(tokenizer, [{"role": "user", "content": PROBE}])
+        except Exception as error:  # a template raises anything, also by its own raise_exception()
+            line = getattr(error, "lineno", None)
+            place = f", line {line}" if line else ""
+            raise UserError(
+                f"data.chat_template={self.chat_template}{place}: the template fails on one user message: {error}"
+            ) from None
+        if PROBE not in rendered:
+            raise UserError(
+                f"data.chat_template={self.chat_template}: the template leaves out what the user says. "
+                "Write message['content'] for each message in messages."
+            )
+        return True
+
+    def render(self, tokenizer: Any, prompt: str | list[dict[str, str]]) -> str:
+        """The text that the model is given for this prompt, ready for its answer."""
+        if isinstance(prompt, str):
+            return prompt
+        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **self.template_kwargs)
+
+
+def check_positive(**counts: int | None) -> None:
+    """Raises UserError for a count of the group `data` that is neither null nor at least 1."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise UserError(f"data.{name}={value} must be at least 1, or null for none.")
 
 
 def _read(chat_template: str) -> str:
@@ -63,13 +99,10 @@ def _read(chat_template: str) -> str:
         ) from None
 
 
-def render(tokenizer: Any, messages: Sequence[Mapping[str, str]], kwargs: Mapping[str, Any]) -> str:
-    """The text that the model is given for these messages, ready for its answer."""
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **kwargs)
-
-
 def lengths(tokenizer: Any, texts: list[str], rendered: bool) -> list[int]:
     """Tokens of each prompt as the trainer will have them: special tokens are added to plain text only."""
+    if not texts:
+        return []
     return [len(ids) for ids in tokenizer(texts, add_special_tokens=not rendered, verbose=False)["input_ids"]]
 
 

@@ -1,18 +1,18 @@
 """From a path to the rows that a run trains and is evaluated on."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfdistill.config.suggestions import guess
-from selfdistill.data import chat
-from selfdistill.data.rows import Fields, RowReader
-from selfdistill.data.sources import EXTENSIONS, FORMATS, open_source
-from selfdistill.data.table import Table, TableReader
+from selfdistill.data.chat import Prompts
+from selfdistill.data.rows import OPTIONAL, Fields, RowReader
+from selfdistill.data.sources import EXTENSIONS, open_source
+from selfdistill.data.split import Selection, warn_of_shared_prompts
+from selfdistill.data.table import TableReader
 from selfdistill.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ def load_data(
     response), `text_field` (the whole text is what the user says). Without a chat template prompts are plain strings,
     and a system message stands before the prompt, separated by an empty line. The fields that were read are replaced by
     prompt, answer, golden_response and id, also where the file has other fields of these names; all others stay.
-    An answer, golden response or id that some rows of a file have, all its rows must have, be it as null: a row without
-    is taken for a typing error.
+    Where some rows of a file have an answer, golden response or id, all must have one, or null: a row without it is
+    taken for a typing error.
 
     Args:
         path: a file, `embedded:NAME` for data that comes with the package, or a hub dataset `owner/name[:split]`.
@@ -81,15 +81,15 @@ def load_data(
         format: jsonl, json, parquet, csv or hub; None goes by the extension.
         split, subset: of a hub dataset. Without a split `train` is taken.
         eval_path: where the evaluation rows are; None takes `eval_fraction` of the distinct prompts of `path`.
-        max_train_rows, max_eval_rows: keep so many rows, a seeded choice; more rows include the fewer.
+        max_train_rows, max_eval_rows: keep so many rows, chosen by the seed; a larger choice includes the smaller ones.
         require: `answer`, `golden_response`: the fields that every row must have.
         system: a system message for all rows, in place of their own.
-        prompt_tokens: the prompt is the first so many tokens of the raw text, as a plain string; the rest stays in the
-            column `continuation`.
+        prompt_tokens: so many tokens from the beginning of the raw text are the prompt, as a plain string; the rest
+            stays in the column `continuation`.
         max_prompt_tokens: of the rendered prompt; None for no limit.
         chat_template: `default`, `none`, or the path of a Jinja file.
-        chat_template_kwargs: what the template is rendered with, such as {"enable_thinking": False}; the trainer
-            needs the same.
+        chat_template_kwargs: what the template is rendered with, such as {"enable_thinking": False}; the trainer has to
+            render with the same.
         on_bad_row: `error`, or `skip`: leave the row out and list it in `bad_rows`.
         local_files_only: never ask the hub; a hub dataset comes from the local cache.
         seed: of the split and of the choice of rows. Rows with identical prompts never land on both sides.
@@ -97,140 +97,35 @@ def load_data(
     Raises:
         UserError: an argument, a file or a row is wrong; the message has the place and what to write instead.
     """
-    _check_arguments(
-        path, format, eval_path, eval_fraction, max_train_rows, max_eval_rows, system, prompt_tokens, max_prompt_tokens,
-        on_bad_row, require,
-    )  # fmt: skip
-    kwargs = dict(chat_template_kwargs or {})
-    conversational = not prompt_tokens and chat.use_template(tokenizer, chat_template, kwargs)
-    if prompt_tokens and not getattr(tokenizer, "is_fast", False):
-        raise UserError(
-            "data.prompt_tokens needs a fast tokenizer, which this model does not have. Cut the text beforehand."
-        )
-    fields = Fields(prompt_field, text_field, answer_field, demonstration_field, system_field, messages_field, id_field)
-    reader = RowReader(fields, tokenizer, conversational, system or None, prompt_tokens)
-    limit = None if prompt_tokens else max_prompt_tokens
-    table_reader = TableReader(reader, kwargs, limit, on_bad_row == "skip", _required(fields, require))
-    where: dict[str, Any] = {"split": split, "subset": subset, "local_files_only": local_files_only}
-
-    train = table_reader.read(open_source(path, key="data.path", format=format, **where))
-    if eval_path:
-        known = Path(eval_path).suffix.lower() in EXTENSIONS
-        evaluation = table_reader.read(
-            open_source(eval_path, key="data.eval_path", format=None if known else format, **where)
-        )
-        _warn_of_shared_prompts(train, evaluation)
-    else:
-        train, evaluation = _split(train, eval_fraction, seed)
-    bad_rows = table_reader.bad_rows
-    if bad_rows:
-        log.warning("%d rows were skipped, the first: %s, %d: %s", len(bad_rows), *bad_rows[0].values())
-    return DataSplits(
-        _sample(train, max_train_rows, seed).dataset(), _sample(evaluation, max_eval_rows, seed).dataset(), bad_rows
-    )
-
-
-def _check_arguments(
-    path: str,
-    format: str | None,
-    eval_path: str | None,
-    eval_fraction: float,
-    max_train_rows: int | None,
-    max_eval_rows: int | None,
-    system: str | None,
-    prompt_tokens: int | None,
-    max_prompt_tokens: int | None,
-    on_bad_row: str,
-    require: Sequence[str],
-) -> None:
-    """Raises UserError for what is wrong whatever the files hold."""
     if not path:
         raise UserError("data.path is empty: write the file to train on.")
-    if format is not None and format not in FORMATS:
-        raise UserError(f"data.format={format}: write one of {', '.join(FORMATS)}{guess(format, FORMATS)}")
-    if not eval_path and not 0 < eval_fraction < 1:
-        raise UserError(
-            f"data.eval_fraction={eval_fraction} must lie between 0 and 1, both excluded: 0.1 keeps a tenth of the "
-            "prompts for evaluation. Or give a file with data.eval_path."
-        )
-    counts = {
-        "max_train_rows": max_train_rows, "max_eval_rows": max_eval_rows,
-        "prompt_tokens": prompt_tokens, "max_prompt_tokens": max_prompt_tokens,
-    }  # fmt: skip
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise UserError(f"data.{name}={value} must be at least 1, or null for none.")
-    if prompt_tokens and max_prompt_tokens and prompt_tokens > max_prompt_tokens:
-        raise UserError(
-            f"data.prompt_tokens={prompt_tokens} is more than data.max_prompt_tokens={max_prompt_tokens}. "
-            "Raise the latter."
-        )
-    if prompt_tokens and system:
-        raise UserError("data.system has no place in raw text: leave out data.system or data.prompt_tokens.")
-    if on_bad_row not in ("error", "skip"):
-        raise UserError(f"data.on_bad_row={on_bad_row}: write error or skip.")
-    for name in require:
-        if name not in ("answer", "golden_response"):
-            raise UserError(
-                f"data.require={name}: write answer or golden_response{guess(name, ('answer', 'golden_response'))}"
-            )
+    prompts = Prompts(system, prompt_tokens, max_prompt_tokens, chat_template, dict(chat_template_kwargs or {}))
+    selection = Selection(None if eval_path else eval_fraction, max_train_rows, max_eval_rows, seed)
+    fields = Fields(prompt_field, text_field, answer_field, demonstration_field, system_field, messages_field, id_field)
+    reader = RowReader(fields, tokenizer, prompts.prepare(tokenizer), system or None, prompt_tokens)
+    tables = TableReader(reader, prompts, on_bad_row, _required(fields, require))
+    opened = partial(open_source, split=split, subset=subset, local_files_only=local_files_only)
+
+    train = tables.read(opened(path, key="data.path", format=format))
+    if eval_path:
+        # `format` is said of `path`; it holds for `eval_path` too, unless that has an extension of its own.
+        known = Path(eval_path).suffix.lower() in EXTENSIONS
+        evaluation = tables.read(opened(eval_path, key="data.eval_path", format=None if known else format))
+        warn_of_shared_prompts(train, evaluation)
+    else:
+        train, evaluation = selection.split(train)
+    if tables.bad_rows:
+        first = tables.bad_rows[0]
+        log.warning("%d rows were skipped, the first: %s, %d: %s", len(tables.bad_rows), *first.values())
+    train, evaluation = selection.sample(train, evaluation)
+    return DataSplits(train.dataset(), evaluation.dataset(), tables.bad_rows)
 
 
 def _required(fields: Fields, require: Sequence[str]) -> frozenset[str]:
-    """A field must be there when it is asked for, and when the user went to the trouble of naming it."""
-    asked = {"answer": "answer", "golden_response": "demonstration"}
-    named = {
-        name for name in ("answer", "demonstration", "id") if getattr(fields, name) not in (None, getattr(Fields, name))
-    }
-    return frozenset(named | {asked[name] for name in require})
-
-
-def _key(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
-
-
-def _rank(key: str, seed: int) -> bytes:
-    """A random order that depends on the prompt and the seed alone, not on the other rows or their order."""
-    return hashlib.blake2b(key.encode(), digest_size=16, salt=(seed % 2**64).to_bytes(8, "big")).digest()
-
-
-def _split(table: Table, eval_fraction: float, seed: int) -> tuple[Table, Table]:
-    """Both sides in the file's order; at least one distinct prompt for evaluation."""
-    keys = [_key(row.columns["prompt"]) for row in table.rows]
-    distinct = sorted(set(keys), key=lambda key: _rank(key, seed))
-    count = max(1, round(eval_fraction * len(distinct)))
-    if count >= len(distinct):
-        sides = "evaluation would be empty" if len(distinct) == 1 else "training would be left with nothing"
-        raise UserError(
-            f"data.path={table.source.name} has {len(distinct)} distinct prompts: with "
-            f"data.eval_fraction={eval_fraction} {sides}. Give more rows, another fraction, "
-            "or a file of its own with data.eval_path."
-        )
-    held_out = set(distinct[:count])
-    rows = list(zip(table.rows, keys, strict=True))
-    return (
-        Table(table.source, [row for row, key in rows if key not in held_out]),
-        Table(table.source, [row for row, key in rows if key in held_out]),
-    )
-
-
-def _sample(table: Table, count: int | None, seed: int) -> Table:
-    if count is None or count >= len(table.rows):
-        return table
-    # Another salt than the split's, which has sorted these prompts already.
-    order = sorted(
-        range(len(table.rows)), key=lambda i: _rank(f"{table.rows[i].line} {table.rows[i].columns['id']}", seed)
-    )
-    return Table(table.source, [table.rows[i] for i in sorted(order[:count])])
-
-
-def _warn_of_shared_prompts(train: Table, evaluation: Table) -> None:
-    lines = {_key(row.columns["prompt"]): row.line for row in train.rows}
-    shared = [row for row in evaluation.rows if _key(row.columns["prompt"]) in lines]
-    if shared:
-        first = shared[0]
-        log.warning(
-            "%d of %d evaluation prompts are also trained on, so accuracy looks better than it is; first: %s and %s",
-            len(shared), len(evaluation.rows), evaluation.source.place(first.line),
-            train.source.place(lines[_key(first.columns["prompt"])]),
-        )  # fmt: skip
+    """The fields that every row must have: those that are asked for, and those whose name the user has set."""
+    names = {column: name for name, column in OPTIONAL.items() if name != "id"}
+    for column in require:
+        if column not in names:
+            raise UserError(f"data.require={column}: write answer or golden_response{guess(column, names)}")
+    named = {name for name in OPTIONAL if getattr(fields, name) not in (None, getattr(Fields, name))}
+    return frozenset(named | {names[column] for column in require})

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from selfdistill.config.suggestions import nearest
-from selfdistill.data import chat
+from selfdistill.data.chat import cut
 
 SURROGATE = re.compile("[\ud800-\udfff]")
+MESSAGE = '{"role": "user", "content": "…"}'
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -29,9 +30,13 @@ class Fields:
     id: str | None = "id"
 
 
+# Fields that rows may lack, and the dataset's columns that they fill.
+OPTIONAL = {"answer": "answer", "demonstration": "golden_response", "id": "id"}
+
+
 @dataclass(frozen=True)
-class Row:
-    """A row in the dataset's shape, and which of the optional fields the file had for it."""
+class CheckedRow:
+    """A row in the dataset's shape, and which of the OPTIONAL fields the file had for it."""
 
     line: int
     columns: dict[str, Any]
@@ -40,12 +45,13 @@ class Row:
 
 @dataclass(frozen=True)
 class RowReader:
-    """Turns raw rows into the dataset's; raises BadRow.
+    """Turns the rows of a file into the dataset's; raises BadRow.
 
     Attributes:
+        tokenizer: cuts raw text; not needed without `prompt_tokens`.
         conversational: prompts are lists of messages, else strings.
         system: a system message that replaces the rows' own.
-        prompt_tokens: the prompt is the beginning of the text, and the rest goes to `continuation`.
+        prompt_tokens: the prompt is so many tokens from the beginning of the text; the rest goes to `continuation`.
     """
 
     fields: Fields
@@ -54,28 +60,27 @@ class RowReader:
     system: str | None = None
     prompt_tokens: int | None = None
 
-    def read(self, line: int, raw: Any) -> Row:
+    def read(self, line: int, raw: Any) -> CheckedRow:
         if not isinstance(raw, dict):
             raise BadRow(f'a row must be an object such as {{"prompt": "…"}}, this is {_kind(raw)}')
         columns: dict[str, Any] = {}
         followed: list[str] = []
-        used = {self.fields.answer, self.fields.demonstration, self.fields.id}
+        used = {getattr(self.fields, name) for name in OPTIONAL}
         if self.prompt_tokens:
             field = self._raw_text_field(raw)
-            columns["prompt"], columns["continuation"] = chat.cut(
-                self.tokenizer, self._text(raw, field), self.prompt_tokens
-            )
+            text = self._text(raw, field)
+            columns["prompt"], columns["continuation"] = cut(self.tokenizer, text, self.prompt_tokens)
             used.add(field)
         else:
             field = self._prompt_field(raw)
             columns["prompt"], followed = self._prompt(raw, field)
             used |= {field, self.fields.system}
-        present = {name for name in ("answer", "demonstration", "id") if _find(raw, getattr(self.fields, name))[0]}
+        present = frozenset(name for name in OPTIONAL if _find(raw, getattr(self.fields, name))[0])
         columns["answer"] = self._answer(raw)
         columns["golden_response"] = self._demonstrations(raw) or followed
         columns["id"] = self._id(raw, line)
         columns.update({key: value for key, value in raw.items() if key not in used and key not in columns})
-        return Row(line, columns, frozenset(present))
+        return CheckedRow(line, columns, present)
 
     def _raw_text_field(self, raw: dict[str, Any]) -> str:
         field = self.fields.text or ""
@@ -88,7 +93,7 @@ class RowReader:
         return field
 
     def _prompt_field(self, raw: dict[str, Any]) -> str:
-        """The field that the prompt is made of: the first one that the row has, one with a value before one without."""
+        """The field that the prompt is made of: the first one that has a value, else the first one that is there."""
         names = {
             "prompt_field": self.fields.prompt,
             "messages_field": self.fields.messages,
@@ -102,7 +107,7 @@ class RowReader:
         return next((field for field in found if _find(raw, field)[1] is not None), found[0])
 
     def _prompt(self, raw: dict[str, Any], field: str) -> tuple[Any, list[str]]:
-        """The prompt, and the assistant's answer where a conversation goes on."""
+        """The prompt, and the assistant's message that follows it in a conversation, if any."""
         value = _find(raw, field)[1]
         if field == self.fields.messages or (field == self.fields.prompt and isinstance(value, list)):
             return self._conversation(raw, field, value)
@@ -117,7 +122,7 @@ class RowReader:
                 f"field '{field}' holds messages, which need a chat template: write data.chat_template=default"
             )
         if not isinstance(value, list):
-            raise BadRow(f"field '{field}' must be a list of messages {_MESSAGE}, this is {_kind(value)}")
+            raise BadRow(f"field '{field}' must be a list of messages {MESSAGE}, this is {_kind(value)}")
         messages = [self._message(field, number, message) for number, message in enumerate(value, start=1)]
         last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
         if last is None:
@@ -130,7 +135,7 @@ class RowReader:
 
     def _message(self, field: str, number: int, message: Any) -> dict[str, str]:
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise BadRow(f"field '{field}', message {number} must be {_MESSAGE}, this is {_kind(message)}")
+            raise BadRow(f"field '{field}', message {number} must be {MESSAGE}, this is {_kind(message)}")
         if message["role"] not in ROLES:
             raise BadRow(
                 f"field '{field}', message {number}: the role {message['role']!r} is not one of {', '.join(ROLES)}"
@@ -175,14 +180,10 @@ class RowReader:
         value = _find(raw, field)[1]
         if value is None:
             return []
-        values = [value] if isinstance(value, str) else value
-        if not isinstance(values, list) or not all(isinstance(item, str) for item in values):
-            wrong = (
-                next((item for item in values if not isinstance(item, str)), value)
-                if isinstance(values, list)
-                else value
-            )
-            raise BadRow(f"field '{field}' must be a list of texts, [\"…\"], this has {_kind(wrong)}")
+        values = value if isinstance(value, list) else [value]
+        wrong = [item for item in values if not isinstance(item, str)]
+        if wrong:
+            raise BadRow(f"field '{field}' must be a list of texts, [\"…\"], this has {_kind(wrong[0])}")
         if not values or not all(item.strip() for item in values):
             raise BadRow(f"field '{field}' is empty")
         for item in values:
@@ -201,15 +202,12 @@ class RowReader:
         return str(value)
 
 
-_MESSAGE = '{"role": "user", "content": "…"}'
-
-
 def _system_message(system: str | None) -> list[dict[str, str]]:
     return [{"role": "system", "content": system}] if system else []
 
 
 def _find(raw: Mapping[str, Any], field: str | None) -> tuple[bool, Any]:
-    """Whether the row has the field, and its value. A name with dots that is no key goes into nested objects."""
+    """Whether the row has the field, and its value. A name with dots that is not a key leads into nested objects."""
     if field is None:
         return False, None
     if field in raw:
@@ -223,7 +221,7 @@ def _find(raw: Mapping[str, Any], field: str | None) -> tuple[bool, Any]:
 
 
 def _available(raw: Mapping[str, Any], wanted: Mapping[str, str]) -> str:
-    """The fields that the row has, and which one may be meant. `wanted`: configuration key → name of the field."""
+    """The end of a message: the row's fields, and which one may be meant. `wanted`: configuration key → field."""
     names = [str(name) for name in raw]
     for key, field in wanted.items():
         if near := nearest(field, names):
@@ -241,7 +239,9 @@ def _refuse_surrogates(field: str, text: str) -> None:
 
 
 def _kind(value: Any) -> str:
+    """What kind of value this is in JSON's terms, and the beginning of it."""
+    if value is None:
+        return "null"
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
-    name = "null" if value is None else names.get(type(value), type(value).__name__)
-    shown = repr(value)
-    return f"{name}: {shown[:60] + '…' if len(shown) > 60 else shown}" if value is not None else name
+    text = repr(value)
+    return f"{names.get(type(value), type(value).__name__)}: {text[:60] + '…' if len(text) > 60 else text}"

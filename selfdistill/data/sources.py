@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from selfdistill.config.suggestions import closest, nearest
+from selfdistill.config.suggestions import closest, guess, nearest
 from selfdistill.data.readers import Record, csv_records, hub_records, json_records, jsonl_records, parquet_records
 from selfdistill.errors import UserError
 
@@ -21,8 +21,8 @@ OTHER_EXTENSIONS = {
 
 
 @dataclass(frozen=True)
-class Source:
-    """Rows of one file or hub dataset. `unit` is what the number in a record counts: lines, or rows without lines."""
+class RowSource:
+    """The rows of one file or hub dataset. `unit` says what a record's number counts: `line`, or `row` in parquet."""
 
     name: str
     unit: str
@@ -40,7 +40,7 @@ def open_source(
     split: str | None = None,
     subset: str | None = None,
     local_files_only: bool = False,
-) -> Source:
+) -> RowSource:
     """Find out what `path` is and open it.
 
     Args:
@@ -51,12 +51,14 @@ def open_source(
     Raises:
         UserError: nothing readable is there.
     """
+    if format is not None and format not in FORMATS:
+        raise UserError(f"data.format={format}: write one of {', '.join(FORMATS)}{guess(format, FORMATS)}")
     if path.startswith(EMBEDDED_PREFIX):
         return _file_source(_embedded_file(path.removeprefix(EMBEDDED_PREFIX), key), path, "jsonl")
     file = Path(path).expanduser()
     format = format or _guess_format(path, file, key)
     if format == "hub":
-        return Source(path, "row", hub_records(path, key, split, subset, local_files_only))
+        return RowSource(path, "row", hub_records(path, key, split, subset, local_files_only))
     if file.is_dir():
         raise UserError(
             f"{key}={path} is a folder. Write the file: {_listing(file)} "
@@ -94,7 +96,7 @@ def _listing(folder: Path, limit: int = 5) -> str:
 
 
 def _near_file(file: Path) -> str:
-    """The end of a sentence that says that there is no such file."""
+    """The end of a message about a file that does not exist: which one may be meant."""
     if not file.parent.is_dir():
         return f". The folder {file.parent.absolute()} does not exist."
     names = [p.name for p in file.parent.iterdir() if p.is_file()]
@@ -110,8 +112,8 @@ def _embedded_file(name: str, key: str) -> Path:
     return folder / f"{name}.jsonl"
 
 
-def _file_source(file: Path, name: str, format: str) -> Source:
+def _file_source(file: Path, name: str, format: str) -> RowSource:
     if file.stat().st_size == 0:
         raise UserError(f"{name} is empty: it has no rows.")
     readers = {"jsonl": jsonl_records, "json": json_records, "csv": csv_records, "parquet": parquet_records}
-    return Source(name, "row" if format == "parquet" else "line", readers[format](file, name))
+    return RowSource(name, "row" if format == "parquet" else "line", readers[format](file, name))

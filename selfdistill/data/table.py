@@ -1,13 +1,12 @@
-"""Rows of one source, read and checked as a whole, and as a dataset."""
+"""The rows of one file or hub dataset: read, checked together, and made into a dataset."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from selfdistill.config.suggestions import guess
-from selfdistill.data import chat
-from selfdistill.data.rows import BadRow, Row, RowReader
-from selfdistill.data.sources import Source
+from selfdistill.data.chat import Prompts, lengths
+from selfdistill.data.rows import OPTIONAL, BadRow, CheckedRow, RowReader
+from selfdistill.data.sources import RowSource
 from selfdistill.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,16 +16,7 @@ BATCH_ROWS = 512
 TYPED_COLUMNS = ("prompt", "answer", "golden_response", "id")
 # Names under which rewards receive other things than the dataset's columns.
 RESERVED = frozenset(
-    (
-        "prompts",
-        "completions",
-        "prompt_ids",
-        "policy_logprobs",
-        "trainer_state",
-        "log_extra",
-        "log_metric",
-        "environments",
-    )
+    "prompts completions prompt_ids policy_logprobs trainer_state log_extra log_metric environments".split()
 )
 SKIP_HINT = "(data.on_bad_row=skip leaves such rows out.)"
 
@@ -39,8 +29,8 @@ def _sentence(reason: str) -> str:
 class Table:
     """Accepted rows of one source."""
 
-    source: Source
-    rows: list[Row]
+    source: RowSource
+    rows: list[CheckedRow]
 
     def dataset(self) -> "Dataset":
         """The rows as a datasets.Dataset, with the four columns of fixed types first."""
@@ -77,20 +67,30 @@ class Table:
 
 @dataclass
 class TableReader:
-    """Reads sources row by row; skips and lists bad rows, or raises at the first."""
+    """Reads sources row by row; skips and lists bad rows, or raises at the first.
+
+    Attributes:
+        prompts: renders the prompts, to measure them, and sets their limit.
+        on_bad_row: `error` or `skip`.
+        required: the OPTIONAL fields that every row must have.
+        bad_rows: of all sources so far, one {"file", "line", "reason"} each.
+    """
 
     reader: RowReader
-    template_kwargs: Mapping[str, Any]
-    max_prompt_tokens: int | None
-    skip: bool
+    prompts: Prompts
+    on_bad_row: str
     required: frozenset[str]
     bad_rows: list[dict[str, Any]] = field(default_factory=list)
 
-    def read(self, source: Source) -> Table:
+    def __post_init__(self) -> None:
+        if self.on_bad_row not in ("error", "skip"):
+            raise UserError(f"data.on_bad_row={self.on_bad_row}: write error or skip.")
+
+    def read(self, source: RowSource) -> Table:
         before = len(self.bad_rows)
         seen: dict[str, int] = {}
-        rows: list[Row] = []
-        batch: list[Row] = []
+        rows: list[CheckedRow] = []
+        batch: list[CheckedRow] = []
         any_row = False
         for record in source.records:
             any_row = True
@@ -122,70 +122,61 @@ class TableReader:
             )
         return Table(source, rows)
 
-    def _refuse(self, source: Source, line: int, reason: str) -> None:
-        if not self.skip:
+    def _refuse(self, source: RowSource, line: int, reason: str) -> None:
+        if self.on_bad_row == "error":
             raise UserError(f"{source.place(line)}: {_sentence(reason)} {SKIP_HINT}")
         self.bad_rows.append({"file": source.name, "line": line, "reason": reason})
 
-    def _refuse_duplicate(self, row: Row, seen: dict[str, int], unit: str) -> None:
+    def _refuse_duplicate(self, row: CheckedRow, seen: dict[str, int], unit: str) -> None:
         if "id" not in row.present:
             return
         first = seen.setdefault(row.columns["id"], row.line)
         if first != row.line:
             raise BadRow(f"the id '{row.columns['id']}' is already that of {unit} {first}; ids must differ")
 
-    def _short_enough(self, rows: list[Row], source: Source) -> list[Row]:
-        """The rows whose prompts are within the limit."""
-        if self.max_prompt_tokens is None or not rows:
+    def _short_enough(self, rows: list[CheckedRow], source: RowSource) -> list[CheckedRow]:
+        """The rows whose prompts are within the limit. Raw text is cut, and so is never too long."""
+        limit = self.prompts.max_prompt_tokens
+        if limit is None or self.prompts.prompt_tokens:
             return rows
-        texts, renderable = [], []
+        tokenizer = self.reader.tokenizer
+        kept, texts = [], []
         for row in rows:
-            prompt = row.columns["prompt"]
             try:
-                texts.append(
-                    prompt
-                    if isinstance(prompt, str)
-                    else chat.render(self.reader.tokenizer, prompt, self.template_kwargs)
-                )
+                texts.append(self.prompts.render(tokenizer, row.columns["prompt"]))
+                kept.append(row)
             except Exception as error:  # templates refuse roles or orders of turns by raising what they like
                 self._refuse(source, row.line, f"the chat template refuses these messages: {error}")
-                continue
-            renderable.append(row)
-        kept = []
-        counts = chat.lengths(self.reader.tokenizer, texts, self.reader.conversational) if texts else []
-        for row, tokens in zip(renderable, counts, strict=True):
-            if tokens <= self.max_prompt_tokens:
-                kept.append(row)
+        short = []
+        for row, tokens in zip(kept, lengths(tokenizer, texts, self.reader.conversational), strict=True):
+            if tokens <= limit:
+                short.append(row)
             else:
-                limit = f"data.max_prompt_tokens={self.max_prompt_tokens}"
-                self._refuse(
-                    source,
-                    row.line,
-                    f"the prompt has {tokens} tokens, more than {limit}; raise that or shorten the prompt",
-                )
-        return kept
+                over = f"{tokens} tokens, more than data.max_prompt_tokens={limit}"
+                self._refuse(source, row.line, f"the prompt has {over}; raise that or shorten the prompt")
+        return short
 
-    def _complete(self, rows: list[Row], source: Source) -> list[Row]:
+    def _complete(self, rows: list[CheckedRow], source: RowSource) -> list[CheckedRow]:
         """The rows without those that lack a field which is required, or which other rows of the file have."""
-        for name, column in (("answer", "answer"), ("demonstration", "golden_response"), ("id", "id")):
-            required, shared = name in self.required, any(name in row.present for row in rows)
-            if not required and not shared:
-                continue
-            kept, field_name = [], getattr(self.reader.fields, name)
-            for row in rows:
-                if row.columns[column] and (name in row.present or name == "demonstration"):
-                    kept.append(row)
-                elif name in row.present and not required:
-                    kept.append(row)  # an explicit null
-                elif name in row.present:
-                    self._refuse(source, row.line, f"field '{field_name}' is empty, and every row must have it")
-                else:
-                    self._refuse(source, row.line, self._missing(row, field_name, required))
-            rows = kept
+        for name in OPTIONAL:
+            if name in self.required or any(name in row.present for row in rows):
+                problems = [self._missing(row, name) for row in rows]
+                for row, problem in zip(rows, problems, strict=True):
+                    if problem:
+                        self._refuse(source, row.line, problem)
+                rows = [row for row, problem in zip(rows, problems, strict=True) if not problem]
         return rows
 
-    def _missing(self, row: Row, field_name: str, required: bool) -> str:
-        names = [name for name in row.columns if name not in TYPED_COLUMNS]
+    def _missing(self, row: CheckedRow, name: str) -> str | None:
+        """What is wrong with a row without a value for a field; None where it has one, or may do without."""
+        field_name, required, written = getattr(self.reader.fields, name), name in self.required, name in row.present
+        # An id that is not written is the row's line; a demonstration may also follow the prompt in a conversation.
+        has_value = bool(row.columns[OPTIONAL[name]]) and (written or name == "demonstration")
+        if has_value or (written and not required):  # null, where it is written, says that there is none
+            return None
+        if written:
+            return f"field '{field_name}' is empty, and every row must have it"
+        names = [column for column in row.columns if column not in TYPED_COLUMNS]
         others = f"; its other fields: {', '.join(names)}{guess(field_name, names)}" if names else ""
         why = "every row must have it" if required else "other rows have it (where there is none, write null)"
         return f"no field '{field_name}', and {why}{others}"

@@ -1,25 +1,45 @@
-"""What every reward shares: its name, its columns, and for some the policy that scores.
+"""What rewards share: their name, the policy that some of them ask, and the comparison with a row's accepted answers.
 
-A reward is called as TRL calls one and returns one entry per completion: a float, None (not scorable; the row
-leaves the group's baseline), or {"score", "feedback"}.
+A reward is called as TRL calls one and returns one entry per completion: a float, None (the completion cannot be scored
+and leaves the group's baseline), or {"score", "feedback"}.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from selfdistill.errors import UserError
 from selfdistill.rewards.scorer import PolicyScorer
+from selfdistill.rollout import text_of
 
 Result = float | None | dict[str, Any]
+Feedback = Literal["none", "verdict", "answer"]
 
 
 class Reward:
-    """A callable that judges completions: `reward(prompts=…, completions=…, completion_ids=…, **columns)`.
+    """A callable that scores completions: `reward(prompts=…, completions=…, completion_ids=…, **columns)`.
 
-    Its `__name__` is what logs call it (`ExactMatch` → `exact_match`).
+    A new reward is one class in one file; it need not derive from this one, which adds the name in the logs
+    (`ExactMatch` → `exact_match`). Its `__init__` takes its settings; its `__call__` takes the lists above, and the
+    dataset's other columns as keyword arguments:
+
+        @dataclass(eq=False)
+        class Brevity(Reward):
+            most_tokens: int = 32
+
+            def __call__(self, prompts, completions, completion_ids, **columns):
+                return [-max(0.0, len(ids) / self.most_tokens - 1) for ids in completion_ids]
+
+    In `my_rewards.py` it is used, and its settings are checked, with no further file:
+
+        reward=function reward._target_=my_rewards.Brevity reward._partial_=false +reward.most_tokens=16
+        trusted_prefixes=[my_rewards]
+
+    A file `conf/reward/NAME.yaml` with `_target_` and the settings makes it `reward=NAME`. `Judge` is the base of
+    rewards that compare with an answer, and `PolicyReward` of those that ask the policy.
     """
 
     @property
@@ -28,6 +48,64 @@ class Reward:
 
     def __call__(self, *args: Any, **columns: Any) -> Sequence[Result]:
         raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """Why a completion is wrong: what to say of it, and the sentence that also gives the answer away."""
+
+    verdict: str
+    answer: str
+
+
+class BadAnswer(ValueError):
+    """A reference answer that the reward cannot compare with; the message says what to correct."""
+
+
+@dataclass(eq=False)
+class Judge(Reward):
+    """1 for a right completion, 0 for a wrong one, None where the row has no answer. Subclasses give `judge` alone.
+
+    Args:
+        answer_field: the column with the answer, or with a list of accepted ones; where its value is None, the row's
+            `golden_response` is the list.
+        feedback: what is said about a wrong completion: nothing (`none`: plain floats are returned), that it is wrong
+            (`verdict`), or also the `answer`. Nothing is said about a right one.
+
+    Raises:
+        UserError: a setting is not one of those that are offered, or a row's answer cannot be compared with.
+    """
+
+    answer_field: str = "answer"
+    feedback: str = "verdict"
+
+    def __post_init__(self) -> None:
+        check_choice("feedback", self.feedback, get_args(Feedback))
+
+    def judge(self, completion: str, answers: list[str]) -> Wrong | None:
+        """What is wrong with the completion, or None; `answers` holds at least one. Raises BadAnswer."""
+        raise NotImplementedError
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[Result]:
+        accepted = answers_of(columns, self.answer_field, len(completions), self.__name__)
+        return [
+            self._result(text_of(completion), answers, row) if answers else None
+            for row, (completion, answers) in enumerate(zip(completions, accepted, strict=True))
+        ]
+
+    def _result(self, completion: str, answers: list[str], row: int) -> Result:
+        try:
+            wrong = self.judge(completion, answers)
+        except BadAnswer as error:
+            raise UserError(f"reward {self.__name__}, row {row} of the batch: {error}") from None
+        score = float(wrong is None)
+        if self.feedback == "none":
+            return score
+        return {"score": score, "feedback": None if wrong is None else self._text(wrong)}
+
+    def _text(self, wrong: Wrong) -> str:
+        """The feedback on a wrong completion."""
+        return f"{wrong.verdict} {wrong.answer}" if self.feedback == "answer" else wrong.verdict
 
 
 class PolicyReward(Reward):
@@ -52,12 +130,18 @@ class PolicyReward(Reward):
         prompt_ids: Sequence[Sequence[int]] | None,
         completion_ids: Sequence[Sequence[int]] | None,
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """The ids as given; only what is missing (a caller other than our trainer) is encoded from text."""
+        """The ids as given. Our trainer gives both; for another caller, what is missing is encoded from the text."""
         if prompt_ids is None:
             prompt_ids = self.scorer.encode_prompts(prompts)
         if completion_ids is None:
             completion_ids = self.scorer.encode_completions(completions)
         return [list(ids) for ids in prompt_ids], [list(ids) for ids in completion_ids]
+
+
+def check_choice(key: str, value: str, allowed: Sequence[str]) -> None:
+    """Raises UserError unless the setting `reward.KEY` has one of the allowed values."""
+    if value not in allowed:
+        raise UserError(f"reward.{key} is {value!r}; write one of {', '.join(allowed)}")
 
 
 def check_policy_logprobs(policy_logprobs: Sequence[Tensor], completion_ids: Sequence[Sequence[int]]) -> None:

@@ -6,31 +6,33 @@ All three drive the policy's entropy down, and all three are known to end in ove
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from selfdistill.errors import UserError
-from selfdistill.rewards.base import PolicyReward, check_policy_logprobs
+from selfdistill.rewards.base import PolicyReward, check_choice, check_policy_logprobs
 from selfdistill.rewards.scorer import to_lists
 
 
+@dataclass(eq=False)
 class _Confidence(PolicyReward):
-    """Mean over the completion's tokens of a value in nats; higher = surer.
+    """The mean over the completion's tokens of a value in nats, which is higher where the policy is surer.
 
     Args:
         score_eos: whether the closing EOS counts as a token of the completion.
         truncated: `keep` scores completions that hit the length limit like any other, `exclude` gives them None.
 
-    A completion without a token besides EOS is not scorable (None): a mean over nothing is not a reward, and 0
-    would be the highest there is.
+    A completion without a token besides EOS is not scorable (None): there is nothing to take the mean of, and 0 would
+    be the highest reward there is.
     """
 
-    def __init__(self, score_eos: bool = True, truncated: str = "keep") -> None:
-        if truncated not in ("keep", "exclude"):
-            raise UserError(f"reward.truncated is {truncated!r}; write keep or exclude")
-        self.score_eos = score_eos
-        self.truncated = truncated
+    score_eos: bool = True
+    truncated: str = "keep"
+
+    def __post_init__(self) -> None:
+        check_choice("truncated", self.truncated, ("keep", "exclude"))
 
     def __call__(
         self,
@@ -62,27 +64,27 @@ class _Confidence(PolicyReward):
         raise NotImplementedError
 
 
+@dataclass(eq=False)
 class InverseLoss(_Confidence):
     """r = (1/|y|) Σ_t log π(y_t | x, y_<t): minus the loss on the completion's own tokens.
 
-    In expectation minus the policy's entropy. With `policy_logprobs` in the call no forward pass is made.
+    Its expectation is minus the policy's entropy. With `policy_logprobs` in the call no forward pass is made.
 
     Args:
-        score_eos, truncated: see the parent.
+        score_eos: whether the closing EOS counts as a token of the completion.
+        truncated: `keep` scores completions that hit the length limit like any other, `exclude` gives them None.
         clip_logp: tokens surer than this (a log-probability, at most 0) count as this, so that a near-deterministic
             repetition earns nothing more; log 0.95 = −0.0513 is a usual choice.
     """
 
-    def __init__(
-        self,
-        score_eos: bool = True,
-        truncated: str = "keep",
-        clip_logp: float | None = None,
-    ) -> None:
-        super().__init__(score_eos, truncated)
-        if clip_logp is not None and clip_logp > 0:
-            raise UserError(f"reward.clip_logp is {clip_logp}; it is a log-probability: write a number of at most 0")
-        self.clip_logp = clip_logp
+    clip_logp: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.clip_logp is not None and self.clip_logp > 0:
+            raise UserError(
+                f"reward.clip_logp is {self.clip_logp}; it is a log-probability: write a number of at most 0"
+            )
 
     def _token(self, value: float) -> float:
         return value if self.clip_logp is None else min(value, self.clip_logp)

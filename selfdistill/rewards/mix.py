@@ -45,7 +45,7 @@ class Mix(Reward):
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[Result]:
         totals: list[float | None] = [None] * len(completions)
-        told: list[list[str]] = [[] for _ in completions]
+        words: list[list[str]] = [[] for _ in completions]
         for name, function, weight in self.parts:
             result = function(prompts=prompts, completions=completions, **columns)
             scores, feedback = normalise(result, name, len(completions), function)
@@ -53,7 +53,7 @@ class Mix(Reward):
                 if score is not None:
                     totals[row] = (totals[row] or 0.0) + weight * score
                 if text:
-                    told[row].append(text)
+                    words[row].append(text)
         return [
-            {"score": total, "feedback": "\n".join(texts) or None} for total, texts in zip(totals, told, strict=True)
+            {"score": total, "feedback": "\n".join(texts) or None} for total, texts in zip(totals, words, strict=True)
         ]

@@ -3,12 +3,14 @@
 import os
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from selfdistill.errors import UserError
 from selfdistill.rewards.base import Reward
 
 
+@dataclass(eq=False)
 class RepetitionPenalty(Reward):
     """−(share of the completion's n-grams that repeat an earlier one), in [−1, 0]; 0 for completions shorter than n.
 
@@ -16,10 +18,11 @@ class RepetitionPenalty(Reward):
         ngram_tokens: n, in tokens. A character vocabulary wants more (8) than one of word pieces (3 or 4).
     """
 
-    def __init__(self, ngram_tokens: int = 4) -> None:
-        if ngram_tokens < 1:
-            raise UserError(f"reward.ngram_tokens is {ngram_tokens}; write a whole number of at least 1")
-        self.ngram_tokens = ngram_tokens
+    ngram_tokens: int = 4
+
+    def __post_init__(self) -> None:
+        if self.ngram_tokens < 1:
+            raise UserError(f"reward.ngram_tokens is {self.ngram_tokens}; write a whole number of at least 1")
 
     def __call__(
         self,
@@ -36,6 +39,7 @@ class RepetitionPenalty(Reward):
         return -(1 - len(set(grams)) / len(grams)) if grams else 0.0
 
 
+@dataclass(eq=False)
 class LengthFloor(Reward):
     """−max(0, 1 − |y| / min_tokens), in [−1, 0]: completions shorter than the floor lose in proportion.
 
@@ -43,10 +47,11 @@ class LengthFloor(Reward):
         min_tokens: the floor; a closing EOS counts as a token.
     """
 
-    def __init__(self, min_tokens: int = 4) -> None:
-        if min_tokens < 1:
-            raise UserError(f"reward.min_tokens is {min_tokens}; write a whole number of at least 1")
-        self.min_tokens = min_tokens
+    min_tokens: int = 4
+
+    def __post_init__(self) -> None:
+        if self.min_tokens < 1:
+            raise UserError(f"reward.min_tokens is {self.min_tokens}; write a whole number of at least 1")
 
     def __call__(
         self,
@@ -58,19 +63,21 @@ class LengthFloor(Reward):
         return [-max(0.0, 1 - len(ids) / self.min_tokens) for ids in completion_ids]
 
 
+@dataclass(eq=False)
 class RandomReward(Reward):
     """1 with a fixed probability, otherwise 0, whatever the completion says.
 
     Some models get better at benchmarks under random rewards (arXiv 2506.10947): a gain that this control also shows is
-    no merit of the reward. Draws depend on the seed, the training step, the call within it and the process, not on the
-    calls before, so a resumed run draws what an unbroken one does.
+    not due to the reward. A draw depends on the seed, the training step, the process and how many calls the step had
+    before it, but not on earlier steps: a resumed run draws what an unbroken one does.
     """
 
-    def __init__(self, seed: int = 0, probability: float = 0.5) -> None:
-        if not 0 <= probability <= 1:
-            raise UserError(f"reward.probability is {probability}; write a number from 0 to 1")
-        self.seed = seed
-        self.probability = probability
+    seed: int = 0
+    probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.probability <= 1:
+            raise UserError(f"reward.probability is {self.probability}; write a number from 0 to 1")
         self._step, self._calls = -1, 0
 
     def __call__(

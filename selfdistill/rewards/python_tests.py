@@ -10,12 +10,13 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from selfdistill.errors import UserError
-from selfdistill.rewards.base import Result, Reward, shorten
+from selfdistill.rewards.base import Result, Reward, check_choice, shorten
 from selfdistill.rollout import text_of
 
 CHILD = Path(__file__).with_name("python_tests_child.py")
@@ -29,7 +30,7 @@ START_GRACE_S = 10.0
 
 @cache
 def _without_network() -> tuple[str, ...]:
-    """The command that gives a process namespaces of its own for network and processes, where the system allows it."""
+    """The command that starts a process without network, in a process namespace of its own; empty where forbidden."""
     command = ("unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child")
     try:
         tried = subprocess.run([*command, "true"], capture_output=True, timeout=10)
@@ -44,6 +45,7 @@ def extract_code(text: str) -> str:
     return (blocks[-1] if blocks else text).strip("\n")
 
 
+@dataclass(eq=False)
 class PythonTests(Reward):
     """Runs a completion's code against the row's tests, each a piece of Python that raises when it fails.
 
@@ -52,8 +54,8 @@ class PythonTests(Reward):
     folder are refused inside the interpreter, and where the system offers unprivileged namespaces there is no network.
 
     This contains accidents: endless loops, memory, stray files, a forgotten download. It is NOT a sandbox against an
-    attacker. The code can read the files that the user can read, and native code can get round the interpreter's
-    refusals. Nor is it proof against reward hacking: tests and code share one process. For code that may mean harm,
+    attacker. The code can read the files that the user can read, and native code can circumvent what the interpreter
+    refuses. Nor does it prevent reward hacking: tests and code share one process. For code that may do harm on purpose,
     use a container or a virtual machine.
 
     Args:
@@ -68,34 +70,25 @@ class PythonTests(Reward):
         workers: processes at a time; None = number of cores.
     """
 
-    def __init__(
-        self,
-        allow_code_execution: bool = False,
-        tests_field: str = "tests",
-        partial: bool = False,
-        feedback: str = "tests",
-        timeout_s: float = 5.0,
-        memory_mib: int = 512,
-        file_mib: int = 1,
-        workers: int | None = None,
-    ) -> None:
-        if allow_code_execution is not True:
+    allow_code_execution: bool = False
+    tests_field: str = "tests"
+    partial: bool = False
+    feedback: str = "tests"
+    timeout_s: float = 5.0
+    memory_mib: int = 512
+    file_mib: int = 1
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.allow_code_execution is not True:
             raise UserError(
                 "reward python_tests runs code that the model wrote, on this machine, contained but not sandboxed. "
                 "Write allow_code_execution=true if that is what you want."
             )
-        if feedback not in ("none", "tests"):
-            raise UserError(f"reward.feedback is {feedback!r}; write none or tests")
-        for key, value in (("timeout_s", timeout_s), ("memory_mib", memory_mib), ("file_mib", file_mib)):
-            if value <= 0:
-                raise UserError(f"reward.{key} is {value}; write a number above 0")
-        self.tests_field = tests_field
-        self.partial = partial
-        self.feedback = feedback
-        self.timeout_s = timeout_s
-        self.memory_mib = memory_mib
-        self.file_mib = file_mib
-        self.workers = workers or os.cpu_count() or 1
+        check_choice("feedback", self.feedback, ("none", "tests"))
+        for key in ("timeout_s", "memory_mib", "file_mib"):
+            if getattr(self, key) <= 0:
+                raise UserError(f"reward.{key} is {getattr(self, key)}; write a number above 0")
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[Result]:
         if self.tests_field not in columns:
@@ -105,7 +98,7 @@ class PythonTests(Reward):
             )
         tests = [self._tests(value, row) for row, value in enumerate(columns[self.tests_field])]
         codes = [extract_code(text_of(completion)) for completion in completions]
-        with ThreadPoolExecutor(self.workers) as pool:
+        with ThreadPoolExecutor(self.workers or os.cpu_count()) as pool:
             return list(pool.map(self._judge, codes, tests))
 
     def _tests(self, value: Any, row: int) -> list[str]:
@@ -128,7 +121,7 @@ class PythonTests(Reward):
         score = passed / len(tests) if self.partial else float(passed == len(tests))
         if self.feedback == "none":
             return score
-        return {"score": score, "feedback": None if passed == len(tests) else self._told(tests, outcomes)}
+        return {"score": score, "feedback": None if passed == len(tests) else _feedback(tests, outcomes)}
 
     def _run(self, code: str, tests: list[str]) -> list[tuple[str, str]]:
         """Kind (ok, or one of ORDER) and message of every test."""
@@ -167,15 +160,17 @@ class PythonTests(Reward):
             died = ("timeout", "The time limit was exceeded.")
         return [*found, *[died] * (len(tests) - len(found))]
 
-    def _told(self, tests: list[str], outcomes: list[tuple[str, str]]) -> str:
-        failing = [
-            (ORDER.index(kind), len(text), test, text)
-            for test, (kind, text) in zip(tests, outcomes, strict=True)
-            if kind != "ok"
-        ]
-        head = f"{len(failing)} of {len(tests)} tests fail."
-        # What is wrong with the code itself is the same for every test: it is said once.
-        whole = outcomes[0][0] in ("load", "format")
-        shown = [outcomes[0][1]] if whole else [f"{test.strip()}\n{text}" for _, _, test, text in sorted(failing)]
-        budget = (FEEDBACK_CHARACTERS - len(head)) // SHOWN_TESTS - 2
-        return "\n\n".join([head, *(shorten(block, budget) for block in shown[:SHOWN_TESTS])])
+
+def _feedback(tests: list[str], outcomes: list[tuple[str, str]]) -> str:
+    """How many tests fail, and what happened in the first of them by kind and length."""
+    failing = [
+        (ORDER.index(kind), len(text), test, text)
+        for test, (kind, text) in zip(tests, outcomes, strict=True)
+        if kind != "ok"
+    ]
+    head = f"{len(failing)} of {len(tests)} tests fail."
+    # What is wrong with the code itself is the same for every test: it is said once.
+    same_for_all = outcomes[0][0] in ("load", "format")
+    blocks = [outcomes[0][1]] if same_for_all else [f"{test.strip()}\n{text}" for _, _, test, text in sorted(failing)]
+    budget = (FEEDBACK_CHARACTERS - len(head)) // SHOWN_TESTS - 2
+    return "\n\n".join([head, *(shorten(block, budget) for block in blocks[:SHOWN_TESTS])])

@@ -1,7 +1,7 @@
 """Runs one completion's code and its tests. Started by `PythonTests` as a process of its own; imports nothing of ours.
 
-Reads one JSON object (code, tests, limits) on stdin; writes one JSON line per test to what stdout was at the start, as
-soon as the test is through, so that a process that dies keeps what it has found.
+Reads one JSON object (code, tests, limits) on stdin. Writes one JSON line per test to the original stdout as soon as
+the test has ended, so that results remain where the process dies later.
 """
 
 import ast
@@ -60,7 +60,7 @@ def describe(error: BaseException) -> str:
 
 
 def what_came_out(test: str, namespace: dict) -> str:
-    """For a failed `assert a == b` the value of a; otherwise nothing."""
+    """For a failed `assert a == b` the value of a; an empty text for other tests."""
     body = ast.parse(test).body
     if len(body) != 1 or not isinstance(body[0], ast.Assert) or not isinstance(body[0].test, ast.Compare):
         return ""
@@ -78,12 +78,12 @@ def run(test: str, namespace: dict) -> tuple[str, str]:
         return "timeout", "The time limit was exceeded."
     except AssertionError as error:
         try:
-            told = str(error) or what_came_out(test, namespace)
+            text = str(error) or what_came_out(test, namespace)
         except OutOfTime:
             return "timeout", "The time limit was exceeded."
         except Exception:
-            told = ""
-        return "wrong", told[:MESSAGE_CHARACTERS] or "The assertion does not hold."
+            text = ""
+        return "wrong", text[:MESSAGE_CHARACTERS] or "The assertion does not hold."
     except BaseException as error:
         return "error", describe(error)
 
@@ -129,7 +129,7 @@ def main() -> None:
             start_clock()
         kind, text = failed or run(test, namespace)
         report(kind, text)
-    # Threads and exit handlers of the code under test have no say any more.
+    # Ends at once, whatever threads or exit handlers the code under test has left.
     channel.flush()
     os._exit(0)
 

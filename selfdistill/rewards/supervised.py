@@ -3,12 +3,13 @@
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from selfdistill.errors import UserError
-from selfdistill.rewards.base import PolicyReward, answers_of, check_policy_logprobs
+from selfdistill.rewards.base import PolicyReward, answers_of, check_choice, check_policy_logprobs
 from selfdistill.rewards.scorer import to_lists
 
 Mode = Literal["completion_cross_entropy", "answer_perplexity"]
@@ -22,65 +23,61 @@ SEED_WARNING = (
 )
 
 
+@dataclass(eq=False)
 class Supervised(PolicyReward):
-    """Coverage-weighted fit to the answer a; y is the completion, cov = min(1, |y| / |a|), m = min(|y|, |a|),
-    where m, not cov, counts an emitted EOS with y.
+    """How well the completion y predicts the answer a for the prompt x, lowered where y is shorter than a.
+
+    Lengths |y| and |a| are in tokens without EOS. The coverage is cov = min(1, |y| / |a|). Of the answer, the first m
+    tokens are scored: m = min(|y|, |a|), and one more than |y| where the completion ended with EOS, so that stopping
+    early costs what the policy should have written there.
 
     Modes:
-        completion_cross_entropy: CE = mean over i < m of −log π(a_i | x, y_<i), the answer's tokens scored where the
-            completion stands. Position-locked: a correct answer that is worded or placed differently scores low, and
-            the last answer token is never conditioned on (see `include_eos`).
-        answer_perplexity: PPL = exp(mean over i of −log π(a_i | x, a_<i)). The completion enters by its length alone,
-            so completions at least as long as the answer all score the same. `AnswerLikelihood` is the better choice.
+        completion_cross_entropy: CE = mean over i < m of −log π(a_i | x, y_<i): each answer token, predicted from what
+            the completion says before that position. A correct answer in other words, or in another place, scores low,
+            and the completion's last token is never read (see `include_eos`).
+        answer_perplexity: PPL = exp(mean over i < m of −log π(a_i | x, a_<i)). Only the completion's length matters, so
+            completions at least as long as the answer all score the same. `AnswerLikelihood` is the better choice.
 
-    Coverage, with C = CE or PPL; every form but `seed` falls as a completion of equal cross-entropy is cut short:
+    Coverage, with C = CE or PPL. Of two completions with equal C the shorter one scores lower, except under `seed`:
         divide: −C / cov
-        pad: −mean over all |a| tokens, the |a| − m missing ones at `missing_nats` each, or at CE where that is more
-            (exp of the mean in mode answer_perplexity)
+        pad: −mean over all |a| tokens, where each of the |a| − m missing ones costs `missing_nats`, or CE if that is
+            more (exp of the mean in mode answer_perplexity)
         additive: −C − `coverage_weight` · (1 − cov)
         prob: cov · exp(−CE), in [0, 1]
-        seed: the published formula −C · cov, in mode completion_cross_entropy without the prompt and with each position
-            compared with the answer token before the one it predicts. It pays for short completions, and warns.
+        seed: the published formula −C · cov. In mode completion_cross_entropy it leaves out the prompt and compares
+            each position with the answer token before the one that it predicts. It pays for short completions, and a
+            warning says so.
 
     Args:
         answer_field: the column with the answer; where its value is None, the first of `golden_response` counts.
         missing_nats: price of a missing token under `pad`; None = ln V, what a uniform guess costs.
-        coverage_weight: nats that a wholly missing answer costs under `additive`.
-        include_eos: the answer ends with EOS too. Without it an answer of one token scores the same whatever the
-            completion says.
-        overlong_weight: subtracts overlong_weight · max(0, |y| / |a| − overlong_ratio), without EOS; 0 = off.
+        coverage_weight: what a completely missing answer costs under `additive`, in nats.
+        include_eos: EOS is scored as the answer's last token. Without it an answer of one token scores the same
+            whatever the completion says.
+        overlong_weight: w in the penalty w · max(0, |y| / |a| − overlong_ratio), which is subtracted; 0 = off.
         overlong_ratio: length relative to the answer from which a completion is too long.
 
     A row with an empty completion, or without an answer, is not scorable (None).
     """
 
-    def __init__(
-        self,
-        mode: str = "completion_cross_entropy",
-        coverage: str = "divide",
-        answer_field: str = "answer",
-        missing_nats: float | None = None,
-        coverage_weight: float = 1.0,
-        include_eos: bool = False,
-        overlong_weight: float = 0.0,
-        overlong_ratio: float = 1.0,
-    ) -> None:
-        for key, value, allowed in (("mode", mode, get_args(Mode)), ("coverage", coverage, get_args(Coverage))):
-            if value not in allowed:
-                raise UserError(f"reward.{key} is {value!r}; write one of {', '.join(allowed)}")
-        for key, number in (("coverage_weight", coverage_weight), ("overlong_weight", overlong_weight)):
+    mode: str = "completion_cross_entropy"
+    coverage: str = "divide"
+    answer_field: str = "answer"
+    missing_nats: float | None = None
+    coverage_weight: float = 1.0
+    include_eos: bool = False
+    overlong_weight: float = 0.0
+    overlong_ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, get_args(Mode))
+        check_choice("coverage", self.coverage, get_args(Coverage))
+        for key, number in (("coverage_weight", self.coverage_weight), ("overlong_weight", self.overlong_weight)):
             if number < 0:
                 raise UserError(f"reward.{key} is {number}; write a number of at least 0")
-        if coverage == "seed":
-            warnings.warn(SEED_WARNING, stacklevel=2)
-        self.mode = mode
-        self.coverage = coverage
-        self.answer_field = answer_field
-        self.missing_nats = missing_nats
-        self.coverage_weight = coverage_weight
-        self.include_eos = include_eos and coverage != "seed"  # that formula knows no EOS
-        self.overlong_weight = overlong_weight
-        self.overlong_ratio = overlong_ratio
+        if self.coverage == "seed":
+            warnings.warn(SEED_WARNING, stacklevel=3)
+            self.include_eos = False  # that formula knows no EOS
 
     def __call__(
         self,
@@ -95,20 +92,19 @@ class Supervised(PolicyReward):
         accepted = answers_of(columns, self.answer_field, len(sampled), self.__name__)
         answers = [self.scorer.encode(texts[0]) if texts else [] for texts in accepted]
         texts = [self.scorer.without_eos(ids) for ids in sampled]
-        scorable = [bool(y and a) for y, a in zip(texts, answers, strict=True)]
-        # CE goes one token further where EOS was emitted: a confident policy that stops too early, for which the tokens
-        # before cost nothing, pays for what it should have written there. Without this, training ends in one letter.
+        scorable = [row for row in range(len(sampled)) if texts[row] and answers[row]]
+        # Where EOS was emitted, one more answer token is scored. Otherwise a policy that is sure of the first tokens
+        # and stops there would pay nothing for it, and training would end in completions of one letter.
         written = texts if self.coverage == "seed" else sampled
         if self.include_eos:
-            answers = [[*a, self.scorer.tokenizer.eos_token_id] for a in answers]  # unscorable rows are skipped below
+            answers = [[*answer, self.scorer.tokenizer.eos_token_id] for answer in answers]
         if policy_logprobs is not None:
             check_policy_logprobs(policy_logprobs, sampled)
 
-        rows = [row for row, yes in enumerate(scorable) if yes]
         own = to_lists(policy_logprobs) if policy_logprobs is not None else None
-        nats = self._nats(rows, prompt_ids, written, answers, own)
+        nats = self._nats(scorable, prompt_ids, written, answers, own)
         scores: list[float | None] = [None] * len(sampled)
-        for row in rows:
+        for row in scorable:
             covered = len(written[row] if self.include_eos else texts[row])
             scores[row] = self._combine(nats[row], covered, len(answers[row])) - self._overlong(
                 len(texts[row]), len(answers[row]) - self.include_eos
@@ -116,7 +112,7 @@ class Supervised(PolicyReward):
         return scores
 
     def _overlong(self, written: int, wanted: int) -> float:
-        """The penalty for a completion that goes on past the answer; neither length counts EOS."""
+        """The penalty for a completion that is longer than the answer, in tokens without EOS."""
         return self.overlong_weight * max(0.0, written / wanted - self.overlong_ratio)
 
     def _nats(
@@ -127,9 +123,10 @@ class Supervised(PolicyReward):
         answers: list[list[int]],
         own: list[list[float]] | None,
     ) -> dict[int, list[float]]:
-        """Cross-entropy of each answer token, row by row; a pass of the policy only for what is not known already."""
+        """Cross-entropy of each answer token, for each of `rows`; the policy is asked for what `own` does not say."""
         known: dict[int, list[float]] = {}
-        asked: dict[tuple[tuple[int, ...], ...], list[int]] = {}
+        # Each question is a prompt, a context and the tokens to score there; the rows share it where it is the same.
+        questions: dict[tuple[tuple[int, ...], ...], list[int]] = {}
         for row in rows:
             y, a = written[row], answers[row]
             context, targets = (a, a) if self.mode == "answer_perplexity" else (y, a[: len(y)])
@@ -141,13 +138,11 @@ class Supervised(PolicyReward):
                 known[row] = [-value for value in own[row][: len(targets)]]
                 continue
             context = context[: len(targets)]
-            # Equal questions are asked once; with answer_perplexity a whole group shares one.
-            asked.setdefault((tuple(prompt), tuple(context), tuple(targets)), []).append(row)
-        if asked:
-            questions = list(asked)
+            questions.setdefault((tuple(prompt), tuple(context), tuple(targets)), []).append(row)
+        if questions:
             found = to_lists(self.scorer.token_logprobs(*(list(part) for part in zip(*questions, strict=True))))
-            for question, values in zip(questions, found, strict=True):
-                for row in asked[question]:
+            for sharing, values in zip(questions.values(), found, strict=True):
+                for row in sharing:
                     known[row] = [-value for value in values]
         return known
 

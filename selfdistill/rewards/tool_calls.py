@@ -2,14 +2,10 @@
 
 import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from selfdistill.errors import UserError
-from selfdistill.rewards.base import Result, Reward, answers_of, shorten
-from selfdistill.rewards.exact import check_feedback
-from selfdistill.rollout import text_of
+from selfdistill.rewards.base import BadAnswer, Judge, Wrong, shorten
 
 FORM = '[{"Action": "name", "Action_Input": "{\\"argument\\": \\"value\\"}"}]'
 ACTION = re.compile(r"^\s*Action:[ \t]*(.+?)\s*$", re.MULTILINE)
@@ -67,7 +63,7 @@ def _line_call(body: str, line: re.Match[str], following: re.Match[str] | None) 
     if not raw.startswith("{"):
         return Call(name, _arguments(raw.split("\n")[0], name))
     try:
-        value, _ = json.JSONDecoder().raw_decode(raw)  # what the model writes behind the object is not part of it
+        value, _ = json.JSONDecoder().raw_decode(raw)  # the model may go on writing after the object
     except json.JSONDecodeError as error:
         raise FormatError(f"The input of {name} is not valid JSON: {error.msg} at character {error.pos}.") from None
     return Call(name, _arguments(value, name))
@@ -87,7 +83,10 @@ def _arguments(value: Any, name: str) -> dict[str, Any]:
 
 
 def _canonical(value: Any) -> Any:
-    """5 and "5", true and "true" are the same argument; the order of keys and surrounding space don't matter."""
+    """A text (or a dictionary or list of texts) that is equal for equal arguments.
+
+    5 and "5", true and "true" are the same argument; the order of keys and surrounding space don't matter.
+    """
     if isinstance(value, dict):
         return {str(key): _canonical(item) for key, item in sorted(value.items())}
     if isinstance(value, list):
@@ -102,78 +101,64 @@ def differences(given: list[Call], wanted: list[Call]) -> list[str]:
     given = list(given)
     missing = []
     for call in wanted:
-        same = next(
-            (g for g in given if g.name == call.name and _canonical(g.arguments) == _canonical(call.arguments)), None
-        )
+        same = next((g for g in given if g.name == call.name and not _different(g, call)), None)
         if same is None:
             missing.append(call)
         else:
             given.remove(same)
-    told = []
+    problems = []
     for call in missing:
         near = next((g for g in given if g.name == call.name), None)
         if near is None:
-            told.append(f"A call of {call.name} is missing.")
+            problems.append(f"A call of {call.name} is missing.")
             continue
         given.remove(near)
-        for key in call.arguments.keys() - near.arguments.keys():
-            told.append(f"{call.name}: the argument {key} is missing.")
-        for key in near.arguments.keys() - call.arguments.keys():
-            told.append(f"{call.name}: there should be no argument {key}.")
-        for key in call.arguments.keys() & near.arguments.keys():
-            if _canonical(call.arguments[key]) != _canonical(near.arguments[key]):
-                told.append(f"{call.name}: the argument {key} should not be {json.dumps(near.arguments[key])}.")
-    told += [
-        f"{call.name} should not be called{' again' if call.name in {w.name for w in wanted} else ''}."
-        for call in given
-    ]
-    return sorted(told)
+        for key in _different(near, call):
+            if key not in near.arguments:
+                problems.append(f"{call.name}: the argument {key} is missing.")
+            elif key not in call.arguments:
+                problems.append(f"{call.name}: there should be no argument {key}.")
+            else:
+                problems.append(f"{call.name}: the argument {key} should not be {json.dumps(near.arguments[key])}.")
+    names = {call.name for call in wanted}
+    problems += [f"{call.name} should not be called{' again' if call.name in names else ''}." for call in given]
+    return sorted(problems)
 
 
-class ToolCalls(Reward):
-    """1 where the completion makes exactly the expected calls, in any order, otherwise 0; None without an expectation.
+def _different(given: Call, wanted: Call) -> set[str]:
+    """The names of the arguments in which two calls of one tool differ."""
+    ours, theirs = ({key: _canonical(value) for key, value in call.arguments.items()} for call in (given, wanted))
+    return {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
+
+
+@dataclass(eq=False)
+class ToolCalls(Judge):
+    """Right is a completion that makes exactly the expected calls, in any order.
 
     Args:
-        answer_field: the column with the expected calls; where its value is None, the row's `golden_response` lists the
-            accepted alternatives. A completion that matches any of them is right; feedback compares with the nearest.
-        feedback: `none` (plain floats), `verdict` (what differs), `answer` (also the expected calls).
-        feedback_characters: budget of the feedback.
+        answer_field: see `Judge`. A completion that matches any of the accepted alternatives is right; feedback
+            compares with the nearest.
+        feedback: see `Judge`; the verdict says what differs.
+        feedback_characters: how long the feedback is at most.
     """
 
-    def __init__(
-        self, answer_field: str = "golden_response", feedback: str = "verdict", feedback_characters: int = 2000
-    ) -> None:
-        check_feedback(feedback)
-        self.answer_field = answer_field
-        self.feedback = feedback
-        self.feedback_characters = feedback_characters
+    answer_field: str = "golden_response"
+    feedback_characters: int = 2000
 
-    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[Result]:
-        accepted = answers_of(columns, self.answer_field, len(completions), self.__name__)
-        return [
-            self._judge(text_of(completion), answers, row)
-            for row, (completion, answers) in enumerate(zip(completions, accepted, strict=True))
-        ]
-
-    def _judge(self, text: str, answers: list[str], row: int) -> Result:
-        if not answers:
-            return None
+    def judge(self, completion: str, answers: list[str]) -> Wrong | None:
         try:
             wanted = [parse_calls(answer) for answer in answers]
         except FormatError as error:
-            raise UserError(
-                f"reward {self.__name__}, row {row} of the batch: the column {self.answer_field!r} holds no tool calls "
-                f"({error}). Write {FORM}, or name another column with reward.answer_field"
+            raise BadAnswer(
+                f"the column {self.answer_field!r} holds no tool calls ({error}). "
+                f"Write {FORM}, or name another column with reward.answer_field"
             ) from None
         try:
-            given = parse_calls(text)
-            told = min((differences(given, calls) for calls in wanted), key=len)
+            given = parse_calls(completion)
+            problems = min((differences(given, calls) for calls in wanted), key=len)
         except FormatError as error:
-            told = [str(error)]
-        if self.feedback == "none":
-            return float(not told)
-        if not told:
-            return {"score": 1.0, "feedback": None}
-        if self.feedback == "answer":
-            told.append(f"The expected calls are {answers[0]}")
-        return {"score": 0.0, "feedback": shorten(" ".join(told), self.feedback_characters)}
+            problems = [str(error)]
+        return Wrong(" ".join(problems), f"The expected calls are {answers[0]}") if problems else None
+
+    def _text(self, wrong: Wrong) -> str:
+        return shorten(super()._text(wrong), self.feedback_characters)

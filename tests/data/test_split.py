@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfdistill.data.loading import _split
-from selfdistill.data.rows import Row
-from selfdistill.data.sources import Source
+from selfdistill.data.rows import CheckedRow
+from selfdistill.data.sources import RowSource
+from selfdistill.data.split import Selection
 from selfdistill.data.table import Table
 from selfdistill.errors import UserError
 from tests.data.helpers import jsonl, load, rows
@@ -20,8 +20,8 @@ def prompts(dataset):
 
 def table(names):
     columns = [{"prompt": name, "answer": None, "golden_response": [], "id": str(i)} for i, name in enumerate(names)]
-    source = Source("data.jsonl", "line", iter(()))
-    return Table(source, [Row(i, c, frozenset()) for i, c in enumerate(columns, start=1)])
+    source = RowSource("data.jsonl", "line", iter(()))
+    return Table(source, [CheckedRow(i, c, frozenset()) for i, c in enumerate(columns, start=1)])
 
 
 def test_split_is_seeded_and_complete(tmp_path):
@@ -43,7 +43,7 @@ def test_order_of_the_rows_does_not_move_prompts(tmp_path):
 @settings(max_examples=60, deadline=None)
 def test_identical_prompts_never_land_on_both_sides(names, fraction, seed):
     try:
-        train, evaluation = _split(table(names), fraction, seed)
+        train, evaluation = Selection(fraction, None, None, seed).split(table(names))
     except UserError:
         assert max(1, round(fraction * len(set(names)))) >= len(set(names))
         return

@@ -1,17 +1,12 @@
 """The shipped weights do what their build log says."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
+from experiments.embedded_model.build import exam
 from selfdistill.models.loading import load_model, resolve
-from tests.reference import ROOT
-
-sys.path.insert(0, str(ROOT / "experiments" / "embedded_model"))
-
-from build import exam  # noqa: E402
 
 FOLDER = Path(resolve("embedded"))
 

@@ -12,17 +12,14 @@ from selfdistill.config.conf import CONF
 from selfdistill.errors import UserError
 
 FOLDER = CONF / "reward"
-FILES = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "none")
+# `function` is for a user to fill in.
+FILES = sorted(path for path in FOLDER.glob("*.yaml") if path.stem not in ("none", "function"))
 # What a file sets on purpose: choices that are not the class's default.
 DELIBERATE = {
     "python_tests": {"allow_code_execution"},
     "random": {"seed"},
     "inverse_loss_guarded": {"rewards", "weights"},
 }
-
-
-# what a user fills in
-FILES = [path for path in FILES if path.stem != "function"]
 
 
 def load(path: Path):
@@ -34,7 +31,7 @@ def load(path: Path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_it_builds_and_says_what_it_is(path):
     assert path.read_text().startswith("# ")
-    reward = instantiate(load(path))
+    reward = instantiate(load(path), _convert_="all")  # as a run does
     assert callable(reward)
     assert isinstance(reward.__name__, str)
 

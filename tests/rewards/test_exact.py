@@ -10,8 +10,8 @@ def call(reward, completions, answers, **more):
 
 
 def test_the_embedded_model_learned_this_wording():
-    assert world.FEEDBACK_WITH_ANSWER == exact.FEEDBACK_WITH_ANSWER
-    assert world.FEEDBACK_WITHOUT_ANSWER == exact.FEEDBACK_WITHOUT_ANSWER
+    assert f"{exact.VERDICT} {exact.ANSWER}" == world.FEEDBACK_WITH_ANSWER
+    assert exact.VERDICT == world.FEEDBACK_WITHOUT_ANSWER
 
 
 @pytest.mark.parametrize(

@@ -147,17 +147,16 @@ IGNORES_THE_ALARM = "import signal, time\nsignal.signal(signal.SIGALRM, signal.S
 
 
 @pytest.mark.parametrize("namespaces", [True, False])
-@pytest.mark.parametrize("wait", ["while True: pass", "time.sleep(60)"])
-def test_code_that_ignores_the_alarm_is_killed_and_earlier_results_kept(wait, namespaces, monkeypatch):
+def test_code_that_ignores_the_alarm_is_killed_and_earlier_results_kept(namespaces, monkeypatch):
     monkeypatch.setattr("selfdistill.rewards.python_tests.START_GRACE_S", 4.0)
     if not namespaces:
         monkeypatch.setattr("selfdistill.rewards.python_tests._without_network", lambda: ())
-    tests = ["assert f(0) is None", "f(1)"]
-    code = f"{IGNORES_THE_ALARM}def f(x):\n    if x:\n        {wait}\n"
-    found = judge(code, tests, timeout_s=2.0, partial=True)
+    waits = ["while True: pass", "time.sleep(60)"]
+    codes = [f"{IGNORES_THE_ALARM}def f(x):\n    if x:\n        {wait}\n" for wait in waits]
+    reward = PythonTests(allow_code_execution=True, timeout_s=2.0, partial=True, workers=2)
+    busy, asleep = reward(prompts=["q"] * 2, completions=codes, tests=[["assert f(0) is None", "f(1)"]] * 2)
+    assert (busy["score"], asleep["score"]) == (0.5, 0.5)
+    assert asleep["feedback"] == "1 of 2 tests fail.\n\nf(1)\nThe time limit was exceeded."
     # A busy loop can meet the limit on processor time first, which the system enforces.
-    ends = {"The time limit was exceeded."} | (
-        {"The process ended before the test did."} if wait.startswith("while") else set()
-    )
-    assert found["score"] == 0.5
-    assert found["feedback"] in {f"1 of 2 tests fail.\n\nf(1)\n{end}" for end in ends}
+    died = asleep["feedback"].replace("The time limit was exceeded.", "The process ended before the test did.")
+    assert busy["feedback"] in (asleep["feedback"], died)

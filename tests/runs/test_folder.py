@@ -46,6 +46,7 @@ def test_a_name_cannot_leave_the_folder(tmp_path):
     run = RunFolder.create(tmp_path, "../../a b/ü", CONFIG)
     assert run.path.parent == tmp_path
     assert "/" not in run.run_id
+    run.finish("finished")
 
 
 def test_ids_do_not_collide(tmp_path, monkeypatch):
@@ -54,6 +55,8 @@ def test_ids_do_not_collide(tmp_path, monkeypatch):
     monkeypatch.setattr("selfdistill.runs.folder.datetime", FrozenTime)
     first, second = (RunFolder.create(tmp_path, "same", CONFIG) for _ in range(2))
     assert (first.run_id[-4:], second.run_id[-4:]) == ("aaaa", "bbbb")
+    for run in (first, second):
+        run.finish("finished")
 
 
 class FrozenTime:
@@ -68,6 +71,8 @@ def test_many_runs_at_once(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         runs = list(pool.map(lambda _: RunFolder.create(tmp_path, "same", CONFIG), range(24)))
     assert len({run.run_id for run in runs}) == 24
+    for run in runs:
+        run.finish("finished")
 
 
 def test_metrics_are_plain_json_and_one_line_a_step(run):
@@ -103,6 +108,7 @@ def test_a_torn_last_line_is_repaired(tmp_path, torn):
     assert [line["step"] for line in RunFolder.open(run.path, write=False).metrics()] == [1, 2]
     again = RunFolder.open(run.path)
     again.log_metrics(3, {"reward": 3.0})
+    again.finish("finished")
     assert [(line["step"], line["reward"]) for line in lines(file)] == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
@@ -114,6 +120,7 @@ def test_a_last_line_without_its_newline_is_kept(tmp_path):
     file.write_text(file.read_text().rstrip("\n"))
     again = RunFolder.open(run.path)
     again.log_metrics(2, {"reward": 2.0})
+    again.finish("finished")
     assert [line["step"] for line in lines(file)] == [1, 2]
 
 
@@ -155,16 +162,21 @@ def test_the_commit_of_the_current_folder(tmp_path, monkeypatch):
     repository = tmp_path / "repository"
     repository.mkdir()
     monkeypatch.chdir(repository)
-    assert RunFolder.create(tmp_path / "o", "r", CONFIG).summary["git"] is None
+
+    def state():
+        run = RunFolder.create(tmp_path / "o", "r", CONFIG)
+        run.finish("finished")
+        return run.summary["git"]
+
+    assert state() is None
     git = ["git", "-c", "user.name=n", "-c", "user.email=e@localhost"]
     (repository / "file").write_text("1")
     for command in (["init", "-q"], ["add", "file"], ["commit", "-qm", "m"]):
         subprocess.run([*git, *command], check=True)
-    state = RunFolder.create(tmp_path / "o", "r", CONFIG).summary["git"]
-    assert len(state["commit"]) == 40
-    assert state["changed"] is False
+    assert len(state()["commit"]) == 40
+    assert state()["changed"] is False
     (repository / "file").write_text("2")
-    assert RunFolder.create(tmp_path / "o", "r", CONFIG).summary["git"]["changed"] is True
+    assert state()["changed"] is True
 
 
 def test_a_failure_leaves_its_traceback_and_a_resume_puts_it_aside(tmp_path):
@@ -265,6 +277,7 @@ for step in range(1, 1_000_000):
     assert len(steps) >= 200
     assert steps == list(range(1, len(steps) + 1))
     assert run.summary["status"] == "running"
+    run.finish("interrupted")
 
 
 def test_prompts_show_what_was_seen_and_whether_the_ids_agree(run):

@@ -92,5 +92,7 @@ def test_trackio_that_is_not_installed(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "trackio", None)
     config = OmegaConf.create({})
+    run = RunFolder.create(tmp_path, "r", config)
     with pytest.raises(UserError, match="pip install trackio"):
-        TrackioLogger().start(RunFolder.create(tmp_path, "r", config), config)
+        TrackioLogger().start(run, config)
+    run.finish("finished")

@@ -125,6 +125,7 @@ def test_two_runs_of_one_process_stay_apart(tmp_path):
     for run, reward in ((first, 1.0), (second, 2.0)):
         rows = wandb_file.history(complete(files(run)[0]))
         assert [row["reward"] for row in rows] == [reward]
+        run.finish("finished")
 
 
 @pytest.fixture

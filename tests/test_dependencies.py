@@ -1,0 +1,52 @@
+"""What the package imports is declared in pyproject.toml, and what is declared is imported."""
+
+import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+
+import pytest
+
+from tests.reference import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# Libraries that a run asks for by a setting; each belongs to an extra.
+OPTIONAL = {"trackio", "unsloth"}
+# Declared and never imported by us: transformers renders chat templates with it.
+FOR_OTHERS = {"jinja2"}
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {re.split(r"[^\w-]", requirement)[0].lower() for requirement in requirements}
+
+
+CORE = names(PROJECT["dependencies"])
+DISTRIBUTIONS = packages_distributions()
+EXTRAS = {name for extra in PROJECT["optional-dependencies"].values() for name in names(extra)}
+
+
+def imported() -> set[str]:
+    """Top-level modules that the package's files import, anywhere in them."""
+    found = set()
+    for file in (ROOT / "selfdistill").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.split(".")[0])
+    return found - set(sys.stdlib_module_names) - {"selfdistill"}
+
+
+def distribution(module: str) -> str:
+    return DISTRIBUTIONS.get(module, [module])[0].lower()
+
+
+@pytest.mark.parametrize("module", sorted(imported()))
+def test_every_import_is_declared(module: str) -> None:
+    name = distribution(module)
+    assert name in (EXTRAS if module in OPTIONAL else CORE), f"{module} is imported, and {name} is not declared"
+
+
+def test_every_core_dependency_is_imported() -> None:
+    assert {distribution(module) for module in imported()} >= CORE - FOR_OTHERS
