@@ -16,7 +16,7 @@ from selfdistill.config import mismatch, targets
 from selfdistill.config.suggestions import closest
 from selfdistill.data import load_data
 from selfdistill.errors import UserError
-from selfdistill.models.loading import load_model, lora_config
+from selfdistill.models.loading import load_configured, lora_config
 from selfdistill.teachers import Teacher
 from selfdistill.teachers.context import Demonstration, NoContext
 from selfdistill.teachers.weights import Base
@@ -233,7 +233,7 @@ def build(cfg: DictConfig, folder: Any) -> Parts:
     rewards, teacher, settings = make(cfg, "reward"), make(cfg, "teacher"), make(cfg, "eval")
     monitors, exporter = make(cfg, "monitors"), make(cfg, "export")
     model_config = plain(cfg.model)
-    model, tokenizer = load_model(**model_config)
+    model, tokenizer = load_configured(model_config)
     data = load_data(
         tokenizer=tokenizer,
         **{k: v for k, v in plain(cfg.data).items() if k != "_target_"},
