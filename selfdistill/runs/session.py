@@ -17,7 +17,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from selfdistill.config import run_name
 from selfdistill.errors import UserError
 from selfdistill.evaluation.evaluator import EvalCallback
-from selfdistill.evaluation.monitors import completion_metrics, reward_spread
 from selfdistill.machine.memory_estimate import estimate
 from selfdistill.rollout import Rollouts
 from selfdistill.runs import console
@@ -31,6 +30,7 @@ from selfdistill.runs.callbacks import (
 from selfdistill.runs.folder import PromptSample, RunFolder
 from selfdistill.runs.interruption import Interruption
 from selfdistill.runs.loggers import NoLogger
+from selfdistill.statistics import completion_metrics, reward_spread
 from selfdistill.teachers.server.client import ServerUnavailable
 from selfdistill.training import build
 
@@ -244,7 +244,7 @@ class Record:
             self.places["export"] = parts.exporter.run(
                 trainer.model,
                 parts.tokenizer,
-                self.folder.path / "export" / export_name(self.cfg),
+                self.folder.path / "export" / parts.exporter.name,
                 parts.data.eval[:8]["prompt"],
             )
         self.folder.finish(status, step=step)
@@ -255,11 +255,6 @@ class Record:
                 f"interrupted at step {step}; continue with: python -m selfdistill.train resume={self.folder.path}"
             )
         self.screen.print(console.where_table(self.places))
-
-
-def export_name(cfg: DictConfig) -> str:
-    """The folder's name of an export, from its class: Merged16bit -> merged_16bit."""
-    return {"Lora": "lora", "Merged16bit": "merged_16bit"}.get(cfg.export._target_.rsplit(".", 1)[1], "export")
 
 
 def _short(metrics: Any) -> dict[str, float]:
