@@ -6,7 +6,12 @@ Nothing heavy is imported until one of these names is used.
 """
 
 from importlib import import_module
+from logging import getLogger
 from typing import Any
+
+# On a CPU with AVX512-BF16, bitsandbytes warns while peft imports it that an optional kernel is missing, and the line
+# would stand before every answer of every command. Nothing here uses that kernel; all other records of the logger pass.
+getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
 
 _EXPORTS = {
     "Distillation": "selfdistill.config.settings",

@@ -69,7 +69,7 @@ def main(arguments: list[str]) -> Path:
             raise error.__cause__ from None
         raise
     model, tokenizer = load_policy(run)
-    return export.run(model, tokenizer, run.folder / "export" / given["export"], run.prompts)
+    return export.run(model, tokenizer, run.folder / "export" / export.name, run.prompts)
 
 
 if __name__ == "__main__":

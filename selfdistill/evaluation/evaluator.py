@@ -1,23 +1,23 @@
 """What a model can do: accuracy on the new task, retention of the old skills, and how much was forgotten."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from selfdistill.data.rows import BadRow, Fields, RowReader
 from selfdistill.data.sources import open_source
 from selfdistill.errors import UserError
-from selfdistill.models.generation import completion_logits, generate, tokenize
-from selfdistill.models.structure import evaluating
+from selfdistill.models.generation import generate, tokenize
+from selfdistill.rewards.result import normalise
 from selfdistill.rollout import Prompt
 
 Row = Mapping[str, Any]
 Scorer = Callable[..., list[Any]]
+RETENTION = "eval/retention/"  # before the name of a suite
 
 
 @dataclass(frozen=True)
@@ -49,32 +49,33 @@ class Evaluation:
     mean_retention: float | None
     samples: list[Sample] = field(repr=False)
 
-    def metrics(self, before: "Evaluation | None" = None) -> dict[str, float]:
-        """Names and values to log; with the evaluation from before training also `eval/forgetting`."""
+    def metrics(self) -> dict[str, float]:
+        """Names and values to log; what could not be measured is left out."""
         named = {"eval/accuracy": self.accuracy}
-        named |= {f"eval/retention/{suite}": value for suite, value in self.retention.items()}
+        named |= {f"{RETENTION}{suite}": value for suite, value in self.retention.items()}
         named["eval/retention"] = self.mean_retention
-        if before is not None:
-            named["eval/forgetting"] = forgetting(before, self)
         return {name: value for name, value in named.items() if value is not None}
 
-    def summary(self) -> dict[str, Any]:
-        """What the run's summary keeps: accuracy, retention by suite and its mean."""
-        return {"accuracy": self.accuracy, "retention": self.retention, "mean_retention": self.mean_retention}
 
-
-def forgetting(before: Evaluation, after: Evaluation) -> float | None:
-    """How much of the old skills is lost: mean over suites s of max(0, before_s − after_s), in [0, 1]; None without suites.
+def forgetting(before: Mapping[str, float], after: Mapping[str, float]) -> float | None:
+    """How much of the old skills is lost: mean over suites s of max(0, before_s − after_s), in [0, 1].
 
     The forgetting measure of Chaudhry et al. (Riemannian Walk, arXiv:1801.10112, section 5) with a single earlier
     checkpoint, and cut off at zero, so that a gain on one skill does not hide a loss on another.
 
+    Args:
+        before, after: metrics of two evaluations, of which those named `eval/retention/SUITE` are read.
+
+    Returns:
+        None without suites.
+
     Raises:
         ValueError: the two evaluations do not cover the same suites.
     """
-    if before.retention.keys() != after.retention.keys():
-        raise ValueError(f"different suites: {sorted(before.retention)} before, {sorted(after.retention)} after")
-    drops = [max(0.0, before.retention[suite] - after.retention[suite]) for suite in before.retention]
+    earlier, later = ({k: v for k, v in m.items() if k.startswith(RETENTION)} for m in (before, after))
+    if earlier.keys() != later.keys():
+        raise ValueError(f"different suites: {sorted(earlier)} before, {sorted(later)} after")
+    drops = [max(0.0, earlier[suite] - later[suite]) for suite in earlier]
     return sum(drops) / len(drops) if drops else None
 
 
@@ -139,11 +140,11 @@ class Evaluator:
         for suite, rows, scorer in self.groups:
             span = slice(start, start + len(rows))
             start += len(rows)
-            texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completion_ids[span]]
-            scores = _scores(scorer, rows, texts, completion_ids[span], prompt_ids[span])
+            texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in completion_ids[span]]
+            key = "eval.scorer" if suite is None else f"eval.retention_scorer (suite '{suite}')"
+            scores = _scores(key, scorer, rows, texts, completion_ids[span], prompt_ids[span])
             known = [score for score in scores if score is not None]
             if not known:
-                key = "eval.scorer" if suite is None else f"eval.retention_scorer (suite '{suite}')"
                 raise UserError(f"{key} could judge none of {len(rows)} rows: does the data have the column it reads?")
             mean = sum(known) / len(known)
             if suite is None:
@@ -161,6 +162,7 @@ class Evaluator:
 
 
 def _scores(
+    key: str,
     scorer: Scorer,
     rows: Sequence[Row],
     texts: Sequence[str],
@@ -179,47 +181,12 @@ def _scores(
         prompt_ids=list(prompt_ids),
         **{name: [row.get(name) for row in rows] for name in names},
     )
-    if len(results) != len(rows):
-        raise ValueError(f"the scorer returned {len(results)} scores for {len(rows)} completions")
-    scores = [result["score"] if isinstance(result, Mapping) else result for result in results]
-    return [None if score is None else float(score) for score in scores]
-
-
-def reference_kl(
-    model: torch.nn.Module,
-    reference_context: Callable[[], AbstractContextManager[Any]],
-    prompt_ids: Sequence[list[int]],
-    completion_ids: Sequence[list[int]],
-) -> float:
-    """KL(π₀‖π) in nats a token: how far the policy π has moved from the one it started from, π₀, on these completions.
-
-    On prompts of the new task it predicts how much of the old skills is forgotten (RL's Razor, arXiv:2509.04259,
-    section 4). Exact over the vocabulary at each position, averaged over the completions' tokens; an estimate of the
-    expectation under π₀ if the completions were sampled from π₀.
-
-    Args:
-        reference_context: inside it, `model` computes π₀; for LoRA `model.disable_adapter`.
-
-    Raises:
-        ValueError: no completion has a token.
-    """
-    total, tokens = 0.0, 0
-    with evaluating(model):
-        for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
-            if not completion:
-                continue
-            policy = completion_logits(model, prompt, completion).log_softmax(-1)
-            with reference_context():
-                reference = completion_logits(model, prompt, completion).log_softmax(-1)
-            total += float((reference.exp() * (reference - policy)).sum())
-            tokens += len(completion)
-    if not tokens:
-        raise ValueError("no completion has a token")
-    return total / tokens
+    scores, _ = normalise(results, key, len(rows))
+    return scores
 
 
 def load_retention(path: str, *, max_rows_per_suite: int, chat: bool = True) -> dict[str, list[dict[str, Any]]]:
-    """Rows by suite from a file of any format that the data may have, with a column `suite`; of each suite the first rows.
+    """Rows of each suite, at most so many and the first ones, from a file with a column `suite` in any format of data.
 
     Raises:
         UserError: no such file, a row that cannot be read, or one without a suite; with file and line.
@@ -284,7 +251,12 @@ class EvalSettings:
         seed: int = 0,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Evaluator:
-        """The evaluator of a run; `task` are the rows of the evaluation split, `chat` says whether prompts are messages."""
+        """The evaluator of a run.
+
+        Args:
+            task: rows of the evaluation split.
+            chat: whether prompts are messages.
+        """
         retention = {}
         if self.retention_path is not None:
             retention = load_retention(self.retention_path, max_rows_per_suite=self.max_rows_per_suite, chat=chat)
@@ -304,11 +276,7 @@ class EvalSettings:
 class EvalCallback(TrainerCallback):
     """Evaluates every `every` optimiser steps and hands the metrics to `log(step, metrics)`.
 
-    Runs on the main process alone, so the model must not be sharded over processes.
-
-    Attributes:
-        last: the step and the evaluation made last; None before the first. Whoever evaluates after training can take
-            it where it is of the last step.
+    Only the main process evaluates, so the model must not be sharded over processes.
     """
 
     def __init__(
@@ -317,17 +285,22 @@ class EvalCallback(TrainerCallback):
         tokenizer: PreTrainedTokenizerBase,
         *,
         every: int,
-        log: Callable[[int, dict[str, float]], None],
-        before: Evaluation | None = None,
+        log: Callable[[int, dict[str, float]], Any],
     ) -> None:
         if every < 1:
             raise ValueError(f"every={every}: must be at least 1")
-        self.evaluator, self.tokenizer, self.every, self.log, self.before = evaluator, tokenizer, every, log, before
-        self.last: tuple[int, Evaluation] | None = None
+        self.evaluator, self.tokenizer, self.every, self.log = evaluator, tokenizer, every, log
 
-    def on_step_end(self, args: Any, state: Any, control: Any, *, model: Any = None, **kwargs: Any) -> None:
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: torch.nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
         if state.global_step % self.every or not state.is_world_process_zero:
             return
-        evaluation = self.evaluator.evaluate(model, self.tokenizer)
-        self.last = (state.global_step, evaluation)
-        self.log(state.global_step, evaluation.metrics(self.before))
+        assert model is not None
+        self.log(state.global_step, self.evaluator.evaluate(model, self.tokenizer).metrics())

@@ -1,16 +1,15 @@
 """Answers of a model, and the logits behind them, without trace on its mode, settings or the random state."""
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from selfdistill.models.structure import evaluating
+from selfdistill.models.structure import evaluating, inner_model, limited_logits
 from selfdistill.rollout import Prompt
 
 
@@ -20,9 +19,8 @@ def tokenize(
     """Token ids of a prompt: messages through the chat template up to where the assistant speaks, a string as it is."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
-    return tokenizer.apply_chat_template(
-        prompt, add_generation_prompt=True, tokenize=True, return_dict=False, **(chat_template_kwargs or {})
-    )
+    options = {"add_generation_prompt": True, "return_dict": False, **(chat_template_kwargs or {})}
+    return cast(list[int], tokenizer.apply_chat_template(prompt, tokenize=True, **options))
 
 
 def generate(
@@ -45,7 +43,7 @@ def generate(
     """
     if any(not ids for ids in prompt_ids):
         raise ValueError("a prompt has no tokens")
-    base = base_model(model)
+    base = inner_model(model)
     end_ids = _end_ids(base, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(end_ids, default=0)
     special = {"eos_token_id": sorted(end_ids) or None, "pad_token_id": pad_id, "bos_token_id": tokenizer.bos_token_id}
@@ -65,11 +63,6 @@ def generate(
     return completions
 
 
-def base_model(model: Any) -> Any:
-    """The transformers model inside a PEFT model, its adapters still at work; any other model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def pad_left(
     sequences: Sequence[list[int]], pad_id: int, device: torch.device
 ) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
@@ -80,7 +73,7 @@ def pad_left(
     return ids, mask
 
 
-def _end_ids(base: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def _end_ids(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     ends = base.generation_config.eos_token_id
     ids = set(ends) if isinstance(ends, list | tuple) else {ends}
     return {token for token in ids | {tokenizer.eos_token_id} if token is not None}
@@ -94,7 +87,7 @@ def _until_end(ids: list[int], end_ids: set[int]) -> list[int]:
 
 
 @contextmanager
-def _generation_config(base: Any, config: GenerationConfig) -> Iterator[None]:
+def _generation_config(base: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     # transformers fills what a call leaves open from the model's own generation config, so it has to go meanwhile.
     own = base.generation_config
     base.generation_config = config
@@ -112,10 +105,9 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def completion_logits(model: torch.nn.Module, prompt_ids: list[int], completion_ids: list[int]) -> Float[Tensor, "T V"]:
-    """The float32 logits from which each completion token was drawn, (T, V). The caller sets mode and gradient."""
-    base = base_model(model)
+    """The float32 logits from which each completion token was drawn, (T, V); mode and gradient as they are."""
+    base = inner_model(model)
     device = base.get_input_embeddings().weight.device
     ids = torch.tensor([prompt_ids + completion_ids], device=device)
-    keep = len(completion_ids) + 1
-    extra = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
-    return base(input_ids=ids, use_cache=False, **extra).logits[0, -keep:-1].float()
+    kept = len(completion_ids) + 1
+    return base(input_ids=ids, use_cache=False, **limited_logits(base, kept)).logits[0, -kept:-1].float()

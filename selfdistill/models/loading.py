@@ -1,16 +1,22 @@
 """Loading: with transformers or unsloth, in full, with LoRA, or in 4 bit; and the embedded model."""
 
+import inspect
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from selfdistill.errors import UserError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "embedded"
 
 
 def resolve(name: str) -> str:
-    """A folder or hub name; `embedded` is the model inside this package."""
+    """The folder or hub name that `name` stands for: `embedded` is the model inside this package."""
     return str(resources.files("selfdistill.models") / EMBEDDED) if name == EMBEDDED else name
 
 
@@ -18,7 +24,7 @@ def load_model(
     *,
     name: str,
     tuning: str = "lora",
-    lora: dict[str, Any] | None = None,
+    lora: Mapping[str, Any] | None = None,
     dtype: str = "auto",
     load_in_4bit: bool = False,
     attn_implementation: str | None = None,
@@ -29,12 +35,14 @@ def load_model(
     loader: str = "transformers",
     max_seq_tokens: int = 4096,
     key: str = "model.name",
-    **_: Any,
-) -> tuple[Any, Any]:
+) -> tuple["PreTrainedModel | PeftModel", "PreTrainedTokenizerBase"]:
     """A causal language model in training precision, and its tokenizer.
 
-    With tuning="lora" the model has no adapter yet (`lora_config` describes it and the trainer adds it), except from
-    `adapter_path`, whose adapter is loaded and trained further.
+    With tuning="lora" the model has no adapter yet (`lora_config` describes it and the trainer adds it), except where
+    `adapter_path` names one to be trained further, or where unsloth adds it.
+
+    Args:
+        key: what a message to the user calls `name`.
 
     Raises:
         UserError: the model cannot be found or loaded; says what was looked for.
@@ -78,7 +86,13 @@ def load_model(
     return model, tokenizer
 
 
-def lora_config(*, r: int, alpha: int, dropout: float, target_modules: Any) -> Any:
+def load_configured(group: Mapping[str, Any]) -> tuple["PreTrainedModel | PeftModel", "PreTrainedTokenizerBase"]:
+    """`load_model` with the configuration group `model`, apart from the keys that only others read."""
+    accepted = inspect.signature(load_model).parameters
+    return load_model(**{key: value for key, value in group.items() if key in accepted})
+
+
+def lora_config(*, r: int, alpha: int, dropout: float, target_modules: str | list[str]) -> "LoraConfig":
     """PEFT's description of the adapter."""
     from peft import LoraConfig
 
@@ -87,13 +101,16 @@ def lora_config(*, r: int, alpha: int, dropout: float, target_modules: Any) -> A
     )
 
 
-def _load_with_unsloth(path: str, lora: dict[str, Any], load_in_4bit: bool, max_seq_tokens: int) -> tuple[Any, Any]:
-    """unsloth must be imported before trl; it adds the adapter itself."""
+def _load_with_unsloth(
+    path: str, lora: Mapping[str, Any], load_in_4bit: bool, max_seq_tokens: int
+) -> tuple["PeftModel", "PreTrainedTokenizerBase"]:
+    """Load with unsloth, which must be imported before trl, and which adds the adapter itself."""
     try:
         from unsloth import FastLanguageModel
     except (ImportError, NotImplementedError) as error:
         raise UserError(
-            f"model.loader=unsloth: {error} Install the extra `unsloth` on a machine with a GPU, or write model.loader=transformers."
+            f"model.loader=unsloth: {error} Install the extra `unsloth` on a machine with a GPU, "
+            "or write model.loader=transformers."
         ) from error
     model, tokenizer = FastLanguageModel.from_pretrained(
         model_name=path, max_seq_length=max_seq_tokens, load_in_4bit=load_in_4bit, fast_inference=False

@@ -1,11 +1,13 @@
 """Where a causal language model keeps what the losses need: its backbone and its output head."""
 
 import inspect
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -13,10 +15,10 @@ from selfdistill.losses.head import Head
 
 
 def inner_model(model: nn.Module) -> Any:
-    """The transformers model below a PEFT or distributed wrapper."""
-    while hasattr(model, "module") and isinstance(model.module, nn.Module):
-        model = model.module
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    """The transformers model inside a PEFT or distributed wrapper, adapters still at work; any other model itself."""
+    while isinstance(inside := getattr(model, "module", None), nn.Module):
+        model = inside
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def head_of(model: nn.Module) -> Head:
@@ -67,12 +69,36 @@ def evaluating(model: Any) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
     try:
         if modes:
+            keep_unpacked(model)
             model.eval()
         with torch.no_grad():
             yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Forbids bitsandbytes to pack 4-bit weights, for good, and unpacks those that are packed already.
+
+    On a CPU with AVX512-BF16, bitsandbytes rearranges them for a faster kernel in the first forward pass in evaluation
+    mode. That kernel has no gradient, so that later training would silently lose it, and whatever else reads packed
+    weights (an export, a state dict) gets other numbers.
+    """
+    bitsandbytes = sys.modules.get("bitsandbytes")  # an optional package, and a model that needs it has imported it
+    if bitsandbytes is None:
+        return
+    for layer in model.modules():
+        if not isinstance(layer, bitsandbytes.nn.Linear4bit):
+            continue
+        layer.support_avx512bf16_for_cpu = False
+        state = layer.weight.quant_state
+        if getattr(state, "packing_format_for_cpu", False):
+            # bitsandbytes restores the scales wrongly, or rounds them once more; they are kept as the kernel used them.
+            scales, state.original_nested = state.absmax.T.flatten().float(), False
+            unpack = bitsandbytes.functional._convert_weight_packed_for_cpu_inverse
+            layer.weight.data, state = unpack(layer.weight.data, state)
+            state.absmax = scales
 
 
 def completion_hidden(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
@@ -84,14 +110,12 @@ def completion_hidden(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor,
     """
     start = int(prompt_mask.argmax(dim=1).min())
     prompt_ids, prompt_mask = prompt_ids[:, start:], prompt_mask[:, start:]
-    # Logits of one position only: the head is applied by the loss, to the tokens that count.
-    limit = {"logits_to_keep": 1} if "logits_to_keep" in _arguments(inner_model(model)) else {}
     with captured_hidden(model) as collected:
         model(
             input_ids=torch.cat([prompt_ids, ids], dim=1),
             attention_mask=torch.cat([prompt_mask, mask], dim=1),
             use_cache=False,
-            **limit,
+            **limited_logits(model, 1),  # the loss applies the head itself, to the tokens that count
         )
     return aligned(collected[-1], prompt_ids.size(1), ids.size(1))
 
@@ -117,6 +141,8 @@ def is_reference(model: nn.Module) -> bool:
     )
 
 
-def _arguments(model: nn.Module) -> Any:
-    # A class attribute: the instance's forward may have been replaced by one that hides its arguments.
-    return inspect.signature(type(model).forward).parameters
+def limited_logits(model: nn.Module, positions: int) -> dict[str, int]:
+    """The argument that makes a forward pass compute logits for the last positions only, where the model takes it."""
+    # Asked of the class: the instance's forward may have been replaced by one that hides its arguments.
+    takes_it = "logits_to_keep" in inspect.signature(type(inner_model(model)).forward).parameters
+    return {"logits_to_keep": positions} if takes_it else {}

@@ -8,6 +8,7 @@ from typing import Any
 
 from selfdistill.errors import UserError
 from selfdistill.rewards.base import Reward
+from selfdistill.statistics import repetition
 
 
 @dataclass(eq=False)
@@ -31,12 +32,7 @@ class RepetitionPenalty(Reward):
         completion_ids: Sequence[Sequence[int]],
         **columns: Any,
     ) -> list[float]:
-        return [self._penalty(list(ids)) for ids in completion_ids]
-
-    def _penalty(self, ids: list[int]) -> float:
-        n = self.ngram_tokens
-        grams = [tuple(ids[start : start + n]) for start in range(len(ids) - n + 1)]
-        return -(1 - len(set(grams)) / len(grams)) if grams else 0.0
+        return [-repetition(ids, self.ngram_tokens) for ids in completion_ids]
 
 
 @dataclass(eq=False)

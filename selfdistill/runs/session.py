@@ -19,7 +19,6 @@ from selfdistill.config.batch import batch_of
 from selfdistill.config.targets import make
 from selfdistill.errors import UserError
 from selfdistill.evaluation.evaluator import EvalCallback
-from selfdistill.evaluation.monitors import completion_metrics, reward_spread
 from selfdistill.machine.memory_estimate import estimate
 from selfdistill.rollout import Rollouts
 from selfdistill.runs import console
@@ -33,6 +32,7 @@ from selfdistill.runs.callbacks import (
 from selfdistill.runs.folder import PromptSample, RunFolder
 from selfdistill.runs.interruption import Interruption
 from selfdistill.runs.loggers import NoLogger
+from selfdistill.statistics import completion_metrics, reward_spread
 from selfdistill.teachers.server.client import ServerUnavailable
 from selfdistill.training import arguments, build
 
@@ -241,7 +241,7 @@ class Record:
             self.places["export"] = parts.exporter.run(
                 trainer.model,
                 parts.tokenizer,
-                self.folder.path / "export" / export_name(self.run),
+                self.folder.path / "export" / parts.exporter.name,
                 parts.data.eval[:8]["prompt"],
             )
         self.folder.finish(status, step=step)
@@ -252,12 +252,6 @@ class Record:
                 f"interrupted at step {step}; continue with: python -m selfdistill.train resume={self.folder.path}"
             )
         self.screen.print(console.where_table(self.places))
-
-
-def export_name(run: config.Run) -> str:
-    """The folder's name of an export, from its class: Merged16bit -> merged_16bit."""
-    target = run.export["_target_"] if run.export else ""
-    return {"Lora": "lora", "Merged16bit": "merged_16bit"}.get(target.rpartition(".")[2], "export")
 
 
 def _short(metrics: Any) -> dict[str, float]:

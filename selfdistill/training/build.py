@@ -15,7 +15,7 @@ from selfdistill.config.targets import make
 from selfdistill.data import DataSplits
 from selfdistill.errors import UserError
 from selfdistill.evaluation.evaluator import EvalSettings, Evaluator
-from selfdistill.models.loading import load_model, lora_config
+from selfdistill.models.loading import load_configured, lora_config
 from selfdistill.teachers import Teacher
 from selfdistill.teachers.context import Demonstration, NoContext
 from selfdistill.teachers.server import ServerTeacher
@@ -57,7 +57,7 @@ def build(run: Run, folder: Path) -> Parts:
     reward, teacher, settings = make(run.reward, "reward"), make(run.teacher, "teacher"), make(run.eval, "eval")
     monitors, exporter = make(run.monitors, "monitors"), make(run.export, "export")
 
-    model, tokenizer = load_model(**asdict(run.model))
+    model, tokenizer = load_configured(asdict(run.model))
     has_adapter = run.model.tuning == "full" or isinstance(model, PeftModel)
     data = load_data(run, tokenizer)
     if isinstance(teacher, ServerTeacher):

@@ -1,18 +1,23 @@
 """Exports of a trained model, each loaded again from disk and compared with the model in memory.
 
-The classes here are the configuration group `export`; what they do lives in `lora`, `merged_16bit` and `verify`,
-imported when they run, so that a wrong command is answered without waiting for torch.
+A format is a class in a module of its own, and an option of the configuration group `export` names it. Its module
+imports torch only inside the methods, because the check of the configuration looks at the class before torch loads.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from selfdistill.errors import UserError
+from selfdistill.rollout import Prompt
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from selfdistill.models.export.verify import Verification
 
 
 class ExportError(RuntimeError):
@@ -20,49 +25,59 @@ class ExportError(RuntimeError):
 
 
 @dataclass
-class Lora:
-    """The adapter alone, for use on top of its base."""
+class Format(ABC):
+    """One way to hand a trained model on.
 
-    needs_adapter: ClassVar = True
+    Attributes:
+        name: what the format is called in the configuration; its folder in a run is `export/NAME`.
+        needs_adapter: whether only a model that was trained with an adapter can be exported so.
+    """
 
-    def run(
-        self, model: Any, tokenizer: "PreTrainedTokenizerBase", folder: str | Path, prompts: Sequence[Any] = ()
-    ) -> Path:
-        """Write the adapter to `folder` and verify it on `prompts`.
+    name: ClassVar[str]
+    needs_adapter: ClassVar[bool] = False
 
-        Raises:
-            UserError: the model has no adapter.
-            ExportError: the written adapter answers otherwise than the model in memory.
-        """
-        from selfdistill.models.export.lora import export_lora
-        from selfdistill.models.export.verify import verify
+    @abstractmethod
+    def write(self, model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+        """Write every file of the export to `folder`, which is there and empty. The model in memory is not changed."""
 
-        path = export_lora(model, tokenizer, folder)
-        verify(model, tokenizer, path, prompts)
-        return path
-
-
-@dataclass
-class Merged16bit:
-    """One ordinary model, adapters merged, weights in `dtype`: bfloat16 or float16."""
-
-    dtype: str = "bfloat16"
-
-    def __post_init__(self) -> None:
-        if self.dtype not in ("bfloat16", "float16"):
-            raise UserError(f"export.dtype={self.dtype}: write bfloat16 or float16.")
-
-    def run(
-        self, model: Any, tokenizer: "PreTrainedTokenizerBase", folder: str | Path, prompts: Sequence[Any] = ()
-    ) -> Path:
-        """Write the merged model to `folder` and verify it on `prompts`.
+    @abstractmethod
+    def verify(
+        self,
+        model: "PreTrainedModel | PeftModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        folder: Path,
+        prompts: Sequence[Prompt] = (),
+    ) -> "Verification":
+        """Load `folder` with the program that its users will load it with, and compare (`verify.compare`).
 
         Raises:
-            ExportError: a merged weight is not finite, or the written model answers otherwise than the one in memory.
+            ExportError: what was loaded answers otherwise than the model in memory.
         """
-        from selfdistill.models.export.merged_16bit import export_merged_16bit
-        from selfdistill.models.export.verify import verify
 
-        path = export_merged_16bit(model, tokenizer, folder, self.dtype)
-        verify(model, tokenizer, path, prompts)
-        return path
+    def run(
+        self,
+        model: "PreTrainedModel | PeftModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        folder: str | Path,
+        prompts: Sequence[Prompt] = (),
+    ) -> Path:
+        """Write the export to `folder` and verify it on `prompts`; returns the absolute path.
+
+        Raises:
+            UserError: the model has no adapter and the format needs one, or something that is no export is in the way.
+            ExportError: it could not be written, or answers otherwise than the model in memory.
+        """
+        from peft import PeftModel
+
+        from selfdistill.models.export.folder import new_folder
+
+        if self.needs_adapter and not isinstance(model, PeftModel):
+            raise UserError(
+                f"export={self.name} needs an adapter, but model.tuning=full trained all weights: "
+                "write export=merged_16bit, or train with model.tuning=lora."
+            )
+        folder = Path(folder).absolute()
+        with new_folder(folder) as partial:
+            self.write(model, tokenizer, partial)
+        self.verify(model, tokenizer, folder, prompts)
+        return folder

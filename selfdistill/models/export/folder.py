@@ -7,12 +7,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from selfdistill.errors import UserError
-from selfdistill.models.generation import base_model
+from selfdistill.models.structure import inner_model
 
 VERIFICATION = "verification.json"
 
@@ -27,11 +28,9 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         UserError: something that is no export stands in the way.
     """
     folder = Path(folder).absolute()
-    if (
-        folder.exists()
-        and not (folder / VERIFICATION).is_file()
-        and not (folder.is_dir() and not any(folder.iterdir()))
-    ):
+    is_export = (folder / VERIFICATION).is_file()
+    is_empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not is_export and not is_empty:
         raise UserError(f"{folder} exists and is no export: remove it, or choose another folder.")
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -51,32 +50,48 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         raise
 
 
-def base_location(model: Any) -> str:
-    """Where the base can be loaded from: the absolute path of a local folder, otherwise its name on the hub."""
-    name = base_model(model).name_or_path
+def base_location(model: nn.Module) -> str:
+    """Where the base can be loaded from: the absolute path of a local folder, otherwise its name on the hub.
+
+    Raises:
+        ValueError: the base was made in memory.
+    """
+    name = inner_model(model).name_or_path
     if not name:
         raise ValueError("the base model was not loaded from a folder or a name, so nothing can refer to it")
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
-def write_companions(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Tokenizer, chat template and generation settings."""
+def quantization(model: nn.Module) -> QuantizationConfigMixin | None:
+    """How the base's weights are quantised; None where they are not."""
+    return getattr(inner_model(model).config, "quantization_config", None)
+
+
+def write_companions(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write tokenizer, chat template and generation settings."""
     tokenizer.save_pretrained(folder)
-    config = copy.deepcopy(base_model(model).generation_config)
+    config = copy.deepcopy(inner_model(model).generation_config)
     # Training with gradient checkpointing turns the cache off; whoever uses the export wants it.
     config.use_cache = True
-    # Written as it is: save_pretrained refuses settings that some published models come with.
+    # Not through save_pretrained, which refuses settings that some published models come with.
     config.to_json_file(folder / "generation_config.json", use_diff=True)
 
 
-def write_card(folder: Path, *, title: str, base: str, usage: str, notes: list[str], library: str) -> None:
-    """README.md: what it is, the base it needs or came from, how to load it."""
+def write_card(folder: Path, *, title: str, base: str, loader: str, notes: list[str]) -> None:
+    """Write README.md: what the export is, the base it needs or was made of, and how to load it.
+
+    Args:
+        loader: the class that loads it, with its package, such as "transformers.AutoModelForCausalLM".
+    """
+    library, _, name = loader.rpartition(".")
     # A model card's base_model must be a name on the hub; a local path would make the page invalid there.
     header = [] if Path(base).is_absolute() else [f"base_model: {base}"]
     lines = [
         "---", *header, f"library_name: {library}", "pipeline_tag: text-generation", "tags: [selfdistill]", "---", "",
         f"# {title}", "", f"Base model: `{base}`", "", *[f"- {note}" for note in notes],
         f"- `{VERIFICATION}`: how this folder, loaded again, compared with the model that was trained.", "",
-        "```python", usage, "```", "",
+        "```python", f"from {library} import {name}", "from transformers import AutoTokenizer", "",
+        f'model = {name}.from_pretrained("THIS_FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")', "```", "",
     ]  # fmt: skip
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")

@@ -2,51 +2,81 @@
 
 import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
+from selfdistill.models.export import Format
+from selfdistill.rollout import Prompt
 
-from selfdistill.errors import UserError
-from selfdistill.models.export.folder import base_location, new_folder, write_card, write_companions
-from selfdistill.models.generation import base_model
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from selfdistill.models.export.verify import Verification
 
 
-def export_lora(model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> Path:
-    """Write the active adapter of a PEFT model to `folder`. The model in memory is not changed.
+@dataclass
+class Lora(Format):
+    """The active adapter alone, for use on top of its base."""
 
-    Raises:
-        UserError: the model has no adapter, because the run trained all weights.
-    """
-    if not hasattr(model, "peft_config"):
-        raise UserError(
-            "export=lora needs an adapter, but model.tuning=full trained all weights: "
-            "write export=merged_16bit, or train with model.tuning=lora."
-        )
-    base = base_location(model)
-    adapter = model.active_adapter
-    with new_folder(folder) as partial:
-        model.save_pretrained(partial, selected_adapters=[adapter], save_embedding_layers=False)
-        if (partial / adapter).is_dir():  # PEFT puts every adapter but "default" into a folder of its own
-            for file in (partial / adapter).iterdir():
-                shutil.move(file, partial / file.name)
-            (partial / adapter).rmdir()
-        config_file = partial / "adapter_config.json"
+    name = "lora"
+    needs_adapter = True
+
+    def write(self, model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+        from peft import PeftModel
+
+        from selfdistill.models.export.folder import base_location, quantization, write_card, write_companions
+
+        assert isinstance(model, PeftModel)
+        base, adapter = base_location(model), model.active_adapter
+        model.save_pretrained(str(folder), selected_adapters=[adapter], save_embedding_layers=False)
+        if (folder / adapter).is_dir():  # PEFT puts every adapter but "default" into a folder of its own
+            for file in (folder / adapter).iterdir():
+                shutil.move(file, folder / file.name)
+            (folder / adapter).rmdir()
+        config_file = folder / "adapter_config.json"
         config = json.loads(config_file.read_text()) | {"base_model_name_or_path": base}
         config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        write_companions(model, tokenizer, partial)
+        write_companions(model, tokenizer, folder)
         notes = ["A LoRA adapter: it works on top of this base only, which is not part of this folder."]
         if Path(base).is_absolute():
             notes.append(
                 "The base is a folder of the machine that trained. Elsewhere, change `base_model_name_or_path` in "
                 "`adapter_config.json` to where the base lies there, or export with `export=merged_16bit`."
             )
-        if getattr(base_model(model).config, "quantization_config", None) is not None:
+        if quantization(model) is not None:
             notes.append("Trained on the base quantised to 4 bit: load the base the same way for the same answers.")
-        usage = (
-            "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer\n\n"
-            'model = AutoPeftModelForCausalLM.from_pretrained("THIS_FOLDER")\n'
-            'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")'
+        write_card(folder, title="LoRA adapter", base=base, loader="peft.AutoPeftModelForCausalLM", notes=notes)
+
+    def verify(
+        self,
+        model: "PreTrainedModel | PeftModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        folder: Path,
+        prompts: Sequence[Prompt] = (),
+    ) -> "Verification":
+        from peft import PeftModel, get_peft_model_state_dict
+        from transformers import AutoModelForCausalLM
+
+        from selfdistill.models.export.folder import quantization
+        from selfdistill.models.export.verify import compare, loaded, loading_options, same_tensors
+        from selfdistill.models.structure import inner_model
+
+        assert isinstance(model, PeftModel)
+        config, inner = json.loads((folder / "adapter_config.json").read_text()), inner_model(model)
+        base = AutoModelForCausalLM.from_pretrained(
+            config["base_model_name_or_path"],
+            revision=config.get("revision") or "main",
+            dtype=inner.dtype,
+            quantization_config=quantization(model),
+            device_map={"": inner.device},
+            **loading_options(inner),
         )
-        write_card(partial, title="LoRA adapter", base=base, usage=usage, notes=notes, library="peft")
-    return Path(folder).absolute()
+        written = PeftModel.from_pretrained(base, folder)
+        ours = get_peft_model_state_dict(model, adapter_name=model.active_adapter, save_embedding_layers=False)
+        theirs = get_peft_model_state_dict(written, save_embedding_layers=False)
+        return compare(
+            model, tokenizer, folder, loaded(written, folder), prompts, weights_equal=same_tensors(ours.items(), theirs)
+        )

@@ -2,22 +2,21 @@
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from peft import PeftModel, get_peft_model_state_dict
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from selfdistill.models.export import ExportError
 from selfdistill.models.export.folder import VERIFICATION
-from selfdistill.models.export.merged_16bit import merged_tensors
-from selfdistill.models.generation import base_model, completion_logits, generate, tokenize
-from selfdistill.models.structure import evaluating
+from selfdistill.models.generation import completion_logits, generate, tokenize
+from selfdistill.models.structure import evaluating, inner_model
 from selfdistill.rollout import Prompt
 
 log = logging.getLogger(__name__)
@@ -44,29 +43,108 @@ class Tolerance:
 # Seen on the embedded model (4 layers, from float32): mean KL 5e-6 and 4e-4, logits 0.0016 and 0.013 of the largest;
 # the limits leave room for deeper models. That the weights are the right ones is checked exactly, apart from this.
 TOLERANCES = {
-    torch.float32: Tolerance(mean_kl=1e-6, relative_logit_difference=1e-4),
-    torch.float16: Tolerance(mean_kl=2e-3, relative_logit_difference=0.05),
-    torch.bfloat16: Tolerance(mean_kl=2e-2, relative_logit_difference=0.2),
+    "bfloat16": Tolerance(mean_kl=2e-2, relative_logit_difference=0.2),
+    "float16": Tolerance(mean_kl=2e-3, relative_logit_difference=0.05),
+    "float32": Tolerance(mean_kl=1e-6, relative_logit_difference=1e-4),
 }
+
+
+@runtime_checkable
+class Answering(Protocol):
+    """A model that can be asked: the one in memory, or an export as the program that will use it has loaded it."""
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights, such as "bfloat16"."""
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """A prompt's token ids, through the chat template where it has messages."""
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids."""
+
+    def answers(self, prompt_ids: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """Greedy answers, with the end token where one was emitted."""
+
+    def logits(self, prompt_ids: list[int], completion_ids: list[int]) -> Float[Tensor, "T V"]:
+        """Those from which each token of the completion is drawn, in float32 on the CPU."""
+
+
+@dataclass(frozen=True)
+class TransformersModel:
+    """A model of transformers, with or without PEFT's adapter."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def dtype(self) -> str:
+        return str(inner_model(self.model).dtype).removeprefix("torch.")
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        return tokenize(prompt, self.tokenizer)
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids))
+
+    def answers(self, prompt_ids: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+        return generate(self.model, prompt_ids, tokenizer=self.tokenizer, max_new_tokens=max_new_tokens)
+
+    def logits(self, prompt_ids: list[int], completion_ids: list[int]) -> Float[Tensor, "T V"]:
+        with evaluating(self.model):
+            return completion_logits(self.model, prompt_ids, completion_ids).cpu()
+
+
+def loaded(model: nn.Module, folder: Path) -> TransformersModel:
+    """A model that was loaded from `folder`, with the tokenizer that lies there."""
+    return TransformersModel(model, AutoTokenizer.from_pretrained(folder))
+
+
+def loading_options(base: PreTrainedModel) -> dict[str, Any]:
+    """What transformers needs to load another model of the same kind, from this machine alone."""
+    return {
+        "attn_implementation": base.config._attn_implementation,
+        "trust_remote_code": type(base).__module__.startswith("transformers_modules"),
+        "local_files_only": True,
+    }
+
+
+def roomy_device(device: torch.device, needed_bytes: int) -> torch.device:
+    """The device itself where so much fits beside what is there, otherwise the CPU."""
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 1.2 * needed_bytes + 2**30:
+        return torch.device("cpu")
+    return device
+
+
+def same_tensors(ours: Iterable[tuple[str, Tensor]], theirs: Mapping[str, Tensor]) -> bool:
+    """Whether both have the same names, and under each name the same values, ours rounded to their dtype."""
+    left = dict(theirs)
+    for name, tensor in ours:
+        other = left.pop(name, None)
+        if other is None or not torch.equal(tensor.cpu(), other.to("cpu", tensor.dtype)):
+            return False
+    return not left
 
 
 @dataclass(frozen=True)
 class Verification:
     """What `verification.json` holds.
 
-    A greedy answer that differs is no reason by itself: a token loses its lead only if that is at most twice the
-    largest logit difference, which has its own limit; in 16 bit such near ties occur.
+    A greedy answer that differs is no reason by itself: near ties occur in 16 bit, and a token can only lose a lead of
+    at most twice the largest logit difference, which has a limit of its own.
 
     Attributes:
         verdict: "equal" within the tolerance, or "differs".
         reasons: what lies outside the tolerance, in words.
-        weights_equal: each written weight equals, bit by bit, the one in memory (rounded to the written dtype).
+        weights_equal: each written weight equals, bit by bit, the one in memory (rounded to the written dtype); None
+            where the format keeps weights in a form that cannot be compared so.
         tokenizer_equal: the written tokenizer and chat template give the same ids for the prompts.
         prompts, tokens: how many were compared; of each prompt followed by the greedy answer of the model in memory,
             the last 64 tokens.
-        greedy_equal: greedy answers that agree to the last token.
+        greedy_equal: how many greedy answers agree to the last token.
         argmax_agreement: fraction of the tokens at which both find the same one likeliest.
-        largest_margin_lost: where they don't, how far ahead the token was in memory, at most; logits. 0 without any.
+        largest_margin_lost: where they disagree, by how many logits the token was ahead in memory, at most; 0 where
+            they agree everywhere.
         max_logit_difference, largest_logit: absolute values over all compared positions.
         mean_kl: KL(in memory ‖ written), nats a token.
         training_kl: KL(in memory ‖ base), nats a token: what the adapter does; None without adapter. Where it is
@@ -76,7 +154,7 @@ class Verification:
 
     verdict: str
     reasons: list[str]
-    weights_equal: bool
+    weights_equal: bool | None
     tokenizer_equal: bool
     prompts: int
     tokens: int
@@ -92,53 +170,53 @@ class Verification:
     dtype_written: str
 
 
-def verify(
-    model: Any,
+def compare(
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    folder: str | Path,
+    folder: Path,
+    written: Answering,
     prompts: Sequence[Prompt] = (),
     *,
+    weights_equal: bool | None,
+    tolerance: Tolerance | None = None,
     max_new_tokens: int = 32,
     max_prompts: int = 8,
 ) -> Verification:
-    """Compare the export in `folder` with the model it was made from; the outcome also goes to its verification.json.
+    """Compare what was loaded from `folder` with the model in memory; the folder's verification.json gets the outcome.
 
     Args:
         prompts: the first `max_prompts` are used; without any, three general ones.
+        weights_equal: whether the format found the weights equal (`same_tensors`); None where it cannot tell.
+        tolerance: of a format that rounds more than 16 bit do; otherwise the one of the coarser dtype.
 
     Raises:
         ExportError: outside the tolerance. The folder stays, for inspection.
     """
-    folder = Path(folder)
+    memory = TransformersModel(model, tokenizer)
     if not prompts:
         prompts = [[{"role": "user", "content": text}] if tokenizer.chat_template else text for text in DEFAULT_PROMPTS]
     prompts = list(prompts)[:max_prompts]
-    written_tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = [tokenize(prompt, tokenizer) for prompt in prompts]
-    tokenizer_equal = ids == [tokenize(prompt, written_tokenizer) for prompt in prompts] and all(
-        tokenizer.decode(prompt_ids) == written_tokenizer.decode(prompt_ids) for prompt_ids in ids
-    )
-    settings = {"tokenizer": tokenizer, "max_new_tokens": max_new_tokens}
-    answers = generate(model, ids, **settings)
-    expected = _logits(model, ids, answers)
+    ids = [memory.encode(prompt) for prompt in prompts]
+    answers = memory.answers(ids, max_new_tokens)
+    expected = _logits(memory, ids, answers)
     training_kl = None
-    if hasattr(model, "peft_config"):
+    if isinstance(model, PeftModel):
         with model.disable_adapter():
-            training_kl = _mean_kl(expected, _logits(model, ids, answers))
-    written = load_export(folder, like=model)
+            training_kl = _mean_kl(expected, _logits(memory, ids, answers))
     found = _logits(written, ids, answers)
     agreement = [e.argmax(-1) == f.argmax(-1) for e, f in zip(expected, found, strict=True)]
-    margins = [_margin(e)[~same] for e, same in zip(expected, agreement, strict=True)]
-    written_answers = generate(written, ids, **settings)
-    dtypes = [base_model(model).dtype, base_model(written).dtype]
-    tolerance = next(TOLERANCES[dtype] for dtype in (torch.bfloat16, torch.float16, torch.float32) if dtype in dtypes)
+    margins = torch.cat([_margin(e)[~same] for e, same in zip(expected, agreement, strict=True)])
+    dtypes = memory.dtype, written.dtype
+    tolerance = tolerance or next(limits for dtype, limits in TOLERANCES.items() if dtype in dtypes)
     numbers: dict[str, Any] = {
-        "weights_equal": _weights_equal(model, written),
-        "tokenizer_equal": tokenizer_equal,
+        "weights_equal": weights_equal,
+        "tokenizer_equal": all(
+            own == written.encode(prompt) and memory.decode(own) == written.decode(own)
+            for own, prompt in zip(ids, prompts, strict=True)
+        ),
         "max_logit_difference": max(float((e - f).abs().max()) for e, f in zip(expected, found, strict=True)),
         "largest_logit": max(float(e.abs().max()) for e in expected),
         "mean_kl": _mean_kl(expected, found),
-        "training_kl": training_kl,
     }
     reasons = _reasons(tolerance, **numbers)
     result = Verification(
@@ -146,12 +224,13 @@ def verify(
         reasons=reasons,
         prompts=len(prompts),
         tokens=sum(len(logits) for logits in expected),
-        greedy_equal=sum(a == b for a, b in zip(answers, written_answers, strict=True)),
+        greedy_equal=sum(a == b for a, b in zip(answers, written.answers(ids, max_new_tokens), strict=True)),
         argmax_agreement=float(torch.cat(agreement).float().mean()),
-        largest_margin_lost=max((float(margin.max()) for margin in margins if len(margin)), default=0.0),
+        largest_margin_lost=float(margins.max()) if len(margins) else 0.0,
+        training_kl=training_kl,
         tolerance=tolerance,
-        dtype_in_memory=str(dtypes[0]).removeprefix("torch."),
-        dtype_written=str(dtypes[1]).removeprefix("torch."),
+        dtype_in_memory=memory.dtype,
+        dtype_written=written.dtype,
         **numbers,
     )
     (folder / VERIFICATION).write_text(json.dumps(asdict(result), indent=2) + "\n")
@@ -162,63 +241,22 @@ def verify(
         )
     if training_kl is not None and result.mean_kl > training_kl:
         log.warning(
-            "Rounding to %s changes the answers by %.2g nats a token, training by %.2g: the export keeps little of it.",
-            result.dtype_written, result.mean_kl, training_kl,
-        )  # fmt: skip
+            f"Rounding to {result.dtype_written} changes the answers by {result.mean_kl:.2g} nats a token, "
+            f"training by {training_kl:.2g}: the export keeps little of it."
+        )
     return result
 
 
-def load_export(folder: Path, *, like: Any) -> Any:
-    """The export as a user would load it; an adapter on its base, loaded from where adapter_config.json says.
-
-    Args:
-        like: the model in memory, for the dtype, quantisation and attention of the base, and the device.
-    """
-    base = base_model(like)
-    options: dict[str, Any] = {
-        "attn_implementation": base.config._attn_implementation,
-        "trust_remote_code": type(base).__module__.startswith("transformers_modules"),
-        "local_files_only": True,
-    }
-    adapter_config = folder / "adapter_config.json"
-    if not adapter_config.is_file():
-        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map=_device(folder, like), **options)
-        return loaded.eval()
-    config = json.loads(adapter_config.read_text())
-    quantization = getattr(base.config, "quantization_config", None)
-    if quantization is not None:
-        options["quantization_config"] = quantization
-    loaded = AutoModelForCausalLM.from_pretrained(
-        config["base_model_name_or_path"],
-        revision=config.get("revision") or "main",
-        dtype=base.dtype,
-        device_map={"": base.device},
-        **options,
-    )
-    return PeftModel.from_pretrained(loaded, folder).eval()
-
-
-def _device(folder: Path, like: Any) -> dict[str, torch.device]:
-    """The device of the model in memory where a second one fits beside it, otherwise the CPU."""
-    device = base_model(like).device
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 1.2 * size + 2**30:
-        device = torch.device("cpu")
-    return {"": device}
-
-
-def _logits(model: Any, prompt_ids: list[list[int]], completion_ids: list[list[int]]) -> list[Float[Tensor, "_ V"]]:
-    """Logits of the last positions of each prompt with its completion, float32 on the CPU.
+def _logits(
+    model: Answering, prompt_ids: list[list[int]], completion_ids: list[list[int]]
+) -> list[Float[Tensor, "_ V"]]:
+    """Logits of the last positions of each prompt with its completion.
 
     The prompt's end counts too, since a model may answer with its end token alone. One sequence at a time: no padding.
     """
     sequences = [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
     kept = [min(POSITIONS, len(ids) - 1) for ids in sequences]
-    with evaluating(model):
-        return [
-            completion_logits(model, ids[:-count], ids[-count:]).cpu()
-            for ids, count in zip(sequences, kept, strict=True)
-        ]
+    return [model.logits(ids[:-count], ids[-count:]) for ids, count in zip(sequences, kept, strict=True)]
 
 
 def _mean_kl(p_logits: list[Float[Tensor, "_ V"]], q_logits: list[Float[Tensor, "_ V"]]) -> float:
@@ -234,33 +272,16 @@ def _margin(logits: Float[Tensor, "T V"]) -> Float[Tensor, " T"]:
     return best[:, 0] - best[:, 1]
 
 
-def _weights_equal(model: Any, written: Any) -> bool:
-    ours: Iterable[tuple[str, Tensor]]
-    if hasattr(written, "peft_config"):
-        adapter = model.active_adapter
-        ours = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False).items()
-        theirs = get_peft_model_state_dict(written, save_embedding_layers=False)
-    else:
-        ours, theirs = merged_tensors(model, written.dtype), written.state_dict()
-    left = dict(theirs)
-    for name, tensor in ours:
-        other = left.pop(name, None)
-        if other is None or not torch.equal(tensor.cpu(), other.to("cpu", tensor.dtype)):
-            return False
-    return not left
-
-
 def _reasons(
     tolerance: Tolerance,
     *,
-    weights_equal: bool,
+    weights_equal: bool | None,
     tokenizer_equal: bool,
     max_logit_difference: float,
     largest_logit: float,
     mean_kl: float,
-    training_kl: float | None,
 ) -> list[str]:
-    reasons = [] if weights_equal else ["written weights differ from those in memory"]
+    reasons = ["written weights differ from those in memory"] if weights_equal is False else []
     if not tokenizer_equal:
         reasons.append("the written tokenizer or chat template gives other ids")
     # Written so that NaN fails.

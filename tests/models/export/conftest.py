@@ -1,8 +1,11 @@
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3Config, Qwen3ForCausalLM
 
+from selfdistill.models.export.folder import new_folder
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -36,8 +39,35 @@ def with_adapter(model, adapter_name="default", scale=0.1, **settings):
     return model
 
 
+def written(export, model, folder):
+    """What `export.run` writes, not yet verified."""
+    folder = Path(folder).absolute()
+    with new_folder(folder) as partial:
+        export.write(model, tiny_tokenizer(), partial)
+    return folder
+
+
 def load_base(folder, **options):
     return AutoModelForCausalLM.from_pretrained(folder, **{"dtype": torch.float32} | options)
+
+
+def four_bit(nested=False):
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=nested,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+
+
+def wide_model():
+    """A model whose layers bitsandbytes can pack: at least 64 wide, and a multiple of 32 high."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tiny_tokenizer()), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=32, pad_token_id=0, eos_token_id=2, bos_token_id=None,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config).eval()
 
 
 @pytest.fixture

@@ -167,7 +167,7 @@ def test_settings_of_the_format_can_be_changed():
     given, config = parse(["run=x", "export=merged_16bit", "export.dtype=float16", "force=true"])
     assert given["run"] == "x"
     assert given["force"] == "true"
-    assert config == {"_target_": "selfdistill.models.export.Merged16bit", "dtype": "float16"}
+    assert config == {"_target_": "selfdistill.models.export.merged_16bit.Merged16bit", "dtype": "float16"}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 import copy
 import json
 import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,15 +12,14 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import selfdistill.models.export.lora
-import selfdistill.models.export.merged_16bit
+import selfdistill.models.export.folder
 from selfdistill.config.conf import CONF
 from selfdistill.errors import UserError
-from selfdistill.models.export import ExportError, Lora, Merged16bit
-from selfdistill.models.export.lora import export_lora
-from selfdistill.models.export.merged_16bit import export_merged_16bit
-from selfdistill.models.export.verify import verify
-from tests.models.export.conftest import load_base, with_adapter
+from selfdistill.models.export import ExportError, Format
+from selfdistill.models.export.lora import Lora
+from selfdistill.models.export.merge import merged_tensors
+from selfdistill.models.export.merged_16bit import Merged16bit
+from tests.models.export.conftest import four_bit, load_base, wide_model, with_adapter, written
 from tests.tiny import tiny_tokenizer
 
 IDS = torch.tensor([[1, 7, 30, 31, 32, 2, 3]])
@@ -59,7 +61,7 @@ def test_the_export_is_verified_and_the_model_in_memory_is_untouched(adapted, tm
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_merged_weights_are_those_of_peft_rounded_once(adapted, tmp_path, dtype):
-    folder = export_merged_16bit(adapted, tiny_tokenizer(), tmp_path / "out", dtype)
+    folder = written(Merged16bit(dtype), adapted, tmp_path / "out")
     expected = copy.deepcopy(adapted).merge_and_unload().state_dict()
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     assert loaded.dtype == getattr(torch, dtype)
@@ -73,10 +75,10 @@ def test_a_base_in_bfloat16_is_merged_in_float32(base_folder, tmp_path):
     model = with_adapter(load_base(base_folder, dtype=torch.bfloat16))
     layer = model.get_base_model().model.layers[0].mlp.down_proj
     exact = layer.base_layer.weight.float() + layer.get_delta_weight("default").float()
-    folder = export_merged_16bit(model, tiny_tokenizer(), tmp_path / "out")
-    written = load_file(folder / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
-    assert torch.equal(written, exact.bfloat16())
-    assert verify(model, tiny_tokenizer(), folder, PROMPTS).verdict == "equal"
+    folder = written(Merged16bit(), model, tmp_path / "out")
+    merged = load_file(folder / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+    assert torch.equal(merged, exact.bfloat16())
+    assert Merged16bit().verify(model, tiny_tokenizer(), folder, PROMPTS).verdict == "equal"
 
 
 def test_full_fine_tuning_merges_to_itself_and_has_no_adapter_to_export(base, tmp_path):
@@ -119,7 +121,7 @@ def test_merging_an_adapted_head_unties_it(base, tmp_path):
 def test_the_adapter_finds_its_base_from_any_folder(base_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = with_adapter(load_base("base"))
-    folder = export_lora(model, tiny_tokenizer(), "out")
+    folder = written(Lora(), model, "out")
     assert folder.is_absolute()
     monkeypatch.chdir("/")
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base_folder)
@@ -172,23 +174,23 @@ def test_generation_settings_that_transformers_would_not_save_are_kept(adapted, 
 def test_weights_that_are_not_finite_are_refused(adapted, tmp_path):
     adapted.get_base_model().model.layers[1].mlp.up_proj.lora_A["default"].weight.data[0, 0] = torch.inf
     with pytest.raises(ExportError, match=r"model\.layers\.1\.mlp\.up_proj"):
-        export_merged_16bit(adapted, tiny_tokenizer(), tmp_path / "out")
+        written(Merged16bit(), adapted, tmp_path / "out")
     adapted.get_base_model().model.layers[1].mlp.up_proj.lora_A["default"].weight.data[0, 0] = 1e6
     with pytest.raises(ExportError, match=r"up_proj.*not finite in float16"):
-        export_merged_16bit(adapted, tiny_tokenizer(), tmp_path / "out", "float16")
+        written(Merged16bit("float16"), adapted, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_an_earlier_export_is_replaced_only_by_a_whole_one(adapted, tmp_path, monkeypatch, fails):
-    folder = export_lora(adapted, tiny_tokenizer(), tmp_path / "out")
+    folder = written(Lora(), adapted, tmp_path / "out")
     (folder / "of_the_first").touch()
     if fails:
-        monkeypatch.setattr(selfdistill.models.export.lora, "write_companions", lambda *_: 1 / 0)
+        monkeypatch.setattr(selfdistill.models.export.folder, "write_companions", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            export_lora(adapted, tiny_tokenizer(), folder)
+            written(Lora(), adapted, folder)
     else:
-        export_lora(adapted, tiny_tokenizer(), folder)
+        written(Lora(), adapted, folder)
     assert (folder / "of_the_first").exists() is fails
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
 
@@ -198,11 +200,11 @@ def test_a_folder_that_is_no_export_is_left_alone(adapted, tmp_path):
         if not folder.exists():
             folder.write_text("mine")
         with pytest.raises(UserError, match="is no export"):
-            export_lora(adapted, tiny_tokenizer(), folder)
+            written(Lora(), adapted, folder)
     assert (tmp_path / "file").read_text() == "mine"
     assert (tmp_path / "base" / "model.safetensors").is_file()
     (tmp_path / "empty").mkdir()
-    export_lora(adapted, tiny_tokenizer(), tmp_path / "empty")
+    written(Lora(), adapted, tmp_path / "empty")
 
 
 def rewrite(file, change):
@@ -211,43 +213,43 @@ def rewrite(file, change):
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def refused(model, folder, reason):
+def refused(export, model, folder, reason):
     with pytest.raises(ExportError, match=reason):
-        verify(model, tiny_tokenizer(), folder, PROMPTS)
+        export.verify(model, tiny_tokenizer(), folder, PROMPTS)
     assert verification(folder)["verdict"] == "differs"
 
 
 def test_verification_notices_a_merge_without_the_adapter(adapted, tmp_path):
-    folder = export_merged_16bit(adapted, tiny_tokenizer(), tmp_path / "out")
+    folder = written(Merged16bit(), adapted, tmp_path / "out")
     with adapted.disable_adapter():
         base = {name: tensor.clone() for name, tensor in adapted.get_base_model().state_dict().items()}
     rewrite(folder / "model.safetensors", lambda tensors: tensors.update(
         {name: base[name.replace(".weight", ".base_layer.weight")].bfloat16()
          for name in tensors if name.replace(".weight", ".base_layer.weight") in base}))  # fmt: skip
-    refused(adapted, folder, "mean KL")
+    refused(Merged16bit(), adapted, folder, "mean KL")
 
 
 def test_verification_notices_one_changed_weight(adapted, tmp_path):
-    merged = export_merged_16bit(adapted, tiny_tokenizer(), tmp_path / "merged")
+    merged = written(Merged16bit(), adapted, tmp_path / "merged")
     rewrite(merged / "model.safetensors", lambda t: t["model.norm.weight"][:1].mul_(1.01))
-    refused(adapted, merged, "written weights differ")
-    lora = export_lora(adapted, tiny_tokenizer(), tmp_path / "lora")
+    refused(Merged16bit(), adapted, merged, "written weights differ")
+    lora = written(Lora(), adapted, tmp_path / "lora")
     rewrite(lora / "adapter_model.safetensors", lambda t: t[sorted(t)[0]][:1].mul_(1.0001))
-    refused(adapted, lora, "written weights differ")
+    refused(Lora(), adapted, lora, "written weights differ")
 
 
 def test_verification_notices_another_base(adapted, base_folder, tmp_path):
-    folder = export_lora(adapted, tiny_tokenizer(), tmp_path / "out")
+    folder = written(Lora(), adapted, tmp_path / "out")
     rewrite(base_folder / "model.safetensors", lambda t: t["model.embed_tokens.weight"].mul_(1.2))
-    refused(adapted, folder, "mean KL")
+    refused(Lora(), adapted, folder, "mean KL")
 
 
-@pytest.mark.parametrize("export", [export_lora, export_merged_16bit])
+@pytest.mark.parametrize("export", [Lora(), Merged16bit()], ids=["lora", "merged"])
 def test_verification_notices_another_chat_template(adapted, tmp_path, export):
-    folder = export(adapted, tiny_tokenizer(), tmp_path / "out")
+    folder = written(export, adapted, tmp_path / "out")
     template = folder / "chat_template.jinja"
     template.write_text("hi " + template.read_text())
-    refused(adapted, folder, "chat template")
+    refused(export, adapted, folder, "chat template")
 
 
 def test_rounding_that_outweighs_the_training_is_said(base, tmp_path, caplog):
@@ -262,34 +264,81 @@ def test_without_prompts_general_ones_are_used(adapted, tmp_path):
 
 
 def test_the_merged_folder_needs_nothing_else(adapted, base_folder, tmp_path):
-    folder = export_merged_16bit(adapted, tiny_tokenizer(), tmp_path / "out")
+    folder = written(Merged16bit(), adapted, tmp_path / "out")
     shutil.rmtree(base_folder)
     moved = folder.rename(tmp_path / "moved")
     assert AutoModelForCausalLM.from_pretrained(moved)(IDS).logits.shape == (1, 7, len(tiny_tokenizer()))
     assert AutoTokenizer.from_pretrained(moved).chat_template == tiny_tokenizer().chat_template
 
 
+@pytest.mark.parametrize("packs", [False, True])
 @pytest.mark.parametrize("export", [Lora(), Merged16bit()], ids=["lora", "merged"])
-def test_a_4_bit_base(base_folder, tmp_path, export):
+def test_a_4_bit_base(base_folder, tmp_path, monkeypatch, export, packs):
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    from transformers import BitsAndBytesConfig
-
-    quantised = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    model = with_adapter(load_base(base_folder, quantization_config=quantised))
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: packs)
+    model = with_adapter(load_base(base_folder, quantization_config=four_bit()))
     layer = model.get_base_model().model.layers[1].self_attn.q_proj
     stored, weight = layer.base_layer.weight.data.clone(), layer.base_layer.weight
     folder = export.run(model, tiny_tokenizer(), tmp_path / "out", PROMPTS)
     assert layer.base_layer.weight is weight
-    assert torch.equal(weight.data, stored)
+    assert torch.equal(weight.data, stored)  # as on every machine: never packed
     assert verification(folder)["verdict"] == "equal"
     assert "4 bit" in (folder / "README.md").read_text()
     if isinstance(export, Merged16bit):
-        written = load_file(folder / "model.safetensors")
+        merged = load_file(folder / "model.safetensors")
         dequantised = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
         exact = dequantised + layer.get_delta_weight("default")
-        assert torch.equal(written["model.layers.1.self_attn.q_proj.weight"], exact.bfloat16())
+        assert torch.equal(merged["model.layers.1.self_attn.q_proj.weight"], exact.bfloat16())
         assert "quantization_config" not in json.loads((folder / "config.json").read_text())
-        assert all(tensor.dtype == torch.bfloat16 for tensor in written.values())
+        assert all(tensor.dtype == torch.bfloat16 for tensor in merged.values())
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_base_that_came_packed_is_exported_with_the_weights_it_computes_with(tmp_path, nested):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    wide_model().save_pretrained(tmp_path / "wide")
+    model = with_adapter(load_base(tmp_path / "wide", quantization_config=four_bit(nested)))
+    unpacked = dict(merged_tensors(model, torch.float32))
+    for layer in model.modules():
+        if isinstance(layer, bitsandbytes.nn.Linear4bit):  # what its forward pass does in evaluation mode
+            pack = bitsandbytes.functional._convert_weight_packed_for_cpu
+            layer.weight.data, _ = pack(layer.weight.data, layer.weight.quant_state)
+    folder = Merged16bit().run(model, tiny_tokenizer(), tmp_path / "out", PROMPTS)
+    found = load_file(folder / "model.safetensors")
+    # Packing rounds the scales to bfloat16, and the export rounds the sum: half of the last of eight bits, twice.
+    assert all(torch.allclose(unpacked[name], tensor.float(), rtol=2**-7, atol=2**-7) for name, tensor in found.items())
+    assert verification(folder)["weights_equal"]
+
+
+def test_a_format_of_ones_own_is_named_once(adapted, tmp_path):
+    @dataclass
+    class Card(Format):
+        name = "card"
+        needs_adapter = True
+
+        def write(self, model, tokenizer, folder):
+            (folder / "README.md").write_text("A model.")
+
+        def verify(self, model, tokenizer, folder, prompts=()):
+            if prompts != PROMPTS or (folder / "README.md").read_text() != "A model.":
+                raise ExportError("not what was written")
+
+    assert Card().run(adapted, tiny_tokenizer(), tmp_path / "out", PROMPTS) == tmp_path / "out"
+    with pytest.raises(ExportError, match="not what was written"):
+        Card().run(adapted, tiny_tokenizer(), tmp_path / "out", [])
+    with pytest.raises(UserError, match="export=card needs an adapter"):
+        Card().run(adapted.get_base_model(), tiny_tokenizer(), tmp_path / "none", PROMPTS)
+    assert not (tmp_path / "none").exists()
+
+
+def test_formats_are_known_without_torch():
+    program = (
+        "import sys\nfrom selfdistill.models.export.lora import Lora\n"
+        "from selfdistill.models.export.merged_16bit import Merged16bit\n"
+        "print(*[(f.name, f.needs_adapter) for f in (Lora, Merged16bit)], 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "('lora', True) ('merged_16bit', False) False\n"
 
 
 def test_the_shipped_configurations_build():
