@@ -73,11 +73,7 @@ class Head:
 
     def finish_(self, logits: Tensor) -> Tensor:
         """Scale, soft cap and temperature of bare products, in place."""
-        if self.linear_scale != 1:
-            logits.mul_(self.linear_scale)
-        if self.soft_cap:
-            logits.div_(self.soft_cap).tanh_().mul_(self.soft_cap / self.temperature)
-        return logits
+        return finish_(logits, self.linear_scale, self.soft_cap, self.temperature)
 
     def slope(self, logits: Tensor) -> Tensor | None:
         """Derivative of the soft cap and what follows it, from finished logits; None where there is no cap."""
@@ -109,6 +105,18 @@ class Head:
     def add_gradient(self, gradient: Tensor, hidden: Tensor, out: Tensor) -> None:
         """Adds gradientᵀ·hidden to `out` (V, H)."""
         torch.addmm(out, gradient.T, hidden, alpha=self.linear_scale, out=out)
+
+
+def finish_(logits: Tensor, linear_scale: float, soft_cap: float | None, temperature: float = 1.0) -> Tensor:
+    """soft_cap·tanh(linear_scale·x / soft_cap) / temperature of bare products x, in place.
+
+    Without a soft cap the temperature belongs into the scale.
+    """
+    if linear_scale != 1:
+        logits.mul_(linear_scale)
+    if soft_cap:
+        logits.div_(soft_cap).tanh_().mul_(soft_cap / temperature)
+    return logits
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:

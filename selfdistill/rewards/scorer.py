@@ -9,7 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
-from selfdistill.models.structure import evaluating
+from selfdistill.losses.head import finish_
+from selfdistill.models.structure import evaluating, scale_and_soft_cap
 from selfdistill.rewards.batching import plan
 
 # Logits held at any moment: 2^25 float32 are 128 MiB, about 220 tokens of a vocabulary of 152 thousand.
@@ -313,15 +314,9 @@ class PolicyScorer:
         return head if isinstance(head, nn.Module) else None
 
     def _finish(self, logits: Tensor) -> Tensor:
-        """What some architectures do after the head: Cohere and Granite scale, Gemma caps."""
+        """What some architectures do with the head's products."""
         text = self._text_config()
-        if scale := getattr(text, "logit_scale", None):
-            logits = logits * scale
-        if divisor := getattr(text, "logits_scaling", None):
-            logits = logits / divisor
-        if cap := getattr(text, "final_logit_softcapping", None):
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+        return logits if text is None else finish_(logits, *scale_and_soft_cap(text))
 
     def _device(self) -> torch.device:
         if (device := getattr(self.model, "device", None)) is not None:
