@@ -1,4 +1,4 @@
-"""Wrong commands and files: each is refused with one message that names the key or the file, and leaves nothing behind."""
+"""Wrong commands and files: each is refused with one message that names the key or file, and leaves nothing behind."""
 
 import os
 import subprocess
@@ -55,7 +55,7 @@ COMPOSITION = [
     ("max_steps=true", ["max_steps=True: write a whole number"]),
     ("dry_run=perhaps", ["dry_run='perhaps': write true or false"]),
     ("tags=a", ["tags='a': write a list"]),
-    ("tags={a: 1}", ["tags={'a': 1}: write a list of texts"]),
+    ("tags={a:1}", ["tags={'a': 1}: write a list of texts"]),
     ("output_dir=[a]", ["output_dir=['a']: write text"]),
     ("rollout=5", ["rollout is a group of keys", "rollout.on_policy_fraction=…"]),
     (
@@ -113,7 +113,7 @@ COMPOSITION = [
     ),
     (
         "hardware.per_device_batch_size=5",
-        ["completions_per_step=32 cannot be divided into passes of 5", "hardware.per_device_batch_size=4"],
+        ["completions_per_step=32 cannot be divided into passes of 5", "write completions_per_step=40"],
     ),
     (
         "completions_per_step=8 hardware.accumulation_steps=1",

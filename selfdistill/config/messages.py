@@ -37,7 +37,8 @@ def explain(error: BaseException) -> str:
         options = [option for option in re.findall(r"^\t(\S+)$", text, flags=re.M) if not option.startswith("_")]
         return f"{match[1]}={match[2]}: there is no such choice; {closest(match[2], options)}"
     if match := re.search(r"Could not override '([^']+)'\.\s+No match in the defaults list", text):
-        return f"{match[1]}=…: what was chosen above it has no such group. Choose that first, e.g. teacher=demonstration teacher/weights=ema."
+        first = "Choose that first, e.g. teacher=demonstration teacher/weights=ema."
+        return f"{match[1]}=…: what was chosen above it has no such group. {first}"
     if match := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(match[1], error)
     if match := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
@@ -45,7 +46,8 @@ def explain(error: BaseException) -> str:
     if match := re.search(r"Could not delete from config\. '([^']+)' does not exist", text):
         return f"~{match[1]}: there is no such key to remove; {closest(match[1].split('.')[0], _root())}"
     if match := re.search(r"Ambiguous value for argument '(([^'=]+)=([^']*))'", text):
-        return f"{match[1]}: several values are a sweep, which needs --multirun; for one list write {match[2]}=[{match[3]}]."
+        one_list = f"{match[2]}=[{match[3]}]"
+        return f"{match[1]}: several values are a sweep, which needs --multirun; for one list write {one_list}."
     if match := re.search(r"Multiple values for (\S+)\. To override a value use 'override \S+ (\S+)'", text):
         return (
             f"+{match[1]}={match[2]}: this group is chosen already; write {match[1]}={match[2]} without the plus sign."
@@ -78,7 +80,8 @@ def _unknown_key(key: str, error: BaseException) -> str:
 
 def _syntax(error: OverrideParseException) -> str:
     first = str(error).strip().splitlines()[0]
-    return f"{error.override} cannot be read: {first}. Write KEY=VALUE, and quotes around special characters: 'KEY=\"VALUE\"'."
+    quoted = "quotes around special characters: 'KEY=\"VALUE\"'"
+    return f"{error.override} cannot be read: {first}. Write KEY=VALUE, and {quoted}."
 
 
 def _yaml(error: YAMLError) -> str:
