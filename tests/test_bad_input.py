@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-from tests.command import command
+from tests.command import command, composed
 
 GPU = pytest.mark.skipif(
     "CUDA_VISIBLE_DEVICES" not in os.environ and Path("/dev/nvidia0").exists(), reason="there is a GPU"
@@ -292,3 +293,11 @@ def test_a_module_that_cannot_be_imported_is_named_with_its_reason(
     check_refusal(
         outcome.code, outcome.err, outcome.left, ["half_done_reward cannot be imported", "no_such_dependency"]
     )
+
+
+def test_the_configuration_of_a_resumed_run_is_checked(folder: Path) -> None:
+    (folder / "old").mkdir()
+    (folder / "old" / "summary.json").write_text('{"run_id": "old"}')
+    (folder / "old" / "config.yaml").write_text(OmegaConf.to_yaml(composed(["beta=-1"]), resolve=True))
+    outcome = command(["resume=old"], folder)
+    check_refusal(outcome.code, outcome.err, outcome.left, ["old/config.yaml: beta=-1", "out of range"])

@@ -80,7 +80,7 @@ def _schema(kind: type) -> DictConfig:
     node = OmegaConf.structured(kind)
     OmegaConf.set_readonly(node, False)  # the dataclasses are frozen
     for name, hint in get_type_hints(kind).items():
-        node[name] = _schema(hint) if is_dataclass(hint) else MISSING
+        node[name] = _schema(cast(type, hint)) if is_dataclass(hint) else MISSING
     return node
 
 
@@ -187,7 +187,7 @@ def _check_signal(run: Run) -> None:
         raise UserError("rollout.from_teacher=true needs a teacher, e.g. teacher=demonstration.")
     if d.route == "failures" and not rewarded:
         raise UserError("distillation.route=failures needs a reward to tell failures by, e.g. reward=exact_match.")
-    context = (run.teacher or {}).get("context")
+    context = (run.teacher or {}).get("context") or {}
     if not rewarded and declares("teacher.context", context, "needs_reward"):
         raise UserError(
             f"{context['_target_']} shows successes and feedback, and there is no reward to tell them: "

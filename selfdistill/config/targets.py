@@ -103,9 +103,11 @@ def find(key: str, name: str) -> Callable[..., Any]:
     return found
 
 
-def declares(key: str, node: Mapping[str, Any] | None, attribute: str) -> bool:
-    """Whether the class that a `_target_` names sets this attribute; functions and foreign classes need not know it."""
-    return node is not None and "_target_" in node and bool(getattr(find(key, node["_target_"]), attribute, False))
+def declares(key: str, node: Any, attribute: str) -> bool:
+    """Whether the class that a `_target_` names sets this attribute; functions and other classes need not know it."""
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        return False
+    return bool(getattr(find(key, node["_target_"]), attribute, False))
 
 
 def bind(key: str, node: Mapping[str, Any]) -> None:
