@@ -56,7 +56,6 @@ COMPOSITION = [
     ("max_steps=true", ["max_steps=True: write a whole number"]),
     ("dry_run=perhaps", ["dry_run='perhaps': write true or false"]),
     ("tags=a", ["tags='a': write a list"]),
-    ("tags={a:1}", ["tags={'a': 1}: write a list of texts"]),
     ("output_dir=[a]", ["output_dir=['a']: write text"]),
     ("rollout=5", ["rollout is a group of keys", "rollout.on_policy_fraction=…"]),
     (

@@ -13,9 +13,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from selfdistill.config.batch import batch_of
-from selfdistill.config.messages import WITHOUT, explain
+from selfdistill.config.messages import WITHOUT, explain, unknown_key
 from selfdistill.config.schema import Run
-from selfdistill.config.suggestions import closest
 from selfdistill.config.targets import check_trust, declares, targets
 from selfdistill.config.values import check_limits, mismatch
 from selfdistill.errors import UserError
@@ -60,8 +59,7 @@ def _typed(cfg: DictConfig) -> DictConfig:
     try:
         return cast(DictConfig, OmegaConf.merge(_schema(Run), cfg))
     except ConfigKeyError as error:
-        known = map(str, error.parent_node or [])
-        raise UserError(f"{error.full_key} is not a key: {closest(str(error.key), known)}") from None
+        raise UserError(unknown_key(str(error.full_key), error)) from None
     except OmegaConfBaseException as error:
         raise UserError(_wrong_type(cfg, error)) from None
 
