@@ -1,7 +1,7 @@
 """How the completions of one optimizer step are spread over processes and passes."""
 
 from dataclasses import dataclass
-from math import gcd, lcm
+from math import lcm
 from os import environ
 
 from selfdistill.config.schema import Run
@@ -38,51 +38,35 @@ def batch_of(run: Run) -> Batch:
         UserError: the completions cannot be divided evenly into prompts, processes and passes.
     """
     generations, hardware, processes = run.num_generations, run.hardware, int(environ.get("WORLD_SIZE", 1))
-    at_once = hardware.per_device_batch_size
+    at_once, accumulation = hardware.per_device_batch_size, hardware.accumulation_steps
+
+    def together(completions: int) -> int:
+        """Completions of one pass of all processes: as many as fit, but no more than a step has."""
+        return processes * min(at_once, max(1, completions // processes))
+
+    def fits(completions: int) -> bool:
+        return completions % generations == 0 and completions % together(completions) == 0
+
+    completions = at_once * accumulation * processes if accumulation else run.completions_per_step
+    if fits(completions):
+        return Batch(together(completions) // processes, completions // together(completions), processes)
+
+    always = lcm(generations, at_once * processes)  # this many completions fit, and any multiple
     among = f" x {processes} processes" if processes > 1 else ""
-    if hardware.accumulation_steps is not None:
-        batch = Batch(at_once, hardware.accumulation_steps, processes)
-        made_of = (
-            f"hardware.per_device_batch_size={at_once} x hardware.accumulation_steps={hardware.accumulation_steps}"
-        )
-        fitting = f"hardware.accumulation_steps={generations // gcd(generations, at_once * processes)}"
-        _check_generations(batch.completions, generations, f"{made_of}{among}", fitting)
-        return batch
-    completions = run.completions_per_step
-    together = _together(completions, at_once, processes)
-    nearest = f"completions_per_step={_nearest_fitting(completions, generations, at_once, processes)}"
-    _check_generations(completions, generations, f"completions_per_step={completions}", nearest)
-    if completions % together:
-        smaller = next(n for n in range(at_once, 0, -1) if completions % processes or completions // processes % n == 0)
-        instead = "" if completions % processes else f", or hardware.per_device_batch_size={smaller}"
-        raise UserError(
-            f"completions_per_step={completions} cannot be divided into passes of {together} completions "
-            f"(hardware.per_device_batch_size={at_once}{among}): write {nearest}{instead}."
-        )
-    return Batch(together // processes, completions // together, processes)
-
-
-def _check_generations(completions: int, generations: int, made_of: str, instead: str) -> None:
+    if accumulation:
+        made_of = f"hardware.per_device_batch_size={at_once} x hardware.accumulation_steps={accumulation}{among}"
+        instead = f"hardware.accumulation_steps={always // (at_once * processes)}"
+    else:
+        nearest = min(filter(fits, range(1, completions + always + 1)), key=lambda n: abs(n - completions))
+        made_of, instead = f"completions_per_step={completions}", f"completions_per_step={nearest}"
     if completions % generations:
         divisors = [n for n in range(1, completions + 1) if completions % n == 0]
-        nearest = min(divisors, key=lambda n: abs(n - generations))
         raise UserError(
-            f"num_generations={generations} does not divide a batch of {completions} completions ({made_of}): "
-            f"write num_generations={nearest}, or {instead}."
+            f"num_generations={generations} does not divide a batch of {completions} completions ({made_of}): write "
+            f"num_generations={min(divisors, key=lambda n: abs(n - generations))}, or {instead}."
         )
-
-
-def _together(completions: int, at_once: int, processes: int) -> int:
-    """Completions of all processes in one pass: as many as fit, but no more than a step has."""
-    return processes * min(at_once, max(1, completions // processes))
-
-
-def _nearest_fitting(completions: int, generations: int, at_once: int, processes: int) -> int:
-    """The number of completions nearest to the one that was asked for which can be divided."""
-    always = lcm(generations, at_once * processes)
-    fitting = (
-        n
-        for n in range(generations, completions + always + 1, generations)
-        if n % _together(n, at_once, processes) == 0
+    raise UserError(
+        f"{made_of} cannot be divided into passes of {together(completions)} completions "
+        f"(hardware.per_device_batch_size={at_once}{among}): write {instead}, or a hardware.per_device_batch_size "
+        "that divides them."
     )
-    return min(fitting, key=lambda n: abs(n - completions))

@@ -13,9 +13,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from selfdistill.config.batch import batch_of
-from selfdistill.config.messages import WITHOUT, explain
+from selfdistill.config.messages import WITHOUT, explain, unknown_key
 from selfdistill.config.schema import Run
-from selfdistill.config.suggestions import closest
 from selfdistill.config.targets import check_trust, declares, targets
 from selfdistill.config.values import mismatch
 from selfdistill.errors import UserError
@@ -37,7 +36,8 @@ def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> Run:
     for group, kind in get_type_hints(Run).items():
         if not is_dataclass(kind) and isinstance(values[group], dict) and "_target_" not in values[group]:
             raise UserError(
-                f"{group} has no _target_, so nothing can be built from it: choose one of its options, e.g. {group}=NAME."
+                f"{group} has no _target_, so nothing can be built from it: choose one of its options, "
+                f"e.g. {group}=NAME."
             )
     for key, node in targets(values):
         check_trust(key, node["_target_"], values["trusted_prefixes"])
@@ -60,8 +60,7 @@ def _typed(cfg: DictConfig) -> DictConfig:
     try:
         return cast(DictConfig, OmegaConf.merge(_schema(Run), cfg))
     except ConfigKeyError as error:
-        known = map(str, error.parent_node or [])
-        raise UserError(f"{error.full_key} is not a key: {closest(str(error.key), known)}") from None
+        raise UserError(unknown_key(str(error.full_key), error)) from None
     except OmegaConfBaseException as error:
         raise UserError(_wrong_type(cfg, error)) from None
 
@@ -80,7 +79,7 @@ def _schema(kind: type) -> DictConfig:
     node = OmegaConf.structured(kind)
     OmegaConf.set_readonly(node, False)  # the dataclasses are frozen
     for name, hint in get_type_hints(kind).items():
-        node[name] = _schema(hint) if is_dataclass(hint) else MISSING
+        node[name] = _schema(cast(type, hint)) if is_dataclass(hint) else MISSING
     return node
 
 
@@ -132,62 +131,37 @@ def _written(cfg: DictConfig, key: str) -> str:
 
 def _check_read(run: Run, cfg: DictConfig, overridden: set[str]) -> None:
     """A setting that was given and that nothing in the composition reads: a sweep over it would compare equal runs."""
-    d, vllm = run.distillation, run.hardware.vllm
-    divergence = (
-        "distillation.top_k",
-        "distillation.tail",
-        "distillation.pointwise_clip",
-        "distillation.jsd_normalize",
-    )
-    with_alpha = ("alpha", "distillation.alpha", *divergence)
-    threshold_read = d.route == "failures" or _context_follows(cfg, "success_threshold")
-    rules: tuple[tuple[bool, tuple[str, ...], str], ...] = (
-        (run.teacher is None, ("alpha", "distillation"), "there is no teacher. Add one, e.g. teacher=demonstration"),
-        (
-            run.teacher is None,
-            ("policy_weight",),
-            "without a teacher there is nothing to weigh the policy gradient against",
-        ),
-        (
-            run.reward is None,
-            ("policy_weight", "training.scale_rewards"),
-            "there is no reward. Choose one, e.g. reward=exact_match",
-        ),
-        (d.weight == 0, with_alpha, "distillation.weight is 0"),
-        (d.signal == "advantage", with_alpha, "distillation.signal=advantage compares the sampled tokens alone"),
-        (
-            d.signal == "sampled_token",
-            divergence,
-            "distillation.signal=sampled_token compares the sampled tokens alone",
-        ),
-        (
-            # Whether the teacher is served is asked last: to know it takes an import.
-            d.top_k is None and "distillation.tail" in overridden and not served(run),
-            ("distillation.tail",),
-            "it belongs to distillation.top_k, which is null",
-        ),
-        (
-            not threshold_read,
-            ("distillation.success_threshold",),
-            "it belongs to distillation.route=failures and teacher/context=feedback",
-        ),
-        (run.rollout.on_policy_fraction == 1, ("rollout.demonstration_field",), "rollout.on_policy_fraction is 1"),
-        (run.model.tuning == "full", ("model.lora",), "model.tuning=full has no adapter. Write model.tuning=lora"),
-        (
-            run.hardware.accumulation_steps is not None,
-            ("completions_per_step",),
-            "hardware.accumulation_steps decides in its place. Write hardware.accumulation_steps=null",
-        ),
-        (
-            vllm.mode is None,
-            tuple(f"hardware.vllm.{field.name}" for field in fields(vllm) if field.name != "mode"),
-            "hardware.vllm.mode is null",
-        ),
-    )
-    for unread, keys, reason in rules:
+
+    def refuse(unread: bool, reason: str, *keys: str) -> None:
         for key in sorted(overridden) if unread else ():
-            if key in keys or key.startswith(tuple(f"{k}." for k in keys)):
+            if key in keys or key.startswith(tuple(f"{above}." for above in keys)):
                 raise UserError(f"{key} is set but nothing reads it: {reason}.")
+
+    d, vllm, untaught = run.distillation, run.hardware.vllm, run.teacher is None
+    vllm_keys = [f"hardware.vllm.{field.name}" for field in fields(vllm) if field.name != "mode"]
+    divergence = [f"distillation.{name}" for name in ("top_k", "tail", "pointwise_clip", "jsd_normalize")]
+    with_alpha = ["alpha", "distillation.alpha", *divergence]
+    threshold_read = d.route == "failures" or _context_follows(cfg, "success_threshold")
+    # Whether the teacher is served is asked last, since the answer takes an import.
+    tail_unread = d.top_k is None and "distillation.tail" in overridden and not served(run)
+
+    refuse(untaught, "there is no teacher. Add one, e.g. teacher=demonstration", "alpha", "distillation")
+    refuse(untaught, "without a teacher there is nothing to weigh the policy gradient against", "policy_weight")
+    no_reward = "there is no reward. Choose one, e.g. reward=exact_match"
+    refuse(run.reward is None, no_reward, "policy_weight", "training.scale_rewards")
+    refuse(d.weight == 0, "distillation.weight is 0", *with_alpha)
+    for signal, keys in (("advantage", with_alpha), ("sampled_token", divergence)):
+        refuse(d.signal == signal, f"distillation.signal={signal} compares the sampled tokens alone", *keys)
+    refuse(tail_unread, "it belongs to distillation.top_k, which is null", "distillation.tail")
+    readers = "it belongs to distillation.route=failures and teacher/context=feedback"
+    refuse(not threshold_read, readers, "distillation.success_threshold")
+    own_answers = run.rollout.on_policy_fraction == 1
+    refuse(own_answers, "rollout.on_policy_fraction is 1", "rollout.demonstration_field")
+    no_adapter = "model.tuning=full has no adapter. Write model.tuning=lora"
+    refuse(run.model.tuning == "full", no_adapter, "model.lora")
+    in_its_place = "hardware.accumulation_steps decides in its place. Write hardware.accumulation_steps=null"
+    refuse(run.hardware.accumulation_steps is not None, in_its_place, "completions_per_step")
+    refuse(vllm.mode is None, "hardware.vllm.mode is null", *vllm_keys)
 
 
 def _context_follows(cfg: DictConfig, key: str) -> bool:
@@ -205,14 +179,14 @@ def _check_signal(run: Run) -> None:
         )
     if rollout.cross_entropy_weight > 0 and rollout.on_policy_fraction == 1:
         raise UserError(
-            "rollout.cross_entropy_weight counts for demonstrations alone, and rollout.on_policy_fraction=1 takes none: "
-            "write rollout.on_policy_fraction=0 to train on demonstrations."
+            "rollout.cross_entropy_weight counts for demonstrations alone, and rollout.on_policy_fraction=1 takes "
+            "none: write rollout.on_policy_fraction=0 to train on demonstrations."
         )
     if rollout.from_teacher and not teaches:
         raise UserError("rollout.from_teacher=true needs a teacher, e.g. teacher=demonstration.")
     if d.route == "failures" and not rewarded:
         raise UserError("distillation.route=failures needs a reward to tell failures by, e.g. reward=exact_match.")
-    context = (run.teacher or {}).get("context")
+    context = (run.teacher or {}).get("context") or {}
     if not rewarded and declares("teacher.context", context, "needs_reward"):
         raise UserError(
             f"{context['_target_']} shows successes and feedback, and there is no reward to tell them: "
@@ -220,11 +194,13 @@ def _check_signal(run: Run) -> None:
         )
     if teaches and d.weight == 0 and not (rewarded and d.policy_weight > 0):
         raise UserError(
-            "distillation.weight=0 leaves nothing to learn: write distillation.weight=1, or a reward and policy_weight=1."
+            "distillation.weight=0 leaves nothing to learn: write distillation.weight=1, "
+            "or a reward and policy_weight=1."
         )
-    if run.rollout.temperature != 1 and served(run) and (run.teacher or {}).get("mode") != "write":
+    if rollout.temperature != 1 and served(run) and (run.teacher or {}).get("mode") != "write":
         raise UserError(
-            f"rollout.temperature={rollout.temperature:g}: a served teacher scores at temperature 1; write rollout.temperature=1."
+            f"rollout.temperature={rollout.temperature:g}: a served teacher scores at temperature 1; "
+            "write rollout.temperature=1."
         )
 
 
@@ -250,17 +226,20 @@ def _check_machine(run: Run) -> None:
         )
     if vllm.mode and run.hardware.device == "cpu":
         raise UserError(
-            f"hardware.vllm.mode={vllm.mode} needs a GPU: write hardware.vllm.mode=null, or choose a GPU, e.g. hardware=gpu_24gb."
+            f"hardware.vllm.mode={vllm.mode} needs a GPU: write hardware.vllm.mode=null, or choose a GPU, "
+            "e.g. hardware=gpu_24gb."
         )
     if vllm.mode == "server" and not vllm.server_base_url:
         raise UserError("hardware.vllm.mode=server needs hardware.vllm.server_base_url, e.g. http://localhost:8000.")
     if vllm.mode and run.rollout.from_teacher:
         raise UserError(
-            f"rollout.from_teacher=true samples with transformers, not with hardware.vllm.mode={vllm.mode}: write hardware.vllm.mode=null."
+            f"rollout.from_teacher=true samples with transformers, not with hardware.vllm.mode={vllm.mode}: "
+            "write hardware.vllm.mode=null."
         )
     if model.tuning == "full" and declares("export", run.export, "needs_adapter"):
         raise UserError(
-            "export=lora has no adapter to export with model.tuning=full: write export=merged_16bit or model.tuning=lora."
+            "export=lora has no adapter to export with model.tuning=full: write export=merged_16bit "
+            "or model.tuning=lora."
         )
 
 

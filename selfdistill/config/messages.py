@@ -6,7 +6,7 @@ import sys
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import MarkedYAMLError, YAMLError
 
 from selfdistill.config.schema import Run
 from selfdistill.config.suggestions import closest
@@ -37,24 +37,24 @@ def explain(error: BaseException) -> str:
         options = [option for option in re.findall(r"^\t(\S+)$", text, flags=re.M) if not option.startswith("_")]
         return f"{match[1]}={match[2]}: there is no such choice; {closest(match[2], options)}"
     if match := re.search(r"Could not override '([^']+)'\.\s+No match in the defaults list", text):
-        return f"{match[1]}=…: what was chosen above it has no such group. Choose that first, e.g. teacher=demonstration teacher/weights=ema."
+        first = "Choose that first, e.g. teacher=demonstration teacher/weights=ema."
+        return f"{match[1]}=…: what was chosen above it has no such group. {first}"
     if match := re.search(r"Could not override '([^']+)'", text):
-        return _unknown_key(match[1], error)
+        return unknown_key(match[1], error)
     if match := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
         return f"+{match[1]}: the key is there already; write {match[1]}=VALUE without the plus sign."
     if match := re.search(r"Could not delete from config\. '([^']+)' does not exist", text):
-        return f"~{match[1]}: there is no such key to remove; {closest(match[1].split('.')[0], _root())}"
+        return (
+            f"~{match[1]}: there is no such key to remove; {closest(match[1].split('.')[0], Run.__dataclass_fields__)}"
+        )
     if match := re.search(r"Ambiguous value for argument '(([^'=]+)=([^']*))'", text):
-        return f"{match[1]}: several values are a sweep, which needs --multirun; for one list write {match[2]}=[{match[3]}]."
+        one_list = f"{match[2]}=[{match[3]}]"
+        return f"{match[1]}: several values are a sweep, which needs --multirun; for one list write {one_list}."
     if match := re.search(r"Multiple values for (\S+)\. To override a value use 'override \S+ (\S+)'", text):
         return (
             f"+{match[1]}={match[2]}: this group is chosen already; write {match[1]}={match[2]} without the plus sign."
         )
     return _general(error)
-
-
-def _root() -> list[str]:
-    return list(Run.__dataclass_fields__)
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -64,33 +64,31 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
-def _unknown_key(key: str, error: BaseException) -> str:
+def unknown_key(key: str, error: BaseException) -> str:
+    """That there is no such key, and which one may have been meant."""
     above, _, last = key.rpartition(".")
-    parent = getattr(_cause(error), "parent_node", None)
+    cause = _cause(error)
+    parent = cause.parent_node if isinstance(cause, OmegaConfBaseException) else None
     if not above or not isinstance(parent, DictConfig):
-        return f"{key} is not a key: {closest(last, _root())}"
-    return (
-        f"{key} is not a key: {closest(last, map(str, parent))}"
-        if len(parent)
-        else f"{key} is not a key: {above} has no keys here."
-    )
+        return f"{key} is not a key: {closest(last, Run.__dataclass_fields__)}"
+    return f"{key} is not a key: {closest(last, parent) if len(parent) else f'{above} has no keys here.'}"
 
 
 def _syntax(error: OverrideParseException) -> str:
     first = str(error).strip().splitlines()[0]
-    return f"{error.override} cannot be read: {first}. Write KEY=VALUE, and quotes around special characters: 'KEY=\"VALUE\"'."
+    quoted = "quotes around special characters: 'KEY=\"VALUE\"'"
+    return f"{error.override} cannot be read: {first}. Write KEY=VALUE, and {quoted}."
 
 
 def _yaml(error: YAMLError) -> str:
-    mark = getattr(error, "problem_mark", None)
-    where = f"{mark.name}, line {mark.line + 1}" if mark is not None else "a configuration file"
-    return f"{where}: {getattr(error, 'problem', None) or str(error).splitlines()[0]}"
+    if isinstance(error, MarkedYAMLError) and error.problem_mark is not None:
+        return f"{error.problem_mark.name}, line {error.problem_mark.line + 1}: {error.problem}"
+    return f"a configuration file: {str(error).splitlines()[0]}"
 
 
 def _general(error: BaseException) -> str:
     cause = _cause(error)
-    key = getattr(cause, "full_key", None) or getattr(error, "full_key", None)
-    lines = [line.strip() for line in str(cause if str(cause) else error).strip().splitlines()] or [
-        type(error).__name__
-    ]
-    return f"{key}: {lines[0]}" if key and key not in lines[0] else lines[0]
+    keys = [e.full_key for e in (cause, error) if isinstance(e, OmegaConfBaseException) and e.full_key]
+    text = str(cause).strip() or str(error).strip() or type(error).__name__
+    first = text.splitlines()[0].strip()
+    return f"{keys[0]}: {first}" if keys and keys[0] not in first else first

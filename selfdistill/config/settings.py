@@ -1,4 +1,4 @@
-"""What a trainer is told beyond model, data, rewards and teacher. The same objects serve the command line and Python."""
+"""The trainer's own settings, beside model, data, rewards and teacher: for the command line and for Python."""
 
 from dataclasses import dataclass, field
 
@@ -19,7 +19,8 @@ class Distillation(Divergence):
         alpha, top_k, tail, temperature, pointwise_clip, jsd_normalize: see `Divergence`; a temperature of None takes the
             sampling temperature.
         signal: `distribution` compares distributions; `sampled_token` uses the sampled tokens' log-probabilities alone
-            (alpha must be 1); `advantage` adds log q - log pi of the sampled tokens to the policy gradient's advantages.
+            (alpha must be 1); `advantage` adds log q - log pi of the sampled tokens to the advantages of the policy
+            gradient.
         is_clip: upper bound of the importance weight pi / pi_old; None leaves the weight out.
         skip_tokens: leading completion tokens that carry no loss.
         aggregation: token_mean, seq_mean_token_mean, seq_mean_token_sum or seq_mean_token_sum_norm (sum over tokens /

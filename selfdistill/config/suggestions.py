@@ -23,7 +23,7 @@ def guess(word: str, choices: Iterable[Any]) -> str:
 
 
 def closest(word: str, choices: Iterable[Any]) -> str:
-    """`did you mean X?`, or the choices; of many, those that are most like the word. Hidden ones (`_name`) are left out."""
+    """`did you mean X?`, or the choices; of many, those most like the word. Hidden choices (`_name`) are left out."""
     known = sorted({str(choice) for choice in choices if not str(choice).startswith("_")})
     if near := nearest(word, known):
         return f"did you mean {near}?"

@@ -89,7 +89,8 @@ def find(key: str, name: str) -> Callable[..., Any]:
             raise UserError(f"{key}._target_={name}: {module} cannot be imported: {reason}") from None
     if found is None:
         raise UserError(
-            f"{key}._target_={name}: there is no module {missing} here. Is its folder on PYTHONPATH, or is it installed?"
+            f"{key}._target_={name}: there is no module {missing} here. "
+            "Is its folder on PYTHONPATH, or is it installed?"
         )
     for part in parts[count - 1 :] if missing else ():
         if not hasattr(found, part):
@@ -102,9 +103,11 @@ def find(key: str, name: str) -> Callable[..., Any]:
     return found
 
 
-def declares(key: str, node: Mapping[str, Any] | None, attribute: str) -> bool:
-    """Whether the class that a `_target_` names sets this attribute; functions and foreign classes need not know it."""
-    return node is not None and "_target_" in node and bool(getattr(find(key, node["_target_"]), attribute, False))
+def declares(key: str, node: Any, attribute: str) -> bool:
+    """Whether the class that a `_target_` names sets this attribute; functions and other classes need not know it."""
+    if not isinstance(node, Mapping) or "_target_" not in node:
+        return False
+    return bool(getattr(find(key, node["_target_"]), attribute, False))
 
 
 def bind(key: str, node: Mapping[str, Any]) -> None:
@@ -117,13 +120,12 @@ def bind(key: str, node: Mapping[str, Any]) -> None:
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for argument, value in arguments.items():
         if argument not in parameters and not open_ended:
-            raise UserError(
-                f"{key}.{argument}: {name} takes no such argument; {closest(argument, parameters.keys() - PASSED_LATER)}"
-            )
-        is_target = isinstance(value, Mapping) and "_target_" in value
-        if argument in parameters and not is_target:
-            if wanted := mismatch(value, _hint(parameters[argument], target)):
-                raise UserError(f"{key}.{argument}={value!r}: write {wanted}.")
+            known = closest(argument, parameters.keys() - PASSED_LATER)
+            raise UserError(f"{key}.{argument}: {name} takes no such argument; {known}")
+        will_be_built = isinstance(value, Mapping) and "_target_" in value
+        hint = Any if will_be_built or argument not in parameters else _hint(parameters[argument], target)
+        if wanted := mismatch(value, hint):
+            raise UserError(f"{key}.{argument}={value!r}: write {wanted}.")
     if node.get("_partial_") or "_args_" in node:
         return
     named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

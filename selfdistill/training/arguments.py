@@ -1,6 +1,6 @@
 """Our keys in TRL's words."""
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, no_type_check
 
@@ -54,7 +54,9 @@ def trainer_arguments(run: Run, output_dir: Path) -> SelfDistillConfig:
     Raises:
         UserError: TRL refuses a combination.
     """
-    batch, training, kind = batch_of(run), run.training, precision(run.hardware)
+    batch, rollout, kind = batch_of(run), run.rollout, precision(run.hardware)
+    shared = asdict(run.training)  # what TRL calls by the same names, once ours are taken out
+    checkpoint_every, keep_checkpoints, others = map(shared.pop, ("checkpoint_every", "keep_checkpoints", "arguments"))
     arguments: dict[str, Any] = {
         "output_dir": str(output_dir),
         "seed": run.seed,
@@ -68,33 +70,19 @@ def trainer_arguments(run: Run, output_dir: Path) -> SelfDistillConfig:
         "use_cpu": not use_cuda(run.hardware),
         "bf16": kind == "bf16",
         "fp16": kind == "fp16",
-        "temperature": run.rollout.temperature,
-        "top_p": run.rollout.top_p,
-        "top_k": run.rollout.top_k,
-        "min_p": run.rollout.min_p,
-        "max_completion_length": run.rollout.max_completion_tokens,
+        **{name: getattr(rollout, name) for name in ("temperature", "top_p", "top_k", "min_p")},
+        "max_completion_length": rollout.max_completion_tokens,
         "chat_template_kwargs": run.model.chat_template_kwargs or None,
-        "loss_type": training.loss_type,
-        "scale_rewards": training.scale_rewards,
-        "num_iterations": training.num_iterations,
-        "epsilon": training.epsilon,
-        "epsilon_high": training.epsilon_high,
-        "mask_truncated_completions": training.mask_truncated_completions,
-        "lr_scheduler_type": training.lr_scheduler_type,
-        "warmup_steps": training.warmup_steps,
-        "weight_decay": training.weight_decay,
-        "max_grad_norm": training.max_grad_norm,
-        "logging_steps": training.logging_steps,
-        "save_strategy": "steps" if training.checkpoint_every else "no",
-        "save_steps": training.checkpoint_every or 500,
-        "save_total_limit": training.keep_checkpoints,
+        "save_strategy": "steps" if checkpoint_every else "no",
+        "save_steps": checkpoint_every or 500,
+        "save_total_limit": keep_checkpoints,
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": use_cuda(run.hardware),
         "remove_unused_columns": False,
     }
     try:
-        return SelfDistillConfig(**arguments | _vllm_arguments(run.hardware.vllm) | training.arguments)
+        return SelfDistillConfig(**shared | arguments | _vllm_arguments(run.hardware.vllm) | others)
     except (ValueError, TypeError) as error:
         raise UserError(
             f"training: trl.GRPOConfig refuses this combination: {str(error).strip().splitlines()[0]}"

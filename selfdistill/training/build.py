@@ -62,7 +62,7 @@ def build(run: Run, folder: Path) -> Parts:
     data = load_data(run, tokenizer)
     if isinstance(teacher, ServerTeacher):
         teacher, data = with_server(run, teacher, data, model, tokenizer)
-    check_rows(reward, data.train, run.rollout, data_source(run))
+    check_rows(reward, data.train, run.rollout, str(run.data.get("path", run.data["_target_"])))
 
     trainer = SelfDistillTrainer(
         model=model,
@@ -96,14 +96,10 @@ def load_data(run: Run, tokenizer: PreTrainedTokenizerBase) -> DataSplits:
     data = make(run.data, "data", tokenizer=tokenizer)
     if not isinstance(data, DataSplits):
         raise UserError(
-            f"data._target_={run.data['_target_']} gives {type(data).__name__}: let it return selfdistill.data.DataSplits."
+            f"data._target_={run.data['_target_']} gives {type(data).__name__}: "
+            "let it return selfdistill.data.DataSplits."
         )
     return data
-
-
-def data_source(run: Run) -> str:
-    """Where the rows come from, for messages: a file, or a loader of the user's own that has no path."""
-    return str(run.data.get("path") or run.data["_target_"])
 
 
 def with_server(
@@ -128,7 +124,8 @@ def with_server(
     kept = rows.filter(lambda row: bool(row["golden_response"]))
     if not len(kept):
         raise UserError(
-            "teacher.mode=write: none of what the server wrote was kept; lower teacher.keep_at_least or look at its answers."
+            "teacher.mode=write: none of what the server wrote was kept; "
+            "lower teacher.keep_at_least or look at its answers."
         )
     print(f"the server wrote demonstrations for {len(kept)} of {len(rows)} prompts; the others are left out")
     imitates = run.rollout.on_policy_fraction == 0

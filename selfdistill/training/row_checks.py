@@ -55,7 +55,7 @@ def _check_demonstrations(rollout: RolloutSource, train: "Dataset", path: str) -
         raise UserError(_no_column(key, field, train, path))
     for row, text in zip(train["id"], train[field], strict=True):
         if not text:
-            # Where rows have no id of their own, it is the line.
+            # The id of a row that brings none is its line.
             raise UserError(
                 f"{key}: {path}, row {row} has no demonstration, and rollout.on_policy_fraction="
                 f"{rollout.on_policy_fraction} may ask any row for one. Write one there, or leave such rows out: "

@@ -217,7 +217,9 @@ def test_check_shows_the_plan_and_leaves_nothing(line: str, tmp_path: Path) -> N
 LIGHT = """
 import contextlib, io, sys
 from selfdistill import train
-for arguments in (["--help"], ["--cfg", "job"], ["betta=1"], ["beta=-1"], ["reward=none"], ["-m", "beta=0,-1"]):
+combinations = ["reward=none", "reward=none teacher=feedback", "export=lora", "num_generations=7"]
+for line in ("--help", "--cfg job", "betta=1", "beta=-1", "-m beta=0,-1", *combinations):
+    arguments = line.split()
     sys.argv = ["train", *arguments]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
