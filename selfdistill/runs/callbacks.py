@@ -1,10 +1,15 @@
-"""What happens beside the training loop: the record, completions now and then, the alarms, the progress bar."""
+"""What happens beside the training loop: the record, completions now and then, the alarms, the progress bar.
+
+All of these belong to the main process, but for `MainDecides`, which every process has where there are several.
+"""
 
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, ClassVar
 
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -51,8 +56,7 @@ class RecordCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero:
-            self.run.truncate_metrics(state.global_step)
+        self.run.truncate_metrics(state.global_step)
 
     def on_log(
         self,
@@ -62,7 +66,7 @@ class RecordCallback(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not state.is_world_process_zero or not logs:
+        if not logs:
             return
         if "train_runtime" in logs:
             totals = {name: value for name, value in logs.items() if name.startswith("train_") or name == "total_flos"}
@@ -112,7 +116,7 @@ class CompletionsCallback(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         step = state.global_step
-        if not state.is_world_process_zero or self.every_steps < 1 or step == 0 or step == self._last_step:
+        if self.every_steps < 1 or step == 0 or step == self._last_step:
             return
         if self._last_step is not None and step // self.every_steps == self._last_step // self.every_steps:
             return
@@ -160,7 +164,7 @@ class MonitorCallback(TrainerCallback):
                 self._is_best(line["step"], line)
         alarms = self.run.summary.get("alarms", [])
         repeated = [alarm for alarm in alarms if alarm["step"] > state.global_step]
-        if state.is_world_process_zero and repeated:
+        if repeated:
             self.run.update_summary(alarms=[alarm for alarm in alarms if alarm not in repeated])
 
     def on_log(
@@ -175,7 +179,7 @@ class MonitorCallback(TrainerCallback):
             return
         step = state.global_step
         for alarm in self.monitors.observe({**logs, "step": step}):
-            self._raise(alarm, state, control)
+            self._raise(alarm, control)
         if self.stopped_by is None and self._is_best(step, logs):
             control.should_save = True
             state.best_global_step, state.best_metric = step, self._best
@@ -196,16 +200,13 @@ class MonitorCallback(TrainerCallback):
         self._rewards: list[float] = []
         self.best_step: int | None = None
 
-    def _raise(self, alarm: Alarm, state: TrainerState, control: TrainerControl) -> None:
+    def _raise(self, alarm: Alarm, control: TrainerControl) -> None:
         if alarm.action == "stop" and self.stopped_by is None:
             self.stopped_by = alarm
             control.should_training_stop = True
-        if state.is_world_process_zero:
-            word = "stopped" if alarm.action == "stop" else "warning"
-            self.console.print(Text(f"{word} at step {alarm.step}: {alarm.message}", style="bold yellow"))
-            alarms = self.run.summary.get("alarms", [])
-            entry = {"monitor": alarm.monitor, "step": alarm.step, "value": alarm.value, "message": alarm.message}
-            self.run.update_summary(alarms=[*alarms, {**entry, "action": alarm.action}])
+        word = "stopped" if alarm.action == "stop" else "warning"
+        self.console.print(Text(f"{word} at step {alarm.step}: {alarm.message}", style="bold yellow"))
+        self.run.update_summary(alarms=[*self.run.summary.get("alarms", []), asdict(alarm)])
 
     def _is_best(self, step: int, metrics: Mapping[str, Any]) -> bool:
         """Whether a checkpoint of this step should be kept as the best."""
@@ -231,6 +232,18 @@ class MonitorCallback(TrainerCallback):
             return None
         self._rewards = [*self._rewards, reward][-self.window :]
         return sum(self._rewards) / len(self._rewards) if len(self._rewards) == self.window else None
+
+
+class MainDecides(TrainerCallback):
+    """Lets every process stop and save where the main one does, whose monitors judge what was logged. Comes last."""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        decision = [control.should_save, control.should_training_stop, state.best_global_step, state.best_metric]
+        control.should_save, control.should_training_stop, state.best_global_step, state.best_metric = (
+            broadcast_object_list(decision)
+        )
+
+    on_evaluate = on_log
 
 
 class ProgressCallback(TrainerCallback):
@@ -260,7 +273,7 @@ class ProgressCallback(TrainerCallback):
         self._first_step, self._began = state.global_step, time.monotonic()
         self._printed = float("-inf")
         self._latest: dict[str, Any] = {}
-        if not state.is_world_process_zero or not self.console.is_terminal:
+        if not self.console.is_terminal:
             return
         self._bar = Progress(
             TextColumn("training"),
@@ -286,7 +299,7 @@ class ProgressCallback(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+        if not logs or "train_runtime" in logs:
             return
         self._latest.update({name: value for name, value in logs.items() if value is not None})
         values = self._values()

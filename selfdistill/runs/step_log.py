@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from selfdistill.errors import UserError
+from selfdistill.files import write_atomically
 
 
 def jsonable(value: Any) -> Any:
@@ -74,10 +75,8 @@ class StepLog:
         records = self.read()
         kept = [record for record in records if record["step"] <= step]
         if len(kept) < len(records):
-            draft = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-            draft.write_bytes(b"".join(_encode(record) for record in kept))
             self.close()
-            draft.replace(self.path)
+            write_atomically(self.path, b"".join(_encode(record) for record in kept))
             self._file = self.path.open("r+b", buffering=0)
             self._repair()
         return len(records) - len(kept)

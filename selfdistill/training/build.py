@@ -20,11 +20,11 @@ from selfdistill.models.loading import load_model, lora_config
 from selfdistill.teachers import Teacher
 from selfdistill.teachers.context import Demonstration, NoContext
 from selfdistill.teachers.weights import Base
+from selfdistill.training.checkpoints import CHECKPOINTS
 from selfdistill.training.row_checks import check_rows
 from selfdistill.training.trainer import Distillation, RolloutSource, SelfDistillConfig, SelfDistillTrainer
 
 PASSED_LATER = {"tokenizer"}  # arguments that a `_target_` gets when it is built, not from the configuration
-CHECKPOINTS = "checkpoints"
 
 
 def check_targets(cfg: DictConfig) -> None:

@@ -5,14 +5,12 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from selfdistill.errors import UserError
 from selfdistill.runs.console import (
     Plan,
     change_table,
     config_tree,
     count,
     duration,
-    error_text,
     make_console,
     plan_table,
     print_all,
@@ -121,10 +119,6 @@ def test_an_old_terminal_gets_ascii():
     print_all(console, config_tree(OmegaConf.create({"a": {"b": 1}})), change_table({"x": 1.0}, {"x": 2.0}))
     file.flush()
     assert b"+1.000" in file.buffer.getvalue()
-
-
-def test_an_error_is_its_message():
-    assert shown(error_text(UserError("data.path: [x] is missing"))) == "error: data.path: [x] is missing\n"
 
 
 @pytest.mark.parametrize(

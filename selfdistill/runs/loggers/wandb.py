@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from selfdistill.errors import UserError
 from selfdistill.runs.folder import RunFolder
-from selfdistill.runs.loggers.base import columns_of, finite, flat, flat_config, multirun_group
+from selfdistill.runs.loggers.base import columns_of, finite, flat, flat_config
 
 
 class WandbLogger:
@@ -23,7 +23,7 @@ class WandbLogger:
     Args:
         project: W&B project.
         entity: user or team; None is the key's default.
-        group: group of runs; None: the jobs of one multirun share one.
+        group: group of runs; None: no group.
         name: shown name; None is the run's id.
         tags: tags of the run.
         mode: online, offline, disabled; None decides by itself and listens to WANDB_MODE.
@@ -140,7 +140,7 @@ class WandbLogger:
         return wandb.init(
             project=self.project,
             entity=self.entity,
-            group=self.group or multirun_group(),
+            group=self.group,
             name=self.name or run.run_id,
             tags=self.tags or None,
             id=run.run_id,

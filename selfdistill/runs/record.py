@@ -1,0 +1,167 @@
+"""What is written down and shown of a run. The main process alone does so, and nothing else has to ask which one it is."""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from torch import Tensor
+from transformers import TrainerCallback
+
+from selfdistill.rollout import Prompt, Rollouts
+from selfdistill.runs import console
+from selfdistill.runs.callbacks import CompletionsCallback, MonitorCallback, ProgressCallback, RecordCallback
+from selfdistill.runs.folder import RunFolder, Status
+from selfdistill.runs.loggers import RunLogger
+from selfdistill.runs.plan import plan_of
+from selfdistill.runs.processes import EarlyEnd
+from selfdistill.runs.samples import completion_rows, prompt_samples
+from selfdistill.training.build import Parts
+
+MODEL = "model"
+
+
+class NoRecord:
+    """The record of the processes beside the main one: nothing is written, shown or logged.
+
+    Attributes:
+        folder: the run's folder, open for reading.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+
+    def begin(self, parts: Parts) -> None:
+        """The plan, and what the data had to leave out."""
+
+    def callbacks(self, parts: Parts) -> list[TrainerCallback]:
+        """What records the training."""
+        return []
+
+    def busy(self, word: str) -> AbstractContextManager[object]:
+        """Shows what goes on for as long as the context lasts."""
+        return nullcontext()
+
+    def start(self, metrics: dict[str, float]) -> None:
+        """The evaluation of the start."""
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Any evaluation."""
+
+    def rollouts(
+        self, parts: Parts, rollouts: Rollouts, teacher_prompts: list[Prompt | None] | None, tensors: dict[str, Tensor]
+    ) -> None:
+        """The completions of a step."""
+
+    def end(
+        self, parts: Parts, *, interrupted: bool, before: dict[str, float] | None, after: dict[str, float] | None
+    ) -> None:
+        """The model is saved: exports it, and says where everything lies."""
+
+    def end_early(self, end: EarlyEnd) -> None:
+        """The run failed, or was interrupted before or after the training."""
+
+    def close(self) -> None:
+        """The run is over, in good order."""
+
+
+class Record(NoRecord):
+    """The record of the main process: run folder, logger and screen."""
+
+    def __init__(self, cfg: DictConfig, folder: RunFolder, logger: RunLogger) -> None:
+        super().__init__(folder)
+        self.cfg, self.logger = cfg, logger
+        self.screen = console.make_console()
+        self._places: dict[str, str | Path | None] = {"run": folder.path}
+        self._begun = self._prompts_written = bool(cfg.resume)
+        self._monitor: MonitorCallback | None = None
+        self._rows: list[dict[str, Any]] = []
+
+    def begin(self, parts: Parts) -> None:
+        self.logger.start(self.folder, self.cfg)
+        self._begun = True
+        self.folder.write_bad_rows(parts.data.bad_rows)
+        console.print_all(self.screen, console.config_tree(self.cfg), console.plan_table(plan_of(self.cfg, parts)))
+        if parts.data.bad_rows:
+            self.screen.print(
+                f"{len(parts.data.bad_rows)} bad rows skipped, listed in {self.folder.path / 'bad_rows.jsonl'}"
+            )
+
+    def callbacks(self, parts: Parts) -> list[TrainerCallback]:
+        record = RecordCallback(self.folder, self.logger)
+        if parts.monitors is not None:
+            self._monitor = MonitorCallback(parts.monitors, self.folder, self.screen)
+        return [
+            record,
+            *([self._monitor] if self._monitor else []),
+            CompletionsCallback(record, self.screen, lambda: self._rows),
+            ProgressCallback(self.screen),
+        ]
+
+    def busy(self, word: str) -> AbstractContextManager[object]:
+        return self.screen.status(word) if self.screen.is_terminal else nullcontext()
+
+    def start(self, metrics: dict[str, float]) -> None:
+        self.folder.update_summary(eval={"before": metrics})
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        self.folder.log_metrics(step, metrics)
+        self.logger.log(step, metrics)
+
+    def rollouts(
+        self, parts: Parts, rollouts: Rollouts, teacher_prompts: list[Prompt | None] | None, tensors: dict[str, Tensor]
+    ) -> None:
+        self._rows = completion_rows(rollouts, tensors)
+        if not self._prompts_written:
+            self._prompts_written = True
+            if not self.folder.write_prompts(prompt_samples(parts.tokenizer, rollouts, teacher_prompts, tensors)):
+                raise RuntimeError(f"student and teacher score different tokens: see {self.folder.path / 'prompts.md'}")
+
+    def end(
+        self, parts: Parts, *, interrupted: bool, before: dict[str, float] | None, after: dict[str, float] | None
+    ) -> None:
+        step = parts.trainer.state.global_step
+        status: Status = "interrupted" if interrupted else "finished"
+        if self._monitor is not None and self._monitor.stopped_by is not None:
+            status = "stopped"
+        self._places["model"] = self.folder.path / MODEL
+        parts.tokenizer.save_pretrained(self.folder.path / MODEL)
+        if before is not None and after is not None:
+            self.folder.update_summary(eval={"before": before, "after": after})
+            self.logger.summary(after)
+            self.screen.print(console.change_table(_short(before), _short(after)))
+        if parts.exporter is not None and status == "finished" and not self.cfg.dry_run:
+            self._places["export"] = parts.exporter.run(
+                parts.trainer.model,
+                parts.tokenizer,
+                self.folder.path / "export" / export_name(self.cfg),
+                parts.data.eval[:8]["prompt"],
+            )
+        self.folder.finish(status, step=step)
+        self._places |= {"status": status, "log": self.logger.location}
+        if status == "interrupted":
+            self.screen.print(
+                f"interrupted at step {step}; continue with: python -m selfdistill.train resume={self.folder.path}"
+            )
+        self.screen.print(console.where_table(self._places))
+
+    def end_early(self, end: EarlyEnd) -> None:
+        # A new run that is refused before it has begun (no such model, a malformed file) leaves no folder.
+        if end.refused and not self._begun:
+            self.folder.discard()
+        else:
+            self.folder.finish(end.status, error=end.traceback)
+        self.logger.finish(failed=True)
+
+    def close(self) -> None:
+        self.logger.finish()
+
+
+def export_name(cfg: DictConfig) -> str:
+    """The folder's name of an export, from its class: Merged16bit -> merged_16bit."""
+    return {"Lora": "lora", "Merged16bit": "merged_16bit"}.get(cfg.export._target_.rsplit(".", 1)[1], "export")
+
+
+def _short(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name.removeprefix("eval/"): value for name, value in metrics.items()}
