@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,12 +100,14 @@ def _exit_code(work: Callable[[], None]) -> int:
 
 def serve() -> None:
     """Answers each request on standard input with the exit code of its launch."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
     for name in ("selfdistill.runs.session", "wandb", "torch.distributed.run", PROGRAM):
         importlib.import_module(name)
     del sys.modules[PROGRAM]  # it is run anew
     for line in sys.stdin:
         request = json.loads(line)
-        launch = Fork(lambda: _launch(**request))
+        launch = Fork(partial(_launch, **request))
         try:
             code = launch.wait(LIMIT_S)
         except subprocess.TimeoutExpired:
@@ -112,7 +115,7 @@ def serve() -> None:
             for file in Path(request["folder"]).glob("pid-*"):
                 os.kill(int(file.name.removeprefix("pid-")), signal.SIGKILL)
             os.kill(launch.pid, signal.SIGKILL)
-        print(code, flush=True)
+        print(code, file=answers, flush=True)
 
 
 def _launch(arguments: list[str], folder: str, processes: int, incident: str) -> None:

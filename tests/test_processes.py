@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from tests.launched import Launch, Launcher
 
 COMMON = [
-    "hardware=cpu", "hardware.threads=1", "max_steps=3", "rollout.max_completion_tokens=8", "eval.max_rows=8",
-    "eval.max_new_tokens=8", "eval.max_rows_per_suite=2", "learning_rate=0.01", "+training.arguments.optim=sgd",
+    "hardware=cpu", "hardware.threads=1", "max_steps=3", "rollout.max_completion_tokens=8", "eval.max_rows=4",
+    "eval.max_new_tokens=8", "eval.max_rows_per_suite=1", "learning_rate=0.01", "+training.arguments.optim=sgd",
 ]  # fmt: skip
 # The groups of eight are divided among both processes.
 METHODS = {
@@ -25,7 +25,7 @@ METHODS = {
 ROWS = {"grpo": 16, "sdft": 16, "sdpo_feedback": 24}  # completions a step
 # Names of metrics.jsonl that are taken over all processes; those that a run does not have are left out.
 GATHERED = (
-    "loss", "grad_norm", "reward", "reward_std", "kl", "entropy", "num_tokens", "completions/mean_length",
+    "loss", "grad_norm", "reward", "reward_std", "kl", "num_tokens", "completions/mean_length",
     "completions/clipped_ratio", "eval/accuracy", "eval/retention", "eval/forgetting",
 )  # fmt: skip
 
@@ -86,7 +86,7 @@ def test_two_processes_give_the_numbers_of_one(method: str, trained: Callable[[s
     (_, one), (_, two) = trained(method, 1), trained(method, 2)
     expected, found = gathered(one), gathered(two)
     assert [line["step"] for line in found] == [line["step"] for line in expected] == [0, 1, 2, 3]
-    assert any(abs(line.get("loss", 0.0)) > 1e-4 and line["grad_norm"] > 1e-3 for line in expected[1:])
+    assert all(line["grad_norm"] > 0.1 for line in expected[1:])
     for ours, theirs in zip(found, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
     ours, theirs = load_file(two / "model" / "model.safetensors"), load_file(one / "model" / "model.safetensors")
@@ -107,14 +107,14 @@ def test_two_processes_leave_one_record(method: str, trained: Callable[[str, int
     assert_gone(done.pids)
 
 
-@pytest.mark.parametrize(
-    ("number", "target"), [("SIGINT", "os.getppid()"), ("SIGTERM", "os.getppid()"), ("SIGTERM", "os.getpid()")]
-)
+@pytest.mark.parametrize("target", ["the launcher", "a process"])
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 def test_a_signal_ends_all_and_the_run_is_resumed(
     number: str, target: str, launch: Launcher, trained: Callable[[str, int], tuple[Launch, Path]], tmp_path: Path
 ) -> None:
     """To the launcher, or to a process that is not the main one: all save a checkpoint after the same step."""
-    done = launch(overrides("grpo"), tmp_path, incident=f"1 1 os.kill({target}, signal.{number})")
+    pid = "os.getppid()" if target == "the launcher" else "os.getpid()"
+    done = launch(overrides("grpo"), tmp_path, incident=f"1 1 os.kill({pid}, signal.{number})")
     run = only_run(tmp_path)
     assert done.code != 0
     assert_gone(done.pids)
@@ -123,7 +123,8 @@ def test_a_signal_ends_all_and_the_run_is_resumed(
     (checkpoint,) = (run / "checkpoints").glob("checkpoint-*")
     assert {"complete", "rollouts-0.pt", "rollouts-1.pt"} <= {file.name for file in checkpoint.iterdir()}
     assert checkpoint.name in ("checkpoint-2", "checkpoint-3")  # a launcher may take a moment
-
+    if number == "SIGINT":
+        return
     again = launch([f"resume={run}"], tmp_path)
     assert again.code == 0, again.terminal
     assert gathered(run) == gathered(trained("grpo", 2)[1])
@@ -142,7 +143,7 @@ def test_a_run_is_resumed_with_as_many_processes(
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_process_that_fails_ends_all(failing: int, launch: Launcher, tmp_path: Path) -> None:
     incident = f"1 {failing} raise ValueError('out of luck')"
-    done = launch([*overrides("grpo"), "eval=none"], tmp_path, incident=incident)
+    done = launch(overrides("grpo"), tmp_path, incident=incident)
     run = only_run(tmp_path)
     assert done.code != 0
     assert_gone(done.pids)
@@ -153,7 +154,7 @@ def test_a_process_that_fails_ends_all(failing: int, launch: Launcher, tmp_path:
 
 def test_a_process_that_is_killed_ends_all(launch: Launcher, tmp_path: Path) -> None:
     incident = "1 1 os.kill(os.getpid(), signal.SIGKILL)"
-    done = launch([*overrides("grpo"), "eval=none"], tmp_path, incident=incident)
+    done = launch(overrides("grpo"), tmp_path, incident=incident)
     assert done.code != 0
     assert_gone(done.pids)
     assert summary(only_run(tmp_path))["status"] == "failed", done.terminal

@@ -29,12 +29,12 @@ from selfdistill.runs.loggers.base import RunLogger
 
 Rows = Sequence[Mapping[str, Any]]
 
-# How often summary.json is renewed during the training: what a killed run leaves is at most this old.
+# How often summary.json is renewed during the training: the summary of a killed run is at most this old.
 _HEARTBEAT_S = 10.0
 
 
 def use_callbacks(trainer: Any, callbacks: Sequence[TrainerCallback]) -> None:
-    """Give a trainer these callbacks, in this order, in place of transformers' own progress bar and printer."""
+    """Give a trainer these callbacks, in this order, instead of transformers' own progress bar and printer."""
     trainer.remove_callback(TransformersProgressCallback)
     trainer.remove_callback(PrinterCallback)
     for callback in callbacks:
@@ -42,10 +42,10 @@ def use_callbacks(trainer: Any, callbacks: Sequence[TrainerCallback]) -> None:
 
 
 class RecordCallback(TrainerCallback):
-    """Writes every logged step to the run's folder and to the logger, and drops what a resume is going to repeat.
+    """Writes every logged step to the run's folder and to the logger, and drops the steps that a resumed run repeats.
 
-    TRL's names are kept and the standard ones added. The totals that transformers logs when training ends
-    (train_runtime and so on) go to the summary: they are no step's.
+    TRL's names are kept and the standard ones added. The totals that transformers logs when the training ends
+    (train_runtime and so on) belong to no step and go to the summary.
     """
 
     def __init__(self, run: RunFolder, logger: RunLogger) -> None:
@@ -80,7 +80,7 @@ class RecordCallback(TrainerCallback):
         self.show(lambda: self.logger.log(state.global_step, {**metrics, "time/wall_s": self.run.wall_s}))
 
     def show(self, call: Callable[[], None]) -> None:
-        """A logger that fails ends no training: it is named once, and the folder has everything."""
+        """Calls the logger. One that fails does not end the training: a warning says so once, and the folder has it all."""
         try:
             call()
         except Exception as error:  # noqa: BLE001 - whatever a third party's logger does
@@ -93,9 +93,9 @@ class CompletionsCallback(TrainerCallback):
     """Keeps and shows completions now and then.
 
     Args:
-        record: the run's record, which comes before this callback.
+        record: gives the folder and the logger; it comes before this callback.
         console: where the table is printed.
-        rows: returns the completions of the latest step: mappings with prompt, completion, reward, feedback, advantage.
+        rows: returns the latest step's completions: mappings with prompt, completion, reward, feedback, advantage.
         every_steps: steps between; 0 keeps none. The first logged step always counts.
         keep: completions kept each time.
         show: completions printed each time; 0 prints none.
@@ -138,7 +138,7 @@ class MonitorCallback(TrainerCallback):
     exploited is at its highest when the run is worth least. A new best makes the trainer save a checkpoint, by reward
     at most once in `gap_steps` steps, and is entered as the trainer's best one, which keeps it from being rotated away.
 
-    A resumed run replays its metrics, so that it alarms as an unbroken one does.
+    A resumed run reads its metrics again, so that its alarms are those of an unbroken run.
 
     Attributes:
         stopped_by: the alarm that ended the training; None if none did.
@@ -221,8 +221,7 @@ class MonitorCallback(TrainerCallback):
         if too_soon or (self._best is not None and value <= self._best):
             return False
         self._best = value
-        if step == 0:
-            # The model as it was given needs no checkpoint.
+        if step == 0:  # the model is still as it was given
             return False
         self.best_step = step
         return True
@@ -247,7 +246,7 @@ class MainDecides(TrainerCallback):
 
 
 class ProgressCallback(TrainerCallback):
-    """A bar with reward, KL, divergence and the time that remains; without a terminal a plain line now and then.
+    """A bar with reward, KL, divergence and the time that is left; without a terminal, a plain line now and then.
 
     Args:
         console: shared with everything else that prints while the bar is up.

@@ -81,7 +81,7 @@ class RunFolder:
         self._made_roots: list[Path] = []
         self._metrics = StepLog(path / "metrics.jsonl", write=lock is not None)
         self._completions = StepLog(path / "completions.jsonl", write=lock is not None)
-        # A killed process wrote no last summary: its last metrics know how long it ran.
+        # A process that was killed wrote no last summary: the time of its last metrics is then the better value.
         logged = (line.get("time/wall_s") or 0.0 for line in self._metrics.read())
         self._wall_before_s = max([float(summary.get("wall_s") or 0.0), *logged])
         self._opened_at = time.monotonic()
@@ -119,7 +119,7 @@ class RunFolder:
     def open(cls, path: Path, write: bool = True) -> "RunFolder":
         """Open an existing run: to continue it, or with `write=False` to read it.
 
-        A last line that was torn by a kill is cut off when the folder is opened for writing.
+        When the folder is opened for writing, a last line that a kill left incomplete is cut off.
 
         Raises:
             UserError: the path is no run's folder, or another process is writing to it.
@@ -143,7 +143,7 @@ class RunFolder:
 
     @property
     def is_running(self) -> bool:
-        """Whether the run is not over: neither by its summary nor because its process has died and let go of the lock."""
+        """Whether the run is not over yet: its summary does not say so, and its process still holds the lock."""
         if self._summary.get("status") in OVER:
             return False
         try:
@@ -244,9 +244,9 @@ class RunFolder:
         write_atomically(self.path / "summary.json", json.dumps(self._summary, indent=2, ensure_ascii=False) + "\n")
 
     def finish(self, status: Status, error: BaseException | str | None = None, **values: Any) -> None:
-        """Write the last summary, with `error` (an exception, or its traceback) also error.txt, and let go of the folder.
+        """Write the last summary, with `error` (an exception or its traceback) also error.txt, and unlock the folder.
 
-        Wall time stands still from here on; `update_summary` still works, for what is added later (an export).
+        The wall time is not counted any further; `update_summary` still works, for what is added later (an export).
         """
         if error is not None:
             text = error if isinstance(error, str) else "".join(traceback.format_exception(error))
@@ -261,7 +261,7 @@ class RunFolder:
             self._lock = None
 
     def discard(self) -> None:
-        """Remove the folder of a run that was refused before it began, and the folders made for it; only by its maker."""
+        """Remove the folder that `create` made, and those made around it: the run was refused before it began."""
         self._metrics.close()
         self._completions.close()
         if self._lock is not None:

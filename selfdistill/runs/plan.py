@@ -24,7 +24,8 @@ def show_plan(cfg: DictConfig) -> None:
 def plan_of(cfg: DictConfig, parts: build.Parts) -> console.Plan:
     """The plan of a run whose parts are there."""
     trainer, teacher = parts.trainer, ""
-    parameters = [(p.numel(), p.requires_grad) for p in trainer.model.parameters()]
+    model: torch.nn.Module = trainer.accelerator.unwrap_model(trainer.model)
+    parameters = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained = sum(count for count, is_trained in parameters if is_trained)
     if trainer.teacher is not None:
         weights = getattr(trainer.teacher, "weights", trainer.teacher)

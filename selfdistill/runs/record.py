@@ -1,4 +1,7 @@
-"""What is written down and shown of a run. The main process alone does so, and nothing else has to ask which one it is."""
+"""What is written down and shown of a run, by its main process alone.
+
+The other processes have a record that does nothing, so that no other code has to ask which process it is in.
+"""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext

@@ -13,7 +13,7 @@ PROMPT_SAMPLES = 4
 
 
 def rollout_metrics(rollouts: Rollouts, *, rewarded: bool) -> dict[str, float]:
-    """Repetition, variety and length of the completions, and how far the rewards of one prompt differ."""
+    """How repetitive and how varied the completions are, and how far the rewards of one prompt differ."""
     metrics: dict[str, float | None] = dict(completion_metrics(rollouts.completion_ids))
     if rewarded:
         metrics["monitor/reward_spread"] = reward_spread(rollouts.scores, rollouts.num_generations)
@@ -21,7 +21,7 @@ def rollout_metrics(rollouts: Rollouts, *, rewarded: bool) -> dict[str, float]:
 
 
 def completion_rows(rollouts: Rollouts, tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """One mapping a rollout: prompt, completion, reward, feedback, and the advantage, a mean where each token has one."""
+    """A mapping for each rollout: prompt, completion, reward, feedback, advantage (the mean where each token has one)."""
     advantages = tensors["advantages"]
     if advantages.dim() > 1:
         mask = tensors["completion_mask"]

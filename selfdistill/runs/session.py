@@ -108,9 +108,9 @@ def train(parts: Parts, session: Session) -> None:
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except ServerUnavailable:
-        # No weight has changed since the step began, so that it can be repeated from a checkpoint of that moment. Before
-        # the first step there is nothing to save: a resumed run starts with its seed again. Of several processes one may
-        # have lost the server while the others have not, and a checkpoint takes all of them.
+        # No weight has changed since the step began: a checkpoint of that moment lets a resumed run repeat the step.
+        # Before the first step there is nothing to save, since a resumed run starts with its seed again. Of several
+        # processes one may have lost the server while the others have not, and a checkpoint takes all of them.
         begun.restore()
         if trainer.state.global_step and session.processes.count == 1:
             _save_checkpoint(trainer)
@@ -182,8 +182,8 @@ def _message(error: BaseException, record: NoRecord | None, end: EarlyEnd) -> Ba
         return error
     last = traceback.extract_tb(error.__traceback__)[-1]
     return UserError(
-        f"the run failed: {type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno}). The traceback is in "
-        f"{record.folder.path / 'error.txt'}; continue from the last checkpoint with resume={record.folder.path}"
+        f"the run failed: {type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno}). The traceback is "
+        f"in {record.folder.path / 'error.txt'}; continue from the last checkpoint with resume={record.folder.path}"
     )
 
 

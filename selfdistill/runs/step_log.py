@@ -1,4 +1,4 @@
-"""A file of JSON lines that carry a step: each line written at once, the last one repaired after a kill."""
+"""A file of JSON lines, each with its step, whose end is repaired where a kill left half a line."""
 
 import json
 import math
@@ -29,8 +29,8 @@ def jsonable(value: Any) -> Any:
 class StepLog:
     """Append-only JSON lines with `step`.
 
-    A line goes to the kernel in one call, so that a killed process tears at most the line in writing. Opened for
-    writing, lines at the end that are not JSON are cut off. Lines are written in the order of their steps.
+    A line goes to the kernel in one call, so that a process that is killed leaves at most its last line incomplete.
+    When the file is opened for writing, what follows the last whole line is cut off. Steps come in ascending order.
 
     Raises:
         UserError: on reading, a line before the last that is not a JSON object.
@@ -46,7 +46,7 @@ class StepLog:
             self._repair()
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole lines; a torn last line is left out."""
+        """All whole lines; an incomplete last line is left out."""
         if not self.path.exists():
             return []
         lines = self.path.read_bytes().split(b"\n")

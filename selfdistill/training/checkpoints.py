@@ -1,4 +1,4 @@
-"""What a checkpoint needs beyond what transformers saves, so that a resumed run ends with the unbroken run's numbers."""
+"""What a checkpoint needs beyond transformers' own, so that a resumed run ends with the numbers of an unbroken one."""
 
 import random
 from collections.abc import Iterator
@@ -59,8 +59,8 @@ class StepBegun(TrainerCallback):
 class ResumableSampler(RepeatSampler):
     """TRL's sampler, whose order in an epoch depends on seed and epoch alone.
 
-    TRL's sampler draws each epoch's order from a generator that starts anew when a run is resumed, so that a run resumed
-    in its second epoch would see the order of the first. An unbroken run sees the same orders with either sampler.
+    TRL's sampler draws each epoch's order from a generator that starts anew when a run is resumed, so that a run that
+    is resumed in its second epoch would see the order of the first. An unbroken run has the same orders with either.
     """
 
     epoch = 0
@@ -77,7 +77,7 @@ class ResumableSampler(RepeatSampler):
 
 
 def save(folder: Path, trainer: Any) -> None:
-    """Adds to a checkpoint the teacher's weights, the number of micro-batches done and the rollouts that are still to be used."""
+    """Adds to a checkpoint the teacher's weights, the count of micro-batches, and the rollouts that are still needed."""
     accelerator = trainer.accelerator
     generate_every = trainer.args.steps_per_generation * trainer.num_iterations
     rollouts = trainer._buffered_inputs if trainer._step % generate_every else None

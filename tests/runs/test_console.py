@@ -81,8 +81,10 @@ def test_changes_are_signed_and_coloured_by_what_is_better():
 def test_samples_show_text_as_it_is():
     rows = [
         {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "[bold]hi[/bold] :smile:"}],
-         "completion": [{"role": "assistant", "content": "answer"}], "reward": 1.0, "advantage": 0.7071, "feedback": "wrong"},
-        {"prompt": "B" + "p" * 500 + "E", "completion": "B" + "c" * 500 + "E", "reward": None, "advantage": float("nan")},
+         "completion": [{"role": "assistant", "content": "answer"}], "reward": 1.0, "advantage": 0.7071,
+         "feedback": "wrong"},
+        {"prompt": "B" + "p" * 500 + "E", "completion": "B" + "c" * 500 + "E", "reward": None,
+         "advantage": float("nan")},
     ]  # fmt: skip
     text = shown(samples_table(7, rows))
     assert "completions at step 7" in text

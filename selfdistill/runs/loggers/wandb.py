@@ -17,8 +17,8 @@ from selfdistill.runs.loggers.base import columns_of, finite, flat, flat_config
 class WandbLogger:
     """Logs to W&B: online where an API key is set, otherwise to a file in the run's folder that `wandb sync` uploads.
 
-    Never asks for anything. A server that cannot be reached, or refuses the key, makes the run go offline. A resumed run
-    continues the W&B run of the same id; steps that it repeats after a kill are ignored by the server.
+    It never asks for anything. A run goes offline where the server cannot be reached or refuses the key. A resumed run
+    continues the W&B run of the same id; the server ignores the steps that it repeats after a kill.
 
     Args:
         project: W&B project.
@@ -145,7 +145,7 @@ class WandbLogger:
             tags=self.tags or None,
             id=run.run_id,
             resume="allow",
-            # Other runs of this process are none of our business.
+            # Another run of this process is left alone.
             reinit="create_new",
             mode=mode,
             dir=str(run.path),
