@@ -53,9 +53,7 @@ class RecordCallback(TrainerCallback):
         self._warned = False
         self._summarised = float("-inf")
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.run.truncate_metrics(state.global_step)
 
     def on_log(
@@ -64,7 +62,7 @@ class RecordCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        **_: Any,
     ) -> None:
         if not logs:
             return
@@ -80,7 +78,7 @@ class RecordCallback(TrainerCallback):
         self.show(lambda: self.logger.log(state.global_step, {**metrics, "time/wall_s": self.run.wall_s}))
 
     def show(self, call: Callable[[], None]) -> None:
-        """Calls the logger. One that fails does not end the training: a warning says so once, and the folder has it all."""
+        """Calls the logger, whose failure does not end the training: a warning says so once."""
         try:
             call()
         except Exception as error:  # noqa: BLE001 - whatever a third party's logger does
@@ -114,7 +112,7 @@ class CompletionsCallback(TrainerCallback):
         self.every_steps, self.keep, self.show = every_steps, keep, show
         self._last_step: int | None = None
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         step = state.global_step
         if self.every_steps < 1 or step == 0 or step == self._last_step:
             return
@@ -153,9 +151,7 @@ class MonitorCallback(TrainerCallback):
         self.stopped_by: Alarm | None = None
         self._forget()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.monitors.reset()
         self._forget()
         for line in self.run.metrics():
@@ -173,7 +169,7 @@ class MonitorCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        **_: Any,
     ) -> None:
         if not logs or "train_runtime" in logs:
             return
@@ -190,7 +186,7 @@ class MonitorCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         metrics: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        **_: Any,
     ) -> None:
         self.on_log(args, state, control, logs=metrics)
 
@@ -236,7 +232,7 @@ class MonitorCallback(TrainerCallback):
 class MainDecides(TrainerCallback):
     """Lets every process stop and save where the main one does, whose monitors judge what was logged. Comes last."""
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         decision = [control.should_save, control.should_training_stop, state.best_global_step, state.best_metric]
         control.should_save, control.should_training_stop, state.best_global_step, state.best_metric = (
             broadcast_object_list(decision)
@@ -266,9 +262,7 @@ class ProgressCallback(TrainerCallback):
         self._first_step = 0
         self._began = self._printed = 0.0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._first_step, self._began = state.global_step, time.monotonic()
         self._printed = float("-inf")
         self._latest: dict[str, Any] = {}
@@ -286,7 +280,7 @@ class ProgressCallback(TrainerCallback):
         self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, values="")
         self._bar.start()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step)
 
@@ -296,7 +290,7 @@ class ProgressCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        **_: Any,
     ) -> None:
         if not logs or "train_runtime" in logs:
             return
@@ -317,9 +311,7 @@ class ProgressCallback(TrainerCallback):
         line = "  ".join([f"step {state.global_step}/{state.max_steps}", *values, *left])
         self.console.print(Text(line), soft_wrap=True)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.close()
 
     def close(self) -> None:

@@ -55,7 +55,7 @@ class Evaluations(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: Any = None,
-        **kwargs: Any,
+        **_: Any,
     ) -> None:
         if self.every and state.global_step % self.every == 0:
             self.tell(self.at(state.global_step, model))

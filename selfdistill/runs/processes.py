@@ -59,7 +59,7 @@ class Processes:
         on_early_end: called in a thread before this process ends because another one has.
     """
 
-    def __init__(self, *, cpu: bool, backend: str | None = None, timeout_s: float = 1800.0) -> None:
+    def __init__(self, *, cpu: bool, backend: str | None = None, timeout_s: int = 1800) -> None:
         state = PartialState(cpu=cpu, backend=backend, timeout=timedelta(seconds=timeout_s))
         self.index, self.count, self.is_main = state.process_index, state.num_processes, state.is_main_process
         self.on_early_end: Callable[[EarlyEnd], None] = lambda end: None

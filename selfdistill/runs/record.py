@@ -46,11 +46,8 @@ class NoRecord:
         """Shows what goes on for as long as the context lasts."""
         return nullcontext()
 
-    def start(self, metrics: dict[str, float]) -> None:
-        """The evaluation of the start."""
-
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Any evaluation."""
+        """What an evaluation found; that of step 0 is what later ones are compared with."""
 
     def rollouts(
         self, parts: Parts, rollouts: Rollouts, teacher_prompts: list[Prompt | None] | None, tensors: dict[str, Tensor]
@@ -84,6 +81,8 @@ class Record(NoRecord):
     def begin(self, parts: Parts) -> None:
         self.logger.start(self.folder, self.cfg)
         self._begun = True
+        if evaluated := self.folder.summary.get("eval"):  # of a resumed run, whose end is evaluated again
+            self.folder.update_summary(eval={"before": evaluated.get("before")})
         self.folder.write_bad_rows(parts.data.bad_rows)
         console.print_all(self.screen, console.config_tree(self.cfg), console.plan_table(plan_of(self.cfg, parts)))
         if parts.data.bad_rows:
@@ -105,10 +104,9 @@ class Record(NoRecord):
     def busy(self, word: str) -> AbstractContextManager[object]:
         return self.screen.status(word) if self.screen.is_terminal else nullcontext()
 
-    def start(self, metrics: dict[str, float]) -> None:
-        self.folder.update_summary(eval={"before": metrics})
-
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        if step == 0:
+            self.folder.update_summary(eval={"before": metrics})
         self.folder.log_metrics(step, metrics)
         self.logger.log(step, metrics)
 

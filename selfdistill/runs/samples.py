@@ -21,7 +21,7 @@ def rollout_metrics(rollouts: Rollouts, *, rewarded: bool) -> dict[str, float]:
 
 
 def completion_rows(rollouts: Rollouts, tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
-    """A mapping for each rollout: prompt, completion, reward, feedback, advantage (the mean where each token has one)."""
+    """For each rollout prompt, completion, reward, feedback and advantage, a mean where each token has its own."""
     advantages = tensors["advantages"]
     if advantages.dim() > 1:
         mask = tensors["completion_mask"]

@@ -80,7 +80,8 @@ class Session:
                 before=self.folder.summary.get("eval", {}).get("before") if self.cfg.resume else None,
                 tell=lambda metrics: _tell_callbacks(trainer, metrics),
             )
-            self.record.start(self._evaluations.before or self._evaluations.at(0, trainer.model))
+            if self._evaluations.before is None:
+                self._evaluations.at(0, trainer.model)
             callbacks.append(self._evaluations)
         callbacks.append(self.interruption)
         if self.processes.count > 1:

@@ -77,7 +77,7 @@ class ResumableSampler(RepeatSampler):
 
 
 def save(folder: Path, trainer: Any) -> None:
-    """Adds to a checkpoint the teacher's weights, the count of micro-batches, and the rollouts that are still needed."""
+    """Adds to a checkpoint the teacher's weights, the count of micro-batches and the rollouts still needed."""
     accelerator = trainer.accelerator
     generate_every = trainer.args.steps_per_generation * trainer.num_iterations
     rollouts = trainer._buffered_inputs if trainer._step % generate_every else None

@@ -78,8 +78,7 @@ def test_the_record_of_other_processes_writes_nothing(tmp_path: Path) -> None:
     record.begin(parts)
     assert record.callbacks(parts) == []
     with record.busy("evaluating"):
-        record.start({"eval/accuracy": 1.0})
-    record.evaluation(1, {"eval/accuracy": 1.0})
+        record.evaluation(0, {"eval/accuracy": 1.0})
     record.rollouts(parts, Rollouts([], [], []), None, {})
     record.end(parts, interrupted=False, before=None, after=None)
     record.end_early(EarlyEnd("failed", 2))
