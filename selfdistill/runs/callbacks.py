@@ -1,10 +1,15 @@
-"""What happens beside the training loop: the record, completions now and then, the alarms, the progress bar."""
+"""What happens beside the training loop: the record, completions now and then, the alarms, the progress bar.
+
+All of these belong to the main process, but for `MainDecides`, which every process has where there are several.
+"""
 
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, ClassVar
 
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
@@ -24,12 +29,12 @@ from selfdistill.runs.loggers.base import RunLogger
 
 Rows = Sequence[Mapping[str, Any]]
 
-# How often summary.json is renewed during the training: what a killed run leaves is at most this old.
+# How often summary.json is renewed during the training: the summary of a killed run is at most this old.
 _HEARTBEAT_S = 10.0
 
 
 def use_callbacks(trainer: Any, callbacks: Sequence[TrainerCallback]) -> None:
-    """Give a trainer these callbacks, in this order, in place of transformers' own progress bar and printer."""
+    """Give a trainer these callbacks, in this order, instead of transformers' own progress bar and printer."""
     trainer.remove_callback(TransformersProgressCallback)
     trainer.remove_callback(PrinterCallback)
     for callback in callbacks:
@@ -37,10 +42,10 @@ def use_callbacks(trainer: Any, callbacks: Sequence[TrainerCallback]) -> None:
 
 
 class RecordCallback(TrainerCallback):
-    """Writes every logged step to the run's folder and to the logger, and drops what a resume is going to repeat.
+    """Writes every logged step to the run's folder and to the logger, and drops the steps that a resumed run repeats.
 
-    TRL's names are kept and the standard ones added. The totals that transformers logs when training ends
-    (train_runtime and so on) go to the summary: they are no step's.
+    TRL's names are kept and the standard ones added. The totals that transformers logs when the training ends
+    (train_runtime and so on) belong to no step and go to the summary.
     """
 
     def __init__(self, run: RunFolder, logger: RunLogger) -> None:
@@ -48,11 +53,8 @@ class RecordCallback(TrainerCallback):
         self._warned = False
         self._summarised = float("-inf")
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.is_world_process_zero:
-            self.run.truncate_metrics(state.global_step)
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.run.truncate_metrics(state.global_step)
 
     def on_log(
         self,
@@ -60,9 +62,9 @@ class RecordCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        **_: Any,
     ) -> None:
-        if not state.is_world_process_zero or not logs:
+        if not logs:
             return
         if "train_runtime" in logs:
             totals = {name: value for name, value in logs.items() if name.startswith("train_") or name == "total_flos"}
@@ -76,7 +78,7 @@ class RecordCallback(TrainerCallback):
         self.show(lambda: self.logger.log(state.global_step, {**metrics, "time/wall_s": self.run.wall_s}))
 
     def show(self, call: Callable[[], None]) -> None:
-        """A logger that fails ends no training: it is named once, and the folder has everything."""
+        """Calls the logger, whose failure does not end the training: a warning says so once."""
         try:
             call()
         except Exception as error:  # noqa: BLE001 - whatever a third party's logger does
@@ -89,9 +91,9 @@ class CompletionsCallback(TrainerCallback):
     """Keeps and shows completions now and then.
 
     Args:
-        record: the run's record, which comes before this callback.
+        record: gives the folder and the logger; it comes before this callback.
         console: where the table is printed.
-        rows: returns the completions of the latest step: mappings with prompt, completion, reward, feedback, advantage.
+        rows: returns the latest step's completions: mappings with prompt, completion, reward, feedback, advantage.
         every_steps: steps between; 0 keeps none. The first logged step always counts.
         keep: completions kept each time.
         show: completions printed each time; 0 prints none.
@@ -110,9 +112,9 @@ class CompletionsCallback(TrainerCallback):
         self.every_steps, self.keep, self.show = every_steps, keep, show
         self._last_step: int | None = None
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         step = state.global_step
-        if not state.is_world_process_zero or self.every_steps < 1 or step == 0 or step == self._last_step:
+        if self.every_steps < 1 or step == 0 or step == self._last_step:
             return
         if self._last_step is not None and step // self.every_steps == self._last_step // self.every_steps:
             return
@@ -134,7 +136,7 @@ class MonitorCallback(TrainerCallback):
     exploited is at its highest when the run is worth least. A new best makes the trainer save a checkpoint, by reward
     at most once in `gap_steps` steps, and is entered as the trainer's best one, which keeps it from being rotated away.
 
-    A resumed run replays its metrics, so that it alarms as an unbroken one does.
+    A resumed run reads its metrics again, so that its alarms are those of an unbroken run.
 
     Attributes:
         stopped_by: the alarm that ended the training; None if none did.
@@ -149,9 +151,7 @@ class MonitorCallback(TrainerCallback):
         self.stopped_by: Alarm | None = None
         self._forget()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.monitors.reset()
         self._forget()
         for line in self.run.metrics():
@@ -160,7 +160,7 @@ class MonitorCallback(TrainerCallback):
                 self._is_best(line["step"], line)
         alarms = self.run.summary.get("alarms", [])
         repeated = [alarm for alarm in alarms if alarm["step"] > state.global_step]
-        if state.is_world_process_zero and repeated:
+        if repeated:
             self.run.update_summary(alarms=[alarm for alarm in alarms if alarm not in repeated])
 
     def on_log(
@@ -169,13 +169,13 @@ class MonitorCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        **_: Any,
     ) -> None:
         if not logs or "train_runtime" in logs:
             return
         step = state.global_step
         for alarm in self.monitors.observe({**logs, "step": step}):
-            self._raise(alarm, state, control)
+            self._raise(alarm, control)
         if self.stopped_by is None and self._is_best(step, logs):
             control.should_save = True
             state.best_global_step, state.best_metric = step, self._best
@@ -186,7 +186,7 @@ class MonitorCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         metrics: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        **_: Any,
     ) -> None:
         self.on_log(args, state, control, logs=metrics)
 
@@ -196,16 +196,13 @@ class MonitorCallback(TrainerCallback):
         self._rewards: list[float] = []
         self.best_step: int | None = None
 
-    def _raise(self, alarm: Alarm, state: TrainerState, control: TrainerControl) -> None:
+    def _raise(self, alarm: Alarm, control: TrainerControl) -> None:
         if alarm.action == "stop" and self.stopped_by is None:
             self.stopped_by = alarm
             control.should_training_stop = True
-        if state.is_world_process_zero:
-            word = "stopped" if alarm.action == "stop" else "warning"
-            self.console.print(Text(f"{word} at step {alarm.step}: {alarm.message}", style="bold yellow"))
-            alarms = self.run.summary.get("alarms", [])
-            entry = {"monitor": alarm.monitor, "step": alarm.step, "value": alarm.value, "message": alarm.message}
-            self.run.update_summary(alarms=[*alarms, {**entry, "action": alarm.action}])
+        word = "stopped" if alarm.action == "stop" else "warning"
+        self.console.print(Text(f"{word} at step {alarm.step}: {alarm.message}", style="bold yellow"))
+        self.run.update_summary(alarms=[*self.run.summary.get("alarms", []), asdict(alarm)])
 
     def _is_best(self, step: int, metrics: Mapping[str, Any]) -> bool:
         """Whether a checkpoint of this step should be kept as the best."""
@@ -220,8 +217,7 @@ class MonitorCallback(TrainerCallback):
         if too_soon or (self._best is not None and value <= self._best):
             return False
         self._best = value
-        if step == 0:
-            # The model as it was given needs no checkpoint.
+        if step == 0:  # the model is still as it was given
             return False
         self.best_step = step
         return True
@@ -233,8 +229,20 @@ class MonitorCallback(TrainerCallback):
         return sum(self._rewards) / len(self._rewards) if len(self._rewards) == self.window else None
 
 
+class MainDecides(TrainerCallback):
+    """Lets every process stop and save where the main one does, whose monitors judge what was logged. Comes last."""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        decision = [control.should_save, control.should_training_stop, state.best_global_step, state.best_metric]
+        control.should_save, control.should_training_stop, state.best_global_step, state.best_metric = (
+            broadcast_object_list(decision)
+        )
+
+    on_evaluate = on_log
+
+
 class ProgressCallback(TrainerCallback):
-    """A bar with reward, KL, divergence and the time that remains; without a terminal a plain line now and then.
+    """A bar with reward, KL, divergence and the time that is left; without a terminal, a plain line now and then.
 
     Args:
         console: shared with everything else that prints while the bar is up.
@@ -254,13 +262,11 @@ class ProgressCallback(TrainerCallback):
         self._first_step = 0
         self._began = self._printed = 0.0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._first_step, self._began = state.global_step, time.monotonic()
         self._printed = float("-inf")
         self._latest: dict[str, Any] = {}
-        if not state.is_world_process_zero or not self.console.is_terminal:
+        if not self.console.is_terminal:
             return
         self._bar = Progress(
             TextColumn("training"),
@@ -274,7 +280,7 @@ class ProgressCallback(TrainerCallback):
         self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, values="")
         self._bar.start()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step)
 
@@ -284,9 +290,9 @@ class ProgressCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        **_: Any,
     ) -> None:
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+        if not logs or "train_runtime" in logs:
             return
         self._latest.update({name: value for name, value in logs.items() if value is not None})
         values = self._values()
@@ -305,9 +311,7 @@ class ProgressCallback(TrainerCallback):
         line = "  ".join([f"step {state.global_step}/{state.max_steps}", *values, *left])
         self.console.print(Text(line), soft_wrap=True)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.close()
 
     def close(self) -> None:

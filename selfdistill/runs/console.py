@@ -17,7 +17,6 @@ from rich.text import Text
 from rich.tree import Tree
 
 from selfdistill.config.secrets import Redactor
-from selfdistill.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -166,11 +165,6 @@ def where_table(places: Mapping[str, str | Path | None]) -> Group:
         if place:
             table.add_row(name, Text(_from_here(place), overflow="fold"))
     return _titled("where everything lies", table)
-
-
-def error_text(error: UserError) -> Text:
-    """A user's error as it is printed: the message alone."""
-    return Text.assemble(("error: ", "bold red"), str(error))
 
 
 def count(number: int) -> str:

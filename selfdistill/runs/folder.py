@@ -32,13 +32,17 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from selfdistill.config.secrets import Redactor
 from selfdistill.errors import UserError
+from selfdistill.files import write_atomically
 from selfdistill.machine.memory import peak_memory_gib, reset_peak_memory
 from selfdistill.runs.step_log import StepLog, jsonable
 
 Status = Literal["running", "finished", "failed", "interrupted", "stopped"]
+OVER: tuple[Status, ...] = ("finished", "failed", "interrupted", "stopped")
 
 _PACKAGES = ("selfdistill", "torch", "transformers", "trl", "peft", "datasets", "vllm", "unsloth")
 
@@ -65,7 +69,7 @@ class PromptSample:
 class RunFolder:
     """The folder of one run. Made by `create` or `open`, never directly.
 
-    Only the main process of a distributed run writes; the others open it with `write=False`.
+    One process at a time writes; everyone else opens it with `write=False`.
     """
 
     def __init__(self, path: Path, summary: dict[str, Any], lock: IO[bytes] | None, redactor: Redactor) -> None:
@@ -77,7 +81,7 @@ class RunFolder:
         self._made_roots: list[Path] = []
         self._metrics = StepLog(path / "metrics.jsonl", write=lock is not None)
         self._completions = StepLog(path / "completions.jsonl", write=lock is not None)
-        # A killed process wrote no last summary: its last metrics know how long it ran.
+        # A process that was killed wrote no last summary: the time of its last metrics is then the better value.
         logged = (line.get("time/wall_s") or 0.0 for line in self._metrics.read())
         self._wall_before_s = max([float(summary.get("wall_s") or 0.0), *logged])
         self._opened_at = time.monotonic()
@@ -104,7 +108,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"No run's folder can be made in {root}: {error.strerror or error}.") from error
         lock = _lock(path)
-        _replace(path / "config.yaml", redactor.yaml())
+        write_atomically(path / "config.yaml", redactor.yaml())
         summary = {"run_id": path.name, "status": "running", "started": started.isoformat(timespec="seconds")}
         run = cls(path, summary, lock, redactor)
         run._made_roots = made_roots
@@ -115,7 +119,7 @@ class RunFolder:
     def open(cls, path: Path, write: bool = True) -> "RunFolder":
         """Open an existing run: to continue it, or with `write=False` to read it.
 
-        A last line that was torn by a kill is cut off when the folder is opened for writing.
+        When the folder is opened for writing, a last line that a kill left incomplete is cut off.
 
         Raises:
             UserError: the path is no run's folder, or another process is writing to it.
@@ -136,6 +140,18 @@ class RunFolder:
             resumed = [*summary.get("resumed", []), datetime.now(UTC).isoformat(timespec="seconds")]
             run._begin(resumed=resumed)
         return run
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the run is not over yet: its summary does not say so, and its process still holds the lock."""
+        if self._summary.get("status") in OVER:
+            return False
+        try:
+            with (self.path / ".lock").open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # held, or there is none
+            return True
+        return False
 
     @property
     def config(self) -> DictConfig:
@@ -208,14 +224,14 @@ class RunFolder:
                     "the same token ids." if same else f"OTHER token ids: {' '.join(map(str, scored))}"
                 )
             parts.append(verdict + "\n")
-        _replace(self.path / "prompts.md", "\n".join(parts))
+        write_atomically(self.path / "prompts.md", "\n".join(parts))
         return agree
 
     def write_bad_rows(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write bad_rows.jsonl, one object a skipped row; no rows, no file."""
         lines = [json.dumps(jsonable(row), ensure_ascii=False) for row in rows]
         if lines:
-            _replace(self.path / "bad_rows.jsonl", "\n".join(lines) + "\n")
+            write_atomically(self.path / "bad_rows.jsonl", "\n".join(lines) + "\n")
 
     def update_summary(self, **values: Any) -> None:
         """Set keys of summary.json, the wall time and the peak memory with them; the file is replaced as a whole."""
@@ -225,16 +241,16 @@ class RunFolder:
                 peak[name] = max(before or 0.0, peak.get(name, 0.0))
             self._summary.update(wall_s=round(self.wall_s, 3), peak_memory_gib=peak)
         self._summary.update(jsonable(values))
-        _replace(self.path / "summary.json", json.dumps(self._summary, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(self.path / "summary.json", json.dumps(self._summary, indent=2, ensure_ascii=False) + "\n")
 
-    def finish(self, status: Status, error: BaseException | None = None, **values: Any) -> None:
-        """Write the last summary, with `error` also error.txt, and let go of the folder.
+    def finish(self, status: Status, error: BaseException | str | None = None, **values: Any) -> None:
+        """Write the last summary, with `error` (an exception or its traceback) also error.txt, and unlock the folder.
 
-        Wall time stands still from here on; `update_summary` still works, for what is added later (an export).
+        The wall time is not counted any further; `update_summary` still works, for what is added later (an export).
         """
         if error is not None:
-            text = "".join(traceback.format_exception(error))
-            _replace(self.path / "error.txt", self._redactor.text(text))
+            text = error if isinstance(error, str) else "".join(traceback.format_exception(error))
+            write_atomically(self.path / "error.txt", self._redactor.text(text))
         ended = datetime.now(UTC).isoformat(timespec="seconds")
         self.update_summary(status=status, ended=ended, **values)
         self._metrics.close()
@@ -245,7 +261,7 @@ class RunFolder:
             self._lock = None
 
     def discard(self) -> None:
-        """Remove the folder of a run that was refused before it began, and the folders made for it; only by its maker."""
+        """Remove the folder that `create` made, and those made around it: the run was refused before it began."""
         self._metrics.close()
         self._completions.close()
         if self._lock is not None:
@@ -307,20 +323,14 @@ def _load_summary(path: Path) -> dict[str, Any]:
 
 
 def _load_config(path: Path) -> DictConfig:
-    config = OmegaConf.load(path)
+    try:
+        config = OmegaConf.load(path)
+        OmegaConf.to_container(config, resolve=True)
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(config, DictConfig):
         raise UserError(f"{path} is no configuration: it holds a list.")
     return config
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a kill, sees either the old or the new content."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
 
 
 def _fenced(text: str) -> str:

@@ -18,17 +18,26 @@ class Interruption(TrainerCallback):
 
     Where several processes train, one signalled process stops them all at the same step.
 
-    Attributes:
-        requested: whether a signal has come.
-        exit_code: what an interrupted process should end with: 128 and the signal's number.
+    Args:
+        notice: whether to print what the signal leads to.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
-        self.exit_code = 128 + signal.SIGINT
-        self._training = False
+    def __init__(self, *, notice: bool = True) -> None:
+        self.notice = notice
+        self._number = 0  # of the signal that has come
+        self._training = self._stopping = False
         self._interrupts = 0
         self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has come, to this process or, as soon as they have agreed on it, to another one."""
+        return self._number > 0
+
+    @property
+    def exit_code(self) -> int:
+        """What an interrupted process should end with: 128 and the signal's number."""
+        return 128 + (self._number or signal.SIGINT)
 
     def __enter__(self) -> "Interruption":  # noqa: PYI034 - beartype, which checks types in the tests, refuses Self here
         # Python delivers signals to the main thread, and lets only that one set handlers.
@@ -44,46 +53,42 @@ class Interruption(TrainerCallback):
             signal.signal(number, handler)
         self._before.clear()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._training = True
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if _any_process(self.requested, args):
-            self.requested = True
-            # The last step ends the training and saves by itself.
-            control.should_save = True
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._number = _greatest_of_all_processes(self._number, args)
+        if self.requested:
+            self._stopping = control.should_save = True
             control.should_training_stop = True
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._training = False
+        self._number = _greatest_of_all_processes(self._number, args)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 2:
             os._exit(130)
+        if self._stopping and self._interrupts < 2:
+            return  # what the training leaves is being saved; a launcher passes on a signal that has come already
         first = not self.requested
-        if first:
-            self.exit_code = 128 + number
-        self.requested = True
+        self._number = self._number or number
         if not self._training or (self._interrupts > 1 and number == signal.SIGINT):
             raise KeyboardInterrupt
-        if first:
+        if first and self.notice:
             name = signal.Signals(number).name
             message = f"{name}: saving a checkpoint after this step, then stopping. Ctrl-C again to stop at once.\n"
             # A signal may come in the middle of a print; os.write is safe there, the console is not.
             os.write(2, message.encode())
 
 
-def _any_process(flag: bool, args: TrainingArguments) -> bool:
-    """Whether the flag is set in any of the processes that train together."""
+def _greatest_of_all_processes(number: int, args: TrainingArguments) -> int:
+    """The greatest of the numbers that the processes have which train together."""
     if args.world_size < 2:
-        return flag
+        return number
     import torch
 
-    flags = torch.tensor([int(flag)], device=args.device)
-    torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX)
-    return bool(flags.item())
+    numbers = torch.tensor([number], device=args.device)
+    torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MAX)
+    return int(numbers.item())

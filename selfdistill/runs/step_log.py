@@ -1,4 +1,4 @@
-"""A file of JSON lines that carry a step: each line written at once, the last one repaired after a kill."""
+"""A file of JSON lines, each with its step, whose end is repaired where a kill left half a line."""
 
 import json
 import math
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from selfdistill.errors import UserError
+from selfdistill.files import write_atomically
 
 
 def jsonable(value: Any) -> Any:
@@ -28,8 +29,8 @@ def jsonable(value: Any) -> Any:
 class StepLog:
     """Append-only JSON lines with `step`.
 
-    A line goes to the kernel in one call, so that a killed process tears at most the line in writing. Opened for
-    writing, lines at the end that are not JSON are cut off. Lines are written in the order of their steps.
+    A line goes to the kernel in one call, so that a process that is killed leaves at most its last line incomplete.
+    When the file is opened for writing, what follows the last whole line is cut off. Steps come in ascending order.
 
     Raises:
         UserError: on reading, a line before the last that is not a JSON object.
@@ -45,7 +46,7 @@ class StepLog:
             self._repair()
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole lines; a torn last line is left out."""
+        """All whole lines; an incomplete last line is left out."""
         if not self.path.exists():
             return []
         lines = self.path.read_bytes().split(b"\n")
@@ -74,10 +75,8 @@ class StepLog:
         records = self.read()
         kept = [record for record in records if record["step"] <= step]
         if len(kept) < len(records):
-            draft = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-            draft.write_bytes(b"".join(_encode(record) for record in kept))
             self.close()
-            draft.replace(self.path)
+            write_atomically(self.path, b"".join(_encode(record) for record in kept))
             self._file = self.path.open("r+b", buffering=0)
             self._repair()
         return len(records) - len(kept)

@@ -21,10 +21,9 @@ from selfdistill.teachers.context import Demonstration, NoContext
 from selfdistill.teachers.server import ServerTeacher
 from selfdistill.teachers.weights import Base
 from selfdistill.training.arguments import trainer_arguments, use_cuda
+from selfdistill.training.checkpoints import CHECKPOINTS
 from selfdistill.training.row_checks import answer_field, check_rows
 from selfdistill.training.trainer import SelfDistillTrainer
-
-CHECKPOINTS = "checkpoints"
 
 
 @dataclass
@@ -103,7 +102,11 @@ def load_data(run: Run, tokenizer: PreTrainedTokenizerBase) -> DataSplits:
 
 
 def with_server(
-    run: Run, server: ServerTeacher, data: DataSplits, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    run: Run,
+    server: ServerTeacher,
+    data: DataSplits,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[ServerTeacher | Teacher | None, DataSplits]:
     """A served teacher, checked; one that writes has written the training data's demonstrations.
 

@@ -122,17 +122,6 @@ def test_a_failing_logger_ends_no_training(run, tmp_path):
     assert len(run.metrics()) == 2
 
 
-def test_only_the_main_process_writes(run, tmp_path, console):
-    logger = Recorder()
-    record = RecordCallback(run, logger)
-    rows = [{"prompt": "p", "completion": "c", "reward": 1.0}]
-    loop = Loop(tmp_path, [record, CompletionsCallback(record, console, lambda: rows), ProgressCallback(console)])
-    loop.state.is_world_process_zero = False
-    loop.begin()
-    loop.step(reward=1.0)
-    assert (run.metrics(), run.completions(), logger.logged, printed(console)) == ([], [], [], "")
-
-
 def test_completions_now_and_then(run, tmp_path, console):
     logger = Recorder()
     record = RecordCallback(run, logger)

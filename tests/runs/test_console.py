@@ -5,14 +5,12 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from selfdistill.errors import UserError
 from selfdistill.runs.console import (
     Plan,
     change_table,
     config_tree,
     count,
     duration,
-    error_text,
     make_console,
     plan_table,
     print_all,
@@ -83,8 +81,10 @@ def test_changes_are_signed_and_coloured_by_what_is_better():
 def test_samples_show_text_as_it_is():
     rows = [
         {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "[bold]hi[/bold] :smile:"}],
-         "completion": [{"role": "assistant", "content": "answer"}], "reward": 1.0, "advantage": 0.7071, "feedback": "wrong"},
-        {"prompt": "B" + "p" * 500 + "E", "completion": "B" + "c" * 500 + "E", "reward": None, "advantage": float("nan")},
+         "completion": [{"role": "assistant", "content": "answer"}], "reward": 1.0, "advantage": 0.7071,
+         "feedback": "wrong"},
+        {"prompt": "B" + "p" * 500 + "E", "completion": "B" + "c" * 500 + "E", "reward": None,
+         "advantage": float("nan")},
     ]  # fmt: skip
     text = shown(samples_table(7, rows))
     assert "completions at step 7" in text
@@ -121,10 +121,6 @@ def test_an_old_terminal_gets_ascii():
     print_all(console, config_tree(OmegaConf.create({"a": {"b": 1}})), change_table({"x": 1.0}, {"x": 2.0}))
     file.flush()
     assert b"+1.000" in file.buffer.getvalue()
-
-
-def test_an_error_is_its_message():
-    assert shown(error_text(UserError("data.path: [x] is missing"))) == "error: data.path: [x] is missing\n"
 
 
 @pytest.mark.parametrize(

@@ -319,7 +319,8 @@ def test_secrets_reach_no_file(tmp_path, monkeypatch):
 
 
 def test_reading_a_folder_imports_nothing_heavy():
-    program = "import selfdistill.runs.folder, sys; print([m for m in ('torch', 'transformers', 'wandb') if m in sys.modules])"
+    heavy = ("torch", "transformers", "wandb")
+    program = f"import selfdistill.runs.folder, sys; print([m for m in {heavy} if m in sys.modules])"
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or fail, and are resumed: they end with the numbers of a run that nothing happened to."""
+"""Runs that are killed, stopped or fail, and are resumed: they end with the numbers of an unbroken run."""
 
 import json
 import os

@@ -78,7 +78,7 @@ def finite(metrics: Mapping[str, Any]) -> dict[str, int | float]:
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """Column names, in the order in which they appear, and one list of plain values a row; None where a row has none."""
+    """Column names, in the order in which they appear, and the plain values of each row, None where there is none."""
     records = [flat(jsonable(row)) for row in rows]
     columns = list(dict.fromkeys(name for record in records for name in record))
     return columns, [[record.get(name) for name in columns] for record in records]

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from selfdistill.errors import UserError
 from selfdistill.runs.folder import RunFolder
-from selfdistill.runs.loggers.base import columns_of, finite, flat, flat_config, multirun_group
+from selfdistill.runs.loggers.base import columns_of, finite, flat, flat_config
 
 
 class TrackioLogger:
@@ -16,7 +16,7 @@ class TrackioLogger:
 
     Args:
         project: Trackio project.
-        group: group of runs; None: the jobs of one multirun share one.
+        group: group of runs; None: no group.
         name: shown name; None is the run's id.
 
     Raises:
@@ -40,7 +40,7 @@ class TrackioLogger:
         self._run = trackio.init(
             project=self.project,
             name=self.name or run.run_id,
-            group=self.group or multirun_group(),
+            group=self.group,
             config=flat_config(config),
             resume="allow",
             embed=False,

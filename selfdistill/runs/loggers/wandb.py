@@ -11,19 +11,19 @@ from omegaconf import DictConfig
 
 from selfdistill.errors import UserError
 from selfdistill.runs.folder import RunFolder
-from selfdistill.runs.loggers.base import columns_of, finite, flat, flat_config, multirun_group
+from selfdistill.runs.loggers.base import columns_of, finite, flat, flat_config
 
 
 class WandbLogger:
     """Logs to W&B: online where an API key is set, otherwise to a file in the run's folder that `wandb sync` uploads.
 
-    Never asks for anything. A server that cannot be reached, or refuses the key, makes the run go offline. A resumed run
-    continues the W&B run of the same id; steps that it repeats after a kill are ignored by the server.
+    It never asks for anything. A run goes offline where the server cannot be reached or refuses the key. A resumed run
+    continues the W&B run of the same id; the server ignores the steps that it repeats after a kill.
 
     Args:
         project: W&B project.
         entity: user or team; None is the key's default.
-        group: group of runs; None: the jobs of one multirun share one.
+        group: group of runs; None: no group.
         name: shown name; None is the run's id.
         tags: tags of the run.
         mode: online, offline, disabled; None decides by itself and listens to WANDB_MODE.
@@ -140,12 +140,12 @@ class WandbLogger:
         return wandb.init(
             project=self.project,
             entity=self.entity,
-            group=self.group or multirun_group(),
+            group=self.group,
             name=self.name or run.run_id,
             tags=self.tags or None,
             id=run.run_id,
             resume="allow",
-            # Other runs of this process are none of our business.
+            # Another run of this process is left alone.
             reinit="create_new",
             mode=mode,
             dir=str(run.path),

@@ -29,15 +29,14 @@ def run_folder(tmp_path, base_folder):
     (folder / "config.yaml").write_text(
         f"model:\n  name: {base_folder}\n  tuning: lora\n  retention_path: null\n  lora: {{r: 4}}\n"
     )
-    (folder / "summary.json").write_text(json.dumps({"status": "finished"}))
+    (folder / "summary.json").write_text(json.dumps({"run_id": "run", "status": "finished"}))
     return folder
 
 
-def save_adapter(adapted, folder, state=True):
+def save_adapter(adapted, folder):
     adapted.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    if state:
-        (folder / "trainer_state.json").write_text("{}")
+    (folder / "complete").touch()
 
 
 @pytest.fixture
@@ -60,7 +59,8 @@ def models(monkeypatch):
 def test_a_finished_lora_run_is_exported(run_folder, base_folder, adapted, models, name):
     save_adapter(adapted, run_folder / "model")
     prompt = [{"role": "user", "content": "shout hi"}]
-    lines = [json.dumps({"prompt": prompt, "completion": "x"})] * 2 + [json.dumps({"prompt": "plain"}), '{"pro']
+    lines = [json.dumps({"step": 1, "prompt": prompt, "completion": "x"})] * 2
+    lines += [json.dumps({"step": 1, "prompt": "plain"}), '{"pro']
     (run_folder / "completions.jsonl").write_text("\n".join(lines))
     folder = main([f"run={run_folder}", f"export={name}"])
     assert folder == run_folder / "export" / name
@@ -81,7 +81,7 @@ def test_a_run_of_all_weights_is_exported_from_its_newest_whole_checkpoint(run_f
             base.model.norm.weight.fill_(float(step))
         base.save_pretrained(checkpoint)
         if step != 11:
-            (checkpoint / "trainer_state.json").write_text("{}")
+            (checkpoint / "complete").touch()
     folder = main([f"run={run_folder}", "export=merged_16bit", "export.dtype=float16"])
     newest = run_folder / "checkpoints" / "checkpoint-10"
     assert models == [{"name": str(newest), "tuning": "full", "lora": None, "adapter_path": None}]
@@ -110,7 +110,7 @@ def test_the_models_folder_comes_before_checkpoints(run_folder, adapted):
 def test_a_run_that_is_not_over_needs_force(run_folder, adapted):
     save_adapter(adapted, run_folder / "model")
     summary, lock = run_folder / "summary.json", run_folder / ".lock"
-    summary.write_text(json.dumps({"status": "running"}))
+    summary.write_text(json.dumps({"run_id": "run", "status": "running"}))
 
     def refused():
         with pytest.raises(UserError, match="is still running"):
@@ -124,10 +124,11 @@ def test_a_run_that_is_not_over_needs_force(run_folder, adapted):
     assert read_run(run_folder).weights.name == "model"  # its process was killed
     lock.unlink()
     for status in ("finished", "failed", "interrupted", "stopped"):
-        summary.write_text(json.dumps({"status": status}))
+        summary.write_text(json.dumps({"run_id": "run", "status": status}))
         assert read_run(run_folder).weights.name == "model"
     summary.unlink()
-    refused()
+    with pytest.raises(UserError, match=r"summary\.json is missing"):
+        read_run(run_folder, force=True)
 
 
 def test_a_run_that_its_process_still_writes_is_refused(run_folder, adapted):
@@ -146,7 +147,7 @@ def test_a_run_that_its_process_still_writes_is_refused(run_folder, adapted):
         ("model: [", r"config\.yaml cannot be read"),
         ("model: {name: ${nowhere}}", r"config\.yaml cannot be read"),
         ("trainer: {}", r"config\.yaml has no model\.name"),
-        ("- 1", r"config\.yaml has no model\.name"),
+        ("- 1", r"config\.yaml is no configuration: it holds a list"),
     ],
 )
 def test_a_broken_configuration_is_named(run_folder, content, message):
@@ -159,7 +160,7 @@ def test_a_broken_summary_and_missing_weights_are_named(run_folder):
     with pytest.raises(UserError, match=r"has no weights: neither model/ nor"):
         read_run(run_folder)
     (run_folder / "summary.json").write_text("{")
-    with pytest.raises(UserError, match=r"summary\.json is not JSON"):
+    with pytest.raises(UserError, match=r"summary\.json is no run's summary"):
         read_run(run_folder)
 
 
@@ -175,7 +176,7 @@ def test_settings_of_the_format_can_be_changed():
     [
         ([], "run=outputs/RUN_ID export="),
         (["run={tmp}/none", "export=lora"], "there is no such folder"),
-        (["run={tmp}", "export=lora"], "is not the folder of a run: it has no config.yaml"),
+        (["run={tmp}", "export=lora"], "is no run's folder: config.yaml and summary.json are missing"),
         (["run={tmp}", "export=merged_16"], "export=merged_16: there is no such format; did you mean merged_16bit?"),
         (["run={tmp}", "export=zip"], "export=zip: there is no such format; known here: lora, merged_16bit"),
         (["run={tmp}", "export=none"], "export=none: there is no such format"),

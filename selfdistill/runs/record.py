@@ -1,0 +1,159 @@
+"""What is written down and shown of a run, by its main process alone.
+
+The other processes have a record that does nothing, so that no other code has to ask which process it is in.
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from transformers import TrainerCallback
+
+from selfdistill.config import Run
+from selfdistill.rollout import Rollouts
+from selfdistill.runs import console
+from selfdistill.runs.callbacks import CompletionsCallback, MonitorCallback, ProgressCallback, RecordCallback
+from selfdistill.runs.folder import RunFolder, Status
+from selfdistill.runs.loggers import RunLogger
+from selfdistill.runs.plan import plan_of
+from selfdistill.runs.processes import EarlyEnd
+from selfdistill.runs.samples import completion_rows, prompt_samples
+from selfdistill.training.build import Parts
+
+MODEL = "model"
+
+
+class NoRecord:
+    """The record of the processes beside the main one: nothing is written, shown or logged.
+
+    Attributes:
+        folder: the run's folder, open for reading.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+
+    def begin(self, parts: Parts) -> None:
+        """The plan, and what the data had to leave out."""
+
+    def callbacks(self, parts: Parts) -> list[TrainerCallback]:
+        """What records the training."""
+        return []
+
+    def busy(self, word: str) -> AbstractContextManager[object]:
+        """Shows what goes on for as long as the context lasts."""
+        return nullcontext()
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """What an evaluation found; that of step 0 is what later ones are compared with."""
+
+    def rollouts(self, parts: Parts, rollouts: Rollouts) -> None:
+        """The completions of a step, of all processes."""
+
+    def end(
+        self, parts: Parts, *, interrupted: bool, before: dict[str, float] | None, after: dict[str, float] | None
+    ) -> None:
+        """The model is saved: exports it, and says where everything lies."""
+
+    def end_early(self, end: EarlyEnd) -> None:
+        """The run failed, or was interrupted before or after the training."""
+
+    def close(self) -> None:
+        """The run is over, in good order."""
+
+
+class Record(NoRecord):
+    """The record of the main process: run folder, logger and screen."""
+
+    def __init__(self, cfg: DictConfig, run: Run, folder: RunFolder, logger: RunLogger) -> None:
+        super().__init__(folder)
+        self.cfg, self.run, self.logger = cfg, run, logger
+        self.screen = console.make_console()
+        self._places: dict[str, str | Path | None] = {"run": folder.path}
+        self._begun = self._prompts_written = run.resume is not None
+        self._monitor: MonitorCallback | None = None
+        self._rows: list[dict[str, Any]] = []
+
+    def begin(self, parts: Parts) -> None:
+        self.logger.start(self.folder, self.cfg)
+        self._begun = True
+        if evaluated := self.folder.summary.get("eval"):  # of a resumed run, whose end is evaluated again
+            self.folder.update_summary(eval={"before": evaluated.get("before")})
+        self.folder.write_bad_rows(parts.data.bad_rows)
+        console.print_all(self.screen, console.config_tree(self.cfg), console.plan_table(plan_of(self.run, parts)))
+        if parts.data.bad_rows:
+            self.screen.print(
+                f"{len(parts.data.bad_rows)} bad rows skipped, listed in {self.folder.path / 'bad_rows.jsonl'}"
+            )
+
+    def callbacks(self, parts: Parts) -> list[TrainerCallback]:
+        record = RecordCallback(self.folder, self.logger)
+        if parts.monitors is not None:
+            self._monitor = MonitorCallback(parts.monitors, self.folder, self.screen)
+        return [
+            record,
+            *([self._monitor] if self._monitor else []),
+            CompletionsCallback(record, self.screen, lambda: self._rows),
+            ProgressCallback(self.screen),
+        ]
+
+    def busy(self, word: str) -> AbstractContextManager[object]:
+        return self.screen.status(word) if self.screen.is_terminal else nullcontext()
+
+    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        if step == 0:
+            self.folder.update_summary(eval={"before": metrics})
+        self.folder.log_metrics(step, metrics)
+        self.logger.log(step, metrics)
+
+    def rollouts(self, parts: Parts, rollouts: Rollouts) -> None:
+        self._rows = completion_rows(rollouts)
+        if not self._prompts_written:
+            self._prompts_written = True
+            if not self.folder.write_prompts(prompt_samples(parts.tokenizer, rollouts)):
+                raise RuntimeError(f"student and teacher score different tokens: see {self.folder.path / 'prompts.md'}")
+
+    def end(
+        self, parts: Parts, *, interrupted: bool, before: dict[str, float] | None, after: dict[str, float] | None
+    ) -> None:
+        step = parts.trainer.state.global_step
+        status: Status = "interrupted" if interrupted else "finished"
+        if self._monitor is not None and self._monitor.stopped_by is not None:
+            status = "stopped"
+        self._places["model"] = self.folder.path / MODEL
+        parts.tokenizer.save_pretrained(self.folder.path / MODEL)
+        if before is not None and after is not None:
+            self.folder.update_summary(eval={"before": before, "after": after})
+            self.logger.summary(after)
+            self.screen.print(console.change_table(_short(before), _short(after)))
+        if parts.exporter is not None and status == "finished" and not self.run.dry_run:
+            self._places["export"] = parts.exporter.run(
+                parts.trainer.model,
+                parts.tokenizer,
+                self.folder.path / "export" / parts.exporter.name,
+                parts.data.eval[:8]["prompt"],
+            )
+        self.folder.finish(status, step=step)
+        self._places |= {"status": status, "log": self.logger.location}
+        if status == "interrupted":
+            self.screen.print(
+                f"interrupted at step {step}; continue with: python -m selfdistill.train resume={self.folder.path}"
+            )
+        self.screen.print(console.where_table(self._places))
+
+    def end_early(self, end: EarlyEnd) -> None:
+        # A new run that is refused before it has begun (no such model, a malformed file) leaves no folder.
+        if end.refused and not self._begun:
+            self.folder.discard()
+        else:
+            self.folder.finish(end.status, error=end.traceback)
+        self.logger.finish(failed=True)
+
+    def close(self) -> None:
+        self.logger.finish()
+
+
+def _short(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {name.removeprefix("eval/"): value for name, value in metrics.items()}
