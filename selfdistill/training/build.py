@@ -105,7 +105,11 @@ def load_data(run: Run, tokenizer: PreTrainedTokenizerBase) -> DataSplits:
 
 
 def with_server(
-    run: Run, server: ServerTeacher, data: DataSplits, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    run: Run,
+    server: ServerTeacher,
+    data: DataSplits,
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[ServerTeacher | Teacher | None, DataSplits]:
     """A served teacher, checked; one that writes has written the training data's demonstrations.
 
