@@ -26,7 +26,9 @@ ROWS = {"grpo": 16, "sdft": 16, "sdpo_feedback": 24}  # completions a step
 # Names of metrics.jsonl that are taken over all processes; those that a run does not have are left out.
 GATHERED = (
     "loss", "grad_norm", "reward", "reward_std", "kl", "num_tokens", "completions/mean_length",
-    "completions/clipped_ratio", "eval/accuracy", "eval/retention", "eval/forgetting",
+    "completions/clipped_ratio", "eval/accuracy", "eval/retention", "eval/forgetting", "entropy", "distill/divergence",
+    "distill/active_fraction", "monitor/repetition", "monitor/distinct_2", "monitor/length_tokens",
+    "monitor/reward_spread",
 )  # fmt: skip
 
 
@@ -54,7 +56,8 @@ def trained(launch: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 
 def overrides(method: str, processes: int = 2) -> list[str]:
-    return [*COMMON, *METHODS[method], f"hardware.per_device_batch_size={ROWS[method] // processes}"]
+    batch = [f"completions_per_step={ROWS[method]}", f"hardware.per_device_batch_size={ROWS[method] // processes}"]
+    return [*COMMON, *METHODS[method], *batch]
 
 
 def only_run(folder: Path) -> Path:

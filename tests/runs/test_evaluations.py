@@ -79,7 +79,7 @@ def test_the_record_of_other_processes_writes_nothing(tmp_path: Path) -> None:
     assert record.callbacks(parts) == []
     with record.busy("evaluating"):
         record.evaluation(0, {"eval/accuracy": 1.0})
-    record.rollouts(parts, Rollouts([], [], []), None, {})
+    record.rollouts(parts, Rollouts([], [], []))
     record.end(parts, interrupted=False, before=None, after=None)
     record.end_early(EarlyEnd("failed", 2))
     record.close()

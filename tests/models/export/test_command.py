@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -49,9 +48,7 @@ def models(monkeypatch):
         model = load_base(name)
         return PeftModel.from_pretrained(model, adapter_path) if adapter_path else model, tiny_tokenizer()
 
-    module = ModuleType("selfdistill.models.loading")
-    module.load_model = load_model
-    monkeypatch.setitem(sys.modules, "selfdistill.models.loading", module)
+    monkeypatch.setattr("selfdistill.models.loading.load_model", load_model)
     return asked
 
 
