@@ -9,8 +9,8 @@ from torch import Tensor
 
 # Columns of the vocabulary taken at a time where a head is widened or only a sum over the vocabulary is wanted.
 TILE_COLUMNS = 8192
-# Tokens that `sampled_entropy` looks at, and how many of them are projected at a time.
-ENTROPY_TOKENS, ENTROPY_CHUNK_TOKENS = 64, 16
+# Tokens that `entropy_sum` projects at a time.
+ENTROPY_CHUNK_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -138,14 +138,9 @@ def as_autocast(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sampled_entropy(hidden: Float[Tensor, "N H"], head: Head) -> tuple[float, int]:
-    """Entropy in nats of the predictions from some of the hidden states, evenly spread: their sum, and how many.
-
-    Some are enough for an alarm and cost little beside the loss; a few at a time keep the logits small.
-    """
-    if len(hidden) > ENTROPY_TOKENS:
-        hidden = hidden[torch.linspace(0, len(hidden) - 1, ENTROPY_TOKENS, device=hidden.device).long()]
+def entropy_sum(hidden: Float[Tensor, "N H"], head: Head) -> float:
+    """Sum of the entropies in nats of the predictions from some hidden states; a few at a time keep the logits small."""
     total = hidden.new_zeros((), dtype=torch.float32)
     for chunk in hidden.split(ENTROPY_CHUNK_TOKENS):
         total += torch.special.entr(torch.softmax(head.logits(chunk), dim=-1)).sum()
-    return total.item(), len(hidden)
+    return total.item()

@@ -76,3 +76,10 @@ def demonstration_weights(
         completion_mask, "token_mean", row_active=demonstrated, count_inactive_rows=False, normalizer=tokens
     )
     return weights * reduce(demonstrated.float().mean())
+
+
+def spread_tokens(mask: Bool[Tensor, "B T"], per_row: int) -> Bool[Tensor, "B T"]:
+    """Up to `per_row` tokens of each row's, evenly spread; which ones does not depend on the other rows."""
+    place = mask.cumsum(dim=1) - 1
+    wanted = mask.sum(dim=1, keepdim=True) * torch.arange(per_row, device=mask.device) // per_row
+    return mask & (place[:, :, None] == wanted[:, None, :]).any(dim=-1)

@@ -25,7 +25,7 @@ from trl.trainer.utils import pad
 from selfdistill import losses
 from selfdistill.config.settings import Distillation, RolloutSource
 from selfdistill.errors import UserError
-from selfdistill.losses.head import sampled_entropy
+from selfdistill.losses.head import entropy_sum
 from selfdistill.models.reference import copy_weights, loadable
 from selfdistill.models.structure import (
     aligned,
@@ -41,12 +41,15 @@ from selfdistill.rollout import Rollouts
 from selfdistill.teachers.interface import REQUEST, BaseTeacher, TeacherRequest
 from selfdistill.training.metrics import Means
 from selfdistill.training.rollout_trainer import RolloutTrainer, no_reward
-from selfdistill.training.token_weights import demonstration_weights, distillation_weights, distilled_tokens
+from selfdistill.training.token_weights import demonstration_weights, distillation_weights, distilled_tokens, spread_tokens
 
 __all__ = ["SelfDistillTrainer"]
 
 # Rows whose teacher's prompts are tokenised to find the longest: those with the most characters.
 LONGEST_ROWS = 64
+
+# The entropy is estimated from so many tokens of each row: enough for an alarm, and cheap beside the loss.
+ENTROPY_TOKENS_PER_ROW = 4
 
 # Hidden states (N, H) of the tokens in a mask (B, T), in row order.
 States = Callable[[Tensor], Tensor]
@@ -287,7 +290,8 @@ class SelfDistillTrainer(RolloutTrainer):
             per_token = divergence = said.divergence(student, head, kind, weights=weights)
         self.note("distill/divergence", divergence.detach().sum().item(), len(tokens))
         if not self.has_policy_term and len(student):  # the policy gradient logs the entropy where it runs
-            self.note("entropy", *sampled_entropy(student, head.at(self.temperature)))
+            some = spread_tokens(keep, ENTROPY_TOKENS_PER_ROW)
+            self.note("entropy", entropy_sum(states(some), head.at(self.temperature)), int(some.sum()))
         return (per_token * weights).sum()
 
     def _ask_teacher(self, model: nn.Module, inputs: Mapping[str, Any]) -> losses.TeacherOutput:
