@@ -67,7 +67,7 @@ class Processes:
         self._watch = threading.Thread(target=self._wait_for_others, daemon=True)
         if self.count > 1:
             # A connection of its own: the training's may be held by an operation that waits for a process that is gone.
-            store = torch.distributed.distributed_c10d._get_default_store().clone()
+            store = torch.distributed.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
             self._store = torch.distributed.PrefixStore(f"selfdistill-{next(_runs)}", store)
 
     def __enter__(self) -> "Processes":  # noqa: PYI034 - beartype, which checks types in the tests, refuses Self here

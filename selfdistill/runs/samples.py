@@ -52,13 +52,13 @@ def prompt_samples(
         teacher, teacher_completion_ids = None, None
         if i in taught:
             mask = tensors["teacher_prompt_mask"][i].bool()
-            teacher = tokenizer.decode(tensors["teacher_prompt_ids"][i][mask])
+            teacher = str(tokenizer.decode(tensors["teacher_prompt_ids"][i][mask]))
             # A completion that is masked as a whole is not scored.
             teacher_completion_ids = scored or None
         samples.append(
             PromptSample(
-                student=tokenizer.decode(student),
-                completion=tokenizer.decode(rollouts.completion_ids[i]),
+                student=str(tokenizer.decode(student)),
+                completion=str(tokenizer.decode(rollouts.completion_ids[i])),
                 completion_ids=list(rollouts.completion_ids[i]),
                 teacher=teacher,
                 teacher_completion_ids=teacher_completion_ids,
