@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from tests.launched import Launch, Launcher
 
+pytestmark = pytest.mark.xdist_group("processes")  # one launcher, and each run made once
+
 COMMON = [
     "hardware=cpu", "hardware.threads=1", "max_steps=3", "rollout.max_completion_tokens=8", "eval.max_rows=4",
     "eval.max_new_tokens=8", "eval.max_rows_per_suite=1", "learning_rate=0.01", "+training.arguments.optim=sgd",

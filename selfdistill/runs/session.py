@@ -138,8 +138,7 @@ def recorded(cfg: DictConfig, run: config.Run, hydra_config: Any) -> Iterator[Se
     record: NoRecord | None = None
     with Interruption(notice=processes.is_main) as interruption, processes:
         try:
-            name = config.run_name(run, hydra_config.runtime.choices)
-            record = _open_record(cfg, run, name, processes)
+            record = _open_record(cfg, run, hydra_config, processes)
             processes.on_early_end = record.end_early
             yield Session(run, record, processes, interruption)
         except BaseException as error:
@@ -149,18 +148,23 @@ def recorded(cfg: DictConfig, run: config.Run, hydra_config: Any) -> Iterator[Se
             processes.written(end)
             if end.process != processes.index:  # it has said why
                 raise SystemExit(end.exit_code) from None
-            raise _message(error, record, end) from error
+            if (message := _message(error, record, end)) is not None:
+                raise message from error
+            raise
         record.close()
         processes.wait_for_all()  # a launcher ends all as soon as one is gone with an exit code
         if interruption.requested:
             raise SystemExit(interruption.exit_code)
 
 
-def _open_record(cfg: DictConfig, run: config.Run, name: str, processes: Processes) -> NoRecord:
+def _open_record(cfg: DictConfig, run: config.Run, hydra_config: Any, processes: Processes) -> NoRecord:
     if not processes.is_main:
         return NoRecord(RunFolder.open(Path(processes.share("")), write=False))
     logger = make(run.logger, "logger") or NoLogger()
-    folder = RunFolder.open(Path(run.resume)) if run.resume else RunFolder.create(Path(run.output_dir), name, cfg)
+    if run.resume:
+        folder = RunFolder.open(Path(run.resume))
+    else:
+        folder = RunFolder.create(Path(run.output_dir), config.run_name(run, hydra_config.runtime.choices), cfg)
     processes.share(str(folder.path))
     return Record(cfg, run, folder, logger)
 
@@ -177,14 +181,19 @@ def _early_end(error: BaseException, processes: Processes, interruption: Interru
     )
 
 
-def _message(error: BaseException, record: NoRecord | None, end: EarlyEnd) -> BaseException:
-    """What the person at the terminal is told."""
+def _message(error: BaseException, record: NoRecord | None, end: EarlyEnd) -> BaseException | None:
+    """How the command ends: with the exit code of an interrupted one, or with a message that says how to go on.
+
+    None where the error itself says all there is to say.
+    """
     if isinstance(error, KeyboardInterrupt):
         return SystemExit(end.exit_code)
-    if isinstance(error, ServerUnavailable) and record is not None:
+    if not isinstance(error, Exception) or record is None or not record.folder.path.exists():
+        return None
+    if isinstance(error, ServerUnavailable):
         return UserError(f"{error} Continue with: python -m selfdistill.train resume={record.folder.path}")
-    if isinstance(error, UserError) or not isinstance(error, Exception) or record is None:
-        return error
+    if isinstance(error, UserError):
+        return None
     last = traceback.extract_tb(error.__traceback__)[-1]
     return UserError(
         f"the run failed: {type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno}). The traceback is "

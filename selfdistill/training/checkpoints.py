@@ -69,7 +69,7 @@ class ResumableSampler(RepeatSampler):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        if self.shuffle:
+        if self.shuffle and self.seed is not None:
             self.generator.manual_seed(self.seed)
             for _ in range(self.epoch):
                 torch.randperm(self.num_samples, generator=self.generator)

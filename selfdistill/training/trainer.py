@@ -41,7 +41,12 @@ from selfdistill.rollout import Rollouts
 from selfdistill.teachers.interface import REQUEST, BaseTeacher, TeacherRequest
 from selfdistill.training.metrics import Means
 from selfdistill.training.rollout_trainer import RolloutTrainer, no_reward
-from selfdistill.training.token_weights import demonstration_weights, distillation_weights, distilled_tokens, spread_tokens
+from selfdistill.training.token_weights import (
+    demonstration_weights,
+    distillation_weights,
+    distilled_tokens,
+    spread_tokens,
+)
 
 __all__ = ["SelfDistillTrainer"]
 
