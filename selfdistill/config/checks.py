@@ -43,7 +43,7 @@ def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> None:
         raise UserError(explain(error)) from None
     _check_types(plain, Run, "")
     for key, node in targets(cfg):
-        _check_trust(key, node["_target_"], cfg.trusted_prefixes)
+        check_trust(key, node["_target_"], cfg.trusted_prefixes)
     _check_values(cfg)
     _check_read(cfg, {override.lstrip("+~").split("=")[0] for override in overrides})
     _check_signal(cfg)
@@ -139,7 +139,7 @@ def _check_types(values: Any, schema: Any, path: str) -> None:
             raise UserError(f"{where}={value}: write a finite number.")
 
 
-def _check_trust(key: str, target: Any, prefixes: Iterable[str]) -> None:
+def check_trust(key: str, target: Any, prefixes: Iterable[str]) -> None:
     if not isinstance(target, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", target):
         raise UserError(
             f"{key}._target_={target!r}: write a dotted path to a class or function, e.g. my_module.MyReward."

@@ -68,7 +68,8 @@ def _unknown_key(key: str, error: BaseException) -> str:
     above, _, last = key.rpartition(".")
     parent = getattr(_cause(error), "parent_node", None)
     if not above or not isinstance(parent, DictConfig):
-        return f"{key} is not a key: {closest(last, _root())}"
+        known = [name for name in parent if name != "hydra"] if isinstance(parent, DictConfig) else _root()
+        return f"{key} is not a key: {closest(last, known)}"
     return (
         f"{key} is not a key: {closest(last, map(str, parent))}"
         if len(parent)

@@ -14,7 +14,6 @@ from omegaconf import DictConfig
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from selfdistill.config import run_name
 from selfdistill.errors import UserError
 from selfdistill.evaluation.evaluator import EvalCallback
 from selfdistill.evaluation.monitors import completion_metrics, reward_spread
@@ -31,6 +30,7 @@ from selfdistill.runs.callbacks import (
 from selfdistill.runs.folder import PromptSample, RunFolder
 from selfdistill.runs.interruption import Interruption
 from selfdistill.runs.loggers import NoLogger
+from selfdistill.runs.placement import new_run
 from selfdistill.teachers.server.client import ServerUnavailable
 from selfdistill.training import build
 
@@ -332,7 +332,7 @@ def recorded(cfg: DictConfig, hydra_config: Any) -> Iterator[Record]:
     if cfg.resume:
         folder = RunFolder.open(Path(cfg.resume), write=_is_main())
     elif _is_main():
-        folder = RunFolder.create(Path(cfg.output_dir), run_name(cfg, hydra_config.runtime.choices), cfg)
+        folder = new_run(cfg, hydra_config)
         _share(str(folder.path))
     else:
         folder = RunFolder.open(Path(_share(None)), write=False)

@@ -34,13 +34,18 @@ def check_targets(cfg: DictConfig) -> None:
         UserError: the key, what is wrong with it, and the closest argument there is.
     """
     for key, node in targets(cfg):
-        _check_arguments(key, node, _find(f"{key}._target_", node["_target_"]))
+        check_target(key, node)
     known = {f.name for f in fields(SelfDistillConfig)}
     for argument in cfg.training.arguments:
         if argument not in known:
             raise UserError(
                 f"training.arguments.{argument}: trl.GRPOConfig takes no such argument; {closest(str(argument), known)}"
             )
+
+
+def check_target(key: str, node: DictConfig) -> None:
+    """Finds what a node's `_target_` names and binds its arguments."""
+    _check_arguments(key, node, _find(f"{key}._target_", node["_target_"]))
 
 
 def _find(key: str, name: str) -> Any:
