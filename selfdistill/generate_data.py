@@ -3,8 +3,8 @@
     python -m selfdistill.generate_data model=glm-4.7 base_url=http://localhost:8000/v1 prompts=prompts.jsonl
     python -m selfdistill.generate_data model=glm-4.7 topics=topics.txt train_samples=100 eval_samples=20
 
-Prompts come from a file, or are written by the model itself about topics. Every prompt that gets a response worth keeping
-becomes a row {"prompt", "golden_response"}. Started again with the same settings, it continues where it was broken off:
+Prompts come from a file, or the model itself writes them about topics. Every prompt that gets a response worth keeping
+becomes a row {"prompt", "golden_response"}. Started again with the same settings, it goes on where it was interrupted:
 every answer is kept in OUTPUT/answers and none is asked for twice. Exit code 1 when there are fewer rows than wanted.
 """
 

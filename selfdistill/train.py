@@ -1,13 +1,13 @@
 """Trains: a run is composed from conf, checked, built, trained, recorded and exported.
 
-    python -m selfdistill.train                               the embedded model on whatever machine this is
-    python -m selfdistill.train experiment=sdft seed=1        a published method
-    python -m selfdistill.train model=qwen3_0_6b hardware=gpu_24gb data=jsonl data.path=my.jsonl export=lora
-    python -m selfdistill.train --multirun experiment=sdpo beta=0,0.04 alpha=0,0.5,1
-    python -m selfdistill.train resume=outputs/RUN            continue a run
+  python -m selfdistill.train                               the embedded model on whatever machine this is
+  python -m selfdistill.train experiment=sdft seed=1        a published method
+  python -m selfdistill.train model=qwen3_0_6b hardware=gpu_24gb data=jsonl data.path=my.jsonl export=lora
+  python -m selfdistill.train --multirun experiment=sdpo beta=0,0.04 alpha=0,0.5,1
+  python -m selfdistill.train resume=outputs/RUN            continue a run
 
-  --check          compose and check everything, show the plan, and stop
-  --multirun, -m   one run for each combination of the values that are given with commas
+--check          compose and check everything, show the plan, and stop
+--multirun, -m   one run for each combination of the values that are given with commas
 """
 
 from hydra.core.hydra_config import HydraConfig

@@ -78,9 +78,9 @@ def built(cfg: DictConfig, key: str) -> Any:
         UserError: a `_target_` that is not trusted or does not exist, or an argument that it refuses.
     """
     from selfdistill.config.checks import check_trust, targets
-    from selfdistill.training.build import check_target, make
+    from selfdistill.training.build import bind, make
 
     for where, node in targets(cfg[key], key):
         check_trust(where, node["_target_"], cfg.trusted_prefixes)
-        check_target(where, node)
+        bind(where, node)
     return make(cfg, key)

@@ -1,4 +1,4 @@
-"""The commands' flags and their help: every group with its options, every key with its meaning, from the files themselves."""
+"""The commands' flags and their help: every group, option and key with its meaning, from the files themselves."""
 
 import os
 import re
@@ -78,7 +78,12 @@ def help_text(file: Path, usage: str) -> str:
     text = file.read_text(encoding="utf-8")
     keys = re.sub(r"\A(?:#.*\n)+|^(?:defaults|hydra):.*\n(?:[ -].*\n)*", "", text, flags=re.MULTILINE).strip()
     groups = [_group(file.parent / group, group) for group in _groups(file)]
-    parts = [usage.strip(), FLAGS, *(["groups (GROUP=OPTION)", *groups] if groups else []), f"keys (KEY=VALUE)\n\n{keys}"]
+    parts = [
+        usage.strip(),
+        FLAGS,
+        *(["groups (GROUP=OPTION)", *groups] if groups else []),
+        f"keys (KEY=VALUE)\n\n{keys}",
+    ]
     return "\n\n".join(parts)
 
 

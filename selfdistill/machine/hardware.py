@@ -114,7 +114,10 @@ def check_torch(accelerator: Accelerator) -> Line:
             "a GPU is here and unused: install a CUDA build of torch, pip install torch --force-reinstall",
         )
     if accelerator.failure and accelerator.driver:
-        advice = "the driver is older than the CUDA that torch was built for, or torch has no kernels for this GPU: update one of them"
+        advice = (
+            "the driver is older than the CUDA that torch was built for, or torch has no kernels for this GPU: "
+            "update one of them"
+        )
         return error("torch", f"{found}: {accelerator.failure}", advice)
     if accelerator.failure:
         return warning(

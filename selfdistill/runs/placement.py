@@ -14,6 +14,7 @@ from selfdistill.config import run_name
 from selfdistill.config.conf import CONF
 from selfdistill.config.secrets import MASK, Redactor, is_secret_key
 from selfdistill.runs.folder import RunFolder
+from selfdistill.runs.sweep import overrides_of
 
 
 def new_run(cfg: DictConfig, hydra_config: DictConfig) -> RunFolder:
@@ -25,7 +26,7 @@ def new_run(cfg: DictConfig, hydra_config: DictConfig) -> RunFolder:
     root, path = destination(cfg, hydra_config)
     run = RunFolder.create(root, run_name(cfg, hydra_config.runtime.choices), cfg, path)
     redactor = Redactor(cfg)
-    overrides = [str(text) for text in OmegaConf.to_container(hydra_config.overrides.task, resolve=False)]  # type: ignore[union-attr]
+    overrides = overrides_of(hydra_config)
     masks = dict(zip(overrides, redactor.arguments(overrides), strict=True))
 
     def masked(value: Any) -> Any:

@@ -1,6 +1,7 @@
-"""Sweeps (--multirun): every job is checked before the first one starts, one that fails stops no other, and the end is a table.
+"""Sweeps (--multirun): all jobs are checked before the first starts, one that fails stops no other, a table ends it.
 
-`jobs.jsonl` in the sweep's folder has a line for each job, whatever launched it: number, overrides, status, run, message.
+`jobs.jsonl` in the sweep's folder has a line for each job, whatever launched it: number, overrides, status, run and
+message.
 """
 
 import json
@@ -49,7 +50,8 @@ class CheckSweep(Callback):
         # An ordinary exception would be turned into a warning by Hydra.
         try:
             if not config.check and (Path(config.hydra.sweep.dir) / JOBS).exists():
-                raise UserError(f"hydra.sweep.dir={config.hydra.sweep.dir} holds a sweep already: name another folder.")
+                folder = config.hydra.sweep.dir
+                raise UserError(f"hydra.sweep.dir={folder} holds a sweep already: name another folder.")
             jobs = check_jobs(config) if issubclass(get_class(config.hydra.sweeper._target_), BasicSweeper) else None
         except (UserError, *COMPOSITION_ERRORS) as error:
             raise SystemExit(fail(explain(error))) from None
@@ -67,8 +69,9 @@ class CheckSweep(Callback):
 
 
 def overrides_of(hydra_config: Any) -> list[str]:
-    """The command line's keys as they were written: an interpolation in one is for the run to resolve, not for Hydra."""
-    return [str(override) for override in OmegaConf.to_container(hydra_config.overrides.task, resolve=False)]  # type: ignore[union-attr]
+    """The command line's keys as they were written: the run resolves an interpolation in one, Hydra cannot."""
+    written: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
+    return [str(override) for override in written]
 
 
 def check_jobs(config: DictConfig) -> list[list[str]]:

@@ -34,7 +34,7 @@ def check_targets(cfg: DictConfig) -> None:
         UserError: the key, what is wrong with it, and the closest argument there is.
     """
     for key, node in targets(cfg):
-        check_target(key, node)
+        bind(key, node)
     known = {f.name for f in fields(SelfDistillConfig)}
     for argument in cfg.training.arguments:
         if argument not in known:
@@ -43,7 +43,7 @@ def check_targets(cfg: DictConfig) -> None:
             )
 
 
-def check_target(key: str, node: DictConfig) -> None:
+def bind(key: str, node: DictConfig) -> None:
     """Finds what a node's `_target_` names and binds its arguments."""
     _check_arguments(key, node, _find(f"{key}._target_", node["_target_"]))
 

@@ -1,4 +1,4 @@
-"""Training and evaluation data that a served model writes: prompts, responses worth keeping, and a report of the rest."""
+"""Training and evaluation data that a served model writes: prompts, responses worth keeping, and a report."""
 
 import hashlib
 import json
@@ -164,7 +164,7 @@ class Generation:
             self.rejected.append({"reason": "prompt without a response to keep", "prompt": candidate.text})
 
     def split(self) -> tuple[list[DatasetRow], list[DatasetRow]]:
-        """Training and evaluation rows; which is which depends on seed and prompt alone. Too few rows: in proportion."""
+        """Training and evaluation rows; seed and prompt alone decide which is which. Too few are shared in proportion."""
         settings = self.settings
         rows = self.rows[: settings.rows]
         evaluation = round(len(rows) * settings.eval_samples / settings.rows)
