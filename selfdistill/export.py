@@ -46,7 +46,7 @@ def run(cfg: DictConfig) -> None:
 
     disable_progress_bar()
     model, tokenizer = load_policy(finished)
-    folder = finished.folder / "export" / HydraConfig.get().runtime.choices.export
+    folder = finished.folder / "export" / HydraConfig.get().runtime.choices["export"]
     try:
         exporter.run(model, tokenizer, folder, finished.prompts)
     except ExportError as error:

@@ -39,7 +39,7 @@ def test_the_set_that_all_extras_share_has_no_conflict() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "gpu", "state", "told"),
+    ("changes", "gpu", "state", "expected"),
     [
         ({"trl": "1.15.0"}, False, "error", "0 active drivers"),
         ({"trl": "1.15.0"}, True, "warning", "wherever there is none"),
@@ -61,10 +61,10 @@ def test_the_set_that_all_extras_share_has_no_conflict() -> None:
     ],
 )
 def test_known_conflicts_are_named_with_what_to_install(
-    changes: dict[str, str], gpu: bool, state: str, told: str
+    changes: dict[str, str], gpu: bool, state: str, expected: str
 ) -> None:
     lines = conflicts(gpu, **changes)
-    assert any(line.state == state and told in line.found + line.advice for line in lines), lines
+    assert any(line.state == state and expected in line.found + line.advice for line in lines), lines
 
 
 def test_a_local_build_of_torch_is_the_same_version() -> None:
@@ -99,7 +99,7 @@ ON_GPU = Accelerator("2.13.0+cu130", "13.0", "580.1", (A10,))
 
 
 @pytest.mark.parametrize(
-    ("accelerator", "state", "told"),
+    ("accelerator", "state", "expected"),
     [
         (Accelerator("2.13.0+cpu"), "ok", "CPU build"),
         (Accelerator("2.13.0+cpu", driver="580.1"), "warning", "CUDA build"),
@@ -109,14 +109,14 @@ ON_GPU = Accelerator("2.13.0+cu130", "13.0", "580.1", (A10,))
         (ON_GPU, "ok", "580.1"),
     ],
 )
-def test_torch_against_the_driver(accelerator: Accelerator, state: str, told: str) -> None:
+def test_torch_against_the_driver(accelerator: Accelerator, state: str, expected: str) -> None:
     line = hardware.check_torch(accelerator)
     assert line.state == state
-    assert told in line.found + line.advice
+    assert expected in line.found + line.advice
 
 
 @pytest.mark.parametrize(
-    ("overrides", "accelerator", "state", "told"),
+    ("overrides", "accelerator", "state", "expected"),
     [
         (["hardware=gpu_24gb"], Accelerator("2.13.0+cpu"), "error", "hardware=cpu"),
         (["hardware=gpu_24gb"], Accelerator("2.13.0+cu130", "13.0", "580.1", (Gpu("L4", 23.0, 22.0),)), "ok", "L4"),
@@ -138,10 +138,10 @@ def test_torch_against_the_driver(accelerator: Accelerator, state: str, told: st
     ],
 )
 def test_the_gpu_against_the_hardware_profile(
-    overrides: list[str], accelerator: Accelerator, state: str, told: str
+    overrides: list[str], accelerator: Accelerator, state: str, expected: str
 ) -> None:
     lines = hardware.check_memory(accelerator, composed(overrides))
-    assert any(line.state == state and told in line.found + line.advice for line in lines), lines
+    assert any(line.state == state and expected in line.found + line.advice for line in lines), lines
 
 
 def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +161,7 @@ def answering(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "state", "told"),
+    ("answer", "state", "expected"),
     [
         (200, "ok", "on the hub"),
         (404, "error", "no such model"),
@@ -170,11 +170,11 @@ def answering(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
         (httpx.ConnectError("no route"), "error", "HF_ENDPOINT"),
     ],
 )
-def test_hub_access(monkeypatch: pytest.MonkeyPatch, answer: Any, state: str, told: str) -> None:
+def test_hub_access(monkeypatch: pytest.MonkeyPatch, answer: Any, state: str, expected: str) -> None:
     answering(monkeypatch, answer)
     line = hardware.check_hub("nobody/nothing", False, {})
     assert line.state == state
-    assert told in line.found + line.advice
+    assert expected in line.found + line.advice
 
 
 def test_models_that_need_no_hub(tmp_path: Path) -> None:
@@ -238,10 +238,10 @@ def test_what_is_wrong_with_a_served_teacher() -> None:
             "tokenizer": "error",
             "log-probabilities": "error",
         }
-        told = {line.what: line.found + line.advice for line in lines}
-        assert "--max-model-len 65" in told["context"]
-        assert "teacher.mode=write" in told["tokenizer"]
-        assert "top_k=20" in told["log-probabilities"]
+        expected = {line.what: line.found + line.advice for line in lines}
+        assert "--max-model-len 65" in expected["context"]
+        assert "teacher.mode=write" in expected["tokenizer"]
+        assert "top_k=20" in expected["log-probabilities"]
 
 
 def test_a_model_that_is_not_served() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from selfdistill import doctor, export, generate_data
-from selfdistill.models.loading import load_model
+from selfdistill.models.loading import load_model, resolve
 from tests.command import command
 from tests.teachers.server.stub_server import StubServer
 
@@ -144,7 +144,7 @@ def _clone(line: str, place: Place) -> None:
 
 
 def _vllm(line: str, place: Place) -> None:
-    """Its options are those with which the tests start a real one."""
+    """Its options are those that the tests start a real server with."""
     started = (ROOT / "tests" / "vllm" / "conftest.py").read_text()
     assert not [word for word in place.words(line) if word.startswith("--") and f'"{word}"' not in started]
 
@@ -154,9 +154,9 @@ def _launch(line: str, place: Place) -> None:
 
 
 def _completion(line: str, place: Place) -> None:
-    program = re.search(r"selfdistill-\w+", line)
-    assert program and program[0] in PROJECT["scripts"]
-    outcome = command(re.split(r"[ )]", line)[1:3], place.folder)
+    called = re.fullmatch(r'eval "\$\((\S+) (.*)\)"', line)
+    assert called and called[1] in PROJECT["scripts"]
+    outcome = command(called[2].split(), place.folder)
     assert (outcome.code, outcome.err) == (0, "")
     assert "complete -o nospace" in outcome.out
 
@@ -182,7 +182,9 @@ def test_commands_are_found() -> None:
         assert any(_rule(line) is rule for line in found), f"no command for {rule.__name__}: it is not needed any more"
 
 
-@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=[f"{page.parent.name}-{line}"[:80] for page, line in COMMANDS])
+@pytest.mark.parametrize(
+    ("page", "line"), COMMANDS, ids=[f"{page.relative_to(ROOT)}-{line}"[:80] for page, line in COMMANDS]
+)
 def test_a_command_of_the_pages_runs(page: Path, line: str, place: Place) -> None:
     rule = _rule(line)
     assert rule is not None, f"{page}: no rule covers `{line}`; say in RULES how it is tried"
@@ -222,10 +224,10 @@ def _parsed(block: str) -> ast.Module:
 def test_the_first_block_of_the_python_page_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from datasets import Dataset
 
-    from selfdistill.models.loading import EMBEDDED
-
     monkeypatch.chdir(tmp_path)
-    block = blocks(ROOT / "docs" / "python.md", "python")[0].replace("Qwen/Qwen2.5-0.5B-Instruct", str(EMBEDDED))
+    block = blocks(ROOT / "docs" / "python.md", "python")[0].replace(
+        "Qwen/Qwen2.5-0.5B-Instruct", str(resolve("embedded"))
+    )
     small = "max_completion_length=8, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, learning_rate"
     rows = [{"prompt": [{"role": "user", "content": "shout hi"}], "answer": "HI"}]
     exec(compile(block.replace("learning_rate", small), "python.md", "exec"), {"dataset": Dataset.from_list(rows)})

@@ -1,4 +1,4 @@
-"""Which versions go together. The conflicts are data; each was met, not read off version numbers."""
+"""Which versions of packages work together. Every conflict in the table was met with these packages installed."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -164,7 +164,7 @@ class Generation:
             self.rejected.append({"reason": "prompt without a response to keep", "prompt": candidate.text})
 
     def split(self) -> tuple[list[DatasetRow], list[DatasetRow]]:
-        """Training and evaluation rows; seed and prompt alone decide which is which. Too few are shared in proportion."""
+        """Training and evaluation rows, shared in proportion if too few; seed and prompt decide which is which."""
         settings = self.settings
         rows = self.rows[: settings.rows]
         evaluation = round(len(rows) * settings.eval_samples / settings.rows)
