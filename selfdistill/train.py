@@ -1,20 +1,21 @@
-"""The entrypoint: compose, check, build, run, export.
+"""Trains: a run is composed from conf, checked, built, trained, recorded and exported.
 
-    python -m selfdistill.train experiment=sdft model=qwen3_0_6b hardware=gpu_24gb data=jsonl data.path=my.jsonl
+  python -m selfdistill.train                               the embedded model on whatever machine this is
+  python -m selfdistill.train experiment=sdft seed=1        a published method
+  python -m selfdistill.train model=qwen3_0_6b hardware=gpu_24gb data=jsonl data.path=my.jsonl export=lora
+  python -m selfdistill.train --multirun experiment=sdpo beta=0,0.04 alpha=0,0.5,1
+  python -m selfdistill.train resume=outputs/RUN            continue a run
 
-Hydra composes the run from conf. Nothing heavy is imported before the configuration has passed.
+--check          compose and check everything, show the plan, and stop
+--multirun, -m   one run for each combination of the values that are given with commas
 """
 
-import os
-import sys
-
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from selfdistill import config
+from selfdistill.config import doors
 from selfdistill.config.conf import CONF
-from selfdistill.errors import UserError
 from selfdistill.runs import sweep
 
 
@@ -25,10 +26,11 @@ def run(cfg: DictConfig) -> float | None:
     with sweep.job(cfg) as job:
         checked = config.check(cfg, overrides)
 
+        # Nothing heavy is imported before the configuration has passed.
         from selfdistill.config.targets import check_targets
         from selfdistill.runs import session
-        from selfdistill.training import build
         from selfdistill.training.arguments import ARGUMENTS
+        from selfdistill.training.build import build
 
         if checked.resume:
             cfg, checked = session.resumed_config(cfg, overrides)
@@ -36,24 +38,18 @@ def run(cfg: DictConfig) -> float | None:
         if checked.check:
             session.show_plan(cfg, checked)
             return None
-        with session.recorded(cfg, checked, hydra_config) as record:
-            job.folder = record.folder
-            parts = build.build(checked, record.folder.path)
-            record.begin(parts)
-            session.train(parts, record)
-            record.end(parts)
-        return record.final_accuracy
+        with session.recorded(cfg, checked, hydra_config) as this:
+            job.folder = this.folder
+            parts = build(checked, this.folder.path)
+            this.begin(parts)
+            session.train(parts, this)
+            this.end(parts)
+        return this.final_accuracy
     return None
 
 
 def main() -> None:
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of being printed as tracebacks
-    try:
-        sys.argv[1:] = config.command_line(sys.argv[1:])
-        with sweep.reported():
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(run)()
-    except (UserError, *config.COMPOSITION_ERRORS) as error:
-        raise SystemExit(config.fail(config.explain(error))) from None
+    doors.main(CONF / "train.yaml", run, __doc__, sweeps=True)
 
 
 if __name__ == "__main__":

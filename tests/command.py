@@ -1,4 +1,4 @@
-"""The command line in this process: what `python -m selfdistill.train …` prints, leaves behind and exits with."""
+"""The command line in this process: what `python -m selfdistill.NAME …` prints, leaves behind and exits with."""
 
 import contextlib
 import io
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import hydra
 import pytest
@@ -25,16 +26,16 @@ class Outcome:
     left: set[str]
 
 
-def command(arguments: Sequence[str], folder: Path) -> Outcome:
-    """Runs the entrypoint in `folder`, as a process of its own would."""
+def command(arguments: Sequence[str], folder: Path, door: ModuleType = train) -> Outcome:
+    """Runs an entrypoint in `folder`, as a process of its own would."""
     before = _listing(folder)
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(sys, "argv", ["selfdistill.train", *arguments])
+        patch.setattr(sys, "argv", [door.__name__, *arguments])
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                train.main()
+                door.main()
             except SystemExit as end:
                 code = int(end.code or 0)
     return Outcome(code, out.getvalue(), err.getvalue(), _listing(folder) - before)
@@ -44,10 +45,10 @@ def _listing(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def composed(overrides: Sequence[str] = ()) -> DictConfig:
+def composed(overrides: Sequence[str] = (), file: Path = CONF / "train.yaml") -> DictConfig:
     """The composed configuration, without running anything."""
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return hydra.compose("train", list(overrides))
+    with hydra.initialize_config_dir(str(file.parent), version_base="1.3"):
+        return hydra.compose(file.stem, list(overrides))
 
 
 def options(group: str) -> list[str]:
@@ -57,4 +58,4 @@ def options(group: str) -> list[str]:
 
 def groups() -> list[str]:
     """Every group, nested ones with a slash."""
-    return sorted({str(file.parent.relative_to(CONF)) for file in CONF.rglob("*.yaml")} - {"."})
+    return sorted({str(file.parent.relative_to(CONF)) for file in CONF.rglob("*.yaml")} - {".", "_commands"})

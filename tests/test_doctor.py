@@ -2,22 +2,23 @@
 
 import io
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from selfdistill import doctor
-from selfdistill.doctor import run
-from selfdistill.errors import UserError
 from selfdistill.machine import hardware
 from selfdistill.machine.findings import Line, table
 from selfdistill.machine.hardware import Accelerator, Gpu
 from selfdistill.machine.packages import CONFLICTS, Facts, check_packages, known_conflicts, unmet_requirements
-from selfdistill.machine.served_teacher import check_server
+from selfdistill.machine.served_teacher import ServedTeacher, check_server
+from selfdistill.models.loading import load_model
+from selfdistill.runs.loggers import WandbLogger
+from tests.command import command, composed
 from tests.teachers.server.stub_server import LetterTokenizer, StubServer, refusal
 
 GOOD = {
@@ -38,7 +39,7 @@ def test_the_set_that_all_extras_share_has_no_conflict() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "gpu", "state", "told"),
+    ("changes", "gpu", "state", "expected"),
     [
         ({"trl": "1.15.0"}, False, "error", "0 active drivers"),
         ({"trl": "1.15.0"}, True, "warning", "wherever there is none"),
@@ -60,10 +61,10 @@ def test_the_set_that_all_extras_share_has_no_conflict() -> None:
     ],
 )
 def test_known_conflicts_are_named_with_what_to_install(
-    changes: dict[str, str], gpu: bool, state: str, told: str
+    changes: dict[str, str], gpu: bool, state: str, expected: str
 ) -> None:
     lines = conflicts(gpu, **changes)
-    assert any(line.state == state and told in line.found + line.advice for line in lines), lines
+    assert any(line.state == state and expected in line.found + line.advice for line in lines), lines
 
 
 def test_a_local_build_of_torch_is_the_same_version() -> None:
@@ -98,7 +99,7 @@ ON_GPU = Accelerator("2.13.0+cu130", "13.0", "580.1", (A10,))
 
 
 @pytest.mark.parametrize(
-    ("accelerator", "state", "told"),
+    ("accelerator", "state", "expected"),
     [
         (Accelerator("2.13.0+cpu"), "ok", "CPU build"),
         (Accelerator("2.13.0+cpu", driver="580.1"), "warning", "CUDA build"),
@@ -108,14 +109,14 @@ ON_GPU = Accelerator("2.13.0+cu130", "13.0", "580.1", (A10,))
         (ON_GPU, "ok", "580.1"),
     ],
 )
-def test_torch_against_the_driver(accelerator: Accelerator, state: str, told: str) -> None:
+def test_torch_against_the_driver(accelerator: Accelerator, state: str, expected: str) -> None:
     line = hardware.check_torch(accelerator)
     assert line.state == state
-    assert told in line.found + line.advice
+    assert expected in line.found + line.advice
 
 
 @pytest.mark.parametrize(
-    ("overrides", "accelerator", "state", "told"),
+    ("overrides", "accelerator", "state", "expected"),
     [
         (["hardware=gpu_24gb"], Accelerator("2.13.0+cpu"), "error", "hardware=cpu"),
         (["hardware=gpu_24gb"], Accelerator("2.13.0+cu130", "13.0", "580.1", (Gpu("L4", 23.0, 22.0),)), "ok", "L4"),
@@ -137,10 +138,10 @@ def test_torch_against_the_driver(accelerator: Accelerator, state: str, told: st
     ],
 )
 def test_the_gpu_against_the_hardware_profile(
-    overrides: list[str], accelerator: Accelerator, state: str, told: str
+    overrides: list[str], accelerator: Accelerator, state: str, expected: str
 ) -> None:
-    lines = hardware.check_memory(accelerator, doctor.compose(overrides))
-    assert any(line.state == state and told in line.found + line.advice for line in lines), lines
+    lines = hardware.check_memory(accelerator, composed(overrides))
+    assert any(line.state == state and expected in line.found + line.advice for line in lines), lines
 
 
 def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,7 +161,7 @@ def answering(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("answer", "state", "told"),
+    ("answer", "state", "expected"),
     [
         (200, "ok", "on the hub"),
         (404, "error", "no such model"),
@@ -169,11 +170,11 @@ def answering(monkeypatch: pytest.MonkeyPatch, answer: Any) -> None:
         (httpx.ConnectError("no route"), "error", "HF_ENDPOINT"),
     ],
 )
-def test_hub_access(monkeypatch: pytest.MonkeyPatch, answer: Any, state: str, told: str) -> None:
+def test_hub_access(monkeypatch: pytest.MonkeyPatch, answer: Any, state: str, expected: str) -> None:
     answering(monkeypatch, answer)
     line = hardware.check_hub("nobody/nothing", False, {})
     assert line.state == state
-    assert told in line.found + line.advice
+    assert expected in line.found + line.advice
 
 
 def test_models_that_need_no_hub(tmp_path: Path) -> None:
@@ -185,16 +186,15 @@ def test_models_that_need_no_hub(tmp_path: Path) -> None:
 
 
 def test_wandb_login(tmp_path: Path) -> None:
-    logger = OmegaConf.create({"_target_": "selfdistill.runs.loggers.WandbLogger"})
     empty, full = tmp_path / "empty", tmp_path / "netrc"
     empty.write_text("")
     full.write_text("machine api.wandb.ai\n  login user\n  password secret\n")
     full.chmod(0o600)
-    assert hardware.check_wandb(None).state == "ok"
-    assert hardware.check_wandb(logger, {"WANDB_MODE": "offline"}).state == "ok"
-    assert hardware.check_wandb(logger, {"NETRC": str(empty)}).state == "warning"
+    assert hardware.check_wandb(False).state == "ok"
+    assert hardware.check_wandb(True, {"WANDB_MODE": "offline"}).state == "ok"
+    assert hardware.check_wandb(True, {"NETRC": str(empty)}).state == "warning"
     for environment in ({"WANDB_API_KEY": "secret"}, {"NETRC": str(full)}):
-        line = hardware.check_wandb(logger, environment)
+        line = hardware.check_wandb(True, environment)
         assert line.state == "ok"
         assert "secret" not in line.found
 
@@ -202,8 +202,10 @@ def test_wandb_login(tmp_path: Path) -> None:
 # A served teacher.
 
 
-def teacher(stub: StubServer, *overrides: str) -> Any:
-    return doctor.compose([f"teacher.base_url={stub.url}", "teacher.model=stub", *overrides]).teacher
+def teacher(*stubs: StubServer, overrides: Sequence[str] = ()) -> ServedTeacher:
+    urls = ",".join(stub.url for stub in stubs)
+    arguments = [f"teacher.base_url=[{urls}]", "teacher.model=stub", *overrides]
+    return ServedTeacher.of(composed(doctor.with_server(arguments)).teacher)
 
 
 def states(lines: list[Line]) -> dict[str, str]:
@@ -212,7 +214,7 @@ def states(lines: list[Line]) -> dict[str, str]:
 
 def test_a_served_teacher_that_is_fit() -> None:
     with StubServer() as stub:
-        lines = check_server(teacher(stub, "distillation.top_k=5"), LetterTokenizer(), 100)
+        lines = check_server(teacher(stub, overrides=["distillation.top_k=5"]), LetterTokenizer(), 100)
     assert states(lines) == dict.fromkeys(["teacher", "context", "tokenizer", "log-probabilities", "latency"], "ok")
     found = " ".join(line.found for line in lines)
     for fact in ("serves stub", "256 tokens", "40 tokens compared", "at most 40 a token (all)", " ms "):
@@ -222,25 +224,24 @@ def test_a_served_teacher_that_is_fit() -> None:
 def test_every_address_is_looked_at() -> None:
     with StubServer() as a, StubServer() as b:
         b.stop()
-        cfg = doctor.compose([f"teacher.base_url=[{a.url},{b.url}]", "teacher.model=stub", "distillation.top_k=1"])
-        lines = check_server(cfg.teacher, LetterTokenizer(), None)
+        lines = check_server(teacher(a, b, overrides=["distillation.top_k=1"]), LetterTokenizer(), None)
     assert sum(line.state == "error" for line in lines) == 1
     assert "vllm serve" in next(line.advice for line in lines if line.state == "error")
 
 
 def test_what_is_wrong_with_a_served_teacher() -> None:
     with StubServer(max_logprobs=20, context=64) as stub:
-        lines = check_server(teacher(stub, "distillation.top_k=30"), LetterTokenizer(list("abc")), 64)
+        lines = check_server(teacher(stub, overrides=["distillation.top_k=30"]), LetterTokenizer(list("abc")), 64)
         assert states(lines) == {
             "teacher": "ok",
             "context": "error",
             "tokenizer": "error",
             "log-probabilities": "error",
         }
-        told = {line.what: line.found + line.advice for line in lines}
-        assert "--max-model-len 65" in told["context"]
-        assert "teacher.mode=write" in told["tokenizer"]
-        assert "top_k=20" in told["log-probabilities"]
+        expected = {line.what: line.found + line.advice for line in lines}
+        assert "--max-model-len 65" in expected["context"]
+        assert "teacher.mode=write" in expected["tokenizer"]
+        assert "top_k=20" in expected["log-probabilities"]
 
 
 def test_a_model_that_is_not_served() -> None:
@@ -253,7 +254,7 @@ def test_a_model_that_is_not_served() -> None:
 def test_a_teacher_that_writes_needs_no_tokenizer() -> None:
     with StubServer() as stub:
         stub.can_score = stub.can_tokenize = False
-        lines = check_server(teacher(stub, "teacher.mode=write"), "none", None)
+        lines = check_server(teacher(stub, overrides=["teacher.mode=write"]), "none", None)
     assert states(lines) == {"teacher": "ok", "context": "ok", "latency": "ok"}
 
 
@@ -269,28 +270,89 @@ def test_a_server_that_refuses_the_key() -> None:
 
 
 def test_the_command_prints_the_table_and_says_by_its_code_whether_all_is_well(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert run(["logger=none"]) == 0
-    assert "python" in capsys.readouterr().out
-    monkeypatch.setattr(doctor, "look_at_accelerator", lambda: Accelerator("2.13.0+cpu"))
-    assert run(["hardware=gpu_24gb"]) == 1
-    assert "1 error, " in capsys.readouterr().out
+    monkeypatch.setattr(hardware, "look_at_accelerator", lambda: Accelerator("2.13.0+cpu"))
+    outcome = command(["logger=none"], tmp_path, doctor)
+    assert (outcome.code, outcome.err, outcome.left) == (0, "", set())
+    assert "python" in outcome.out
+    assert "not used" in outcome.out
+    outcome = command(["hardware=gpu_24gb"], tmp_path, doctor)
+    assert outcome.code == 1
+    assert "1 error, " in outcome.out
 
 
-def test_a_wrong_composition_is_one_message() -> None:
-    with pytest.raises(UserError, match="hardwar"):
-        doctor.diagnose(["hardwar=gpu_24gb"])
+def test_a_logger_that_is_derived_from_the_one_of_wandb_needs_its_login(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    lines = doctor.diagnose(composed(["logger._target_=tests.test_doctor.OwnLogger"]))
+    assert next(line.found for line in lines if line.what == "W&B") == "an API key in WANDB_API_KEY"
 
 
-def test_a_teacher_without_its_model_is_said() -> None:
-    lines = doctor.diagnose(["teacher.base_url=http://127.0.0.1:9/v1"])
-    assert lines[-1].found == "teacher.model is missing"
+class OwnLogger(WandbLogger):
+    """A user's own."""
 
 
-def test_help_and_brackets_in_findings(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["--help"]) == 0
-    assert "hardware=gpu_24gb" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["hardwar=gpu_24gb"], "hardwar is not a key: did you mean hardware?"),
+        (["+betta=1"], "betta is not a key: did you mean beta?"),
+        (["hardware=gpu_24"], "hardware=gpu_24: there is no such choice; did you mean gpu_24gb?"),
+        (["teacher.base_url=http://127.0.0.1:9/v1"], "teacher.model is missing"),
+        (["beta=-1"], "beta=-1 is out of range"),
+    ],
+)
+def test_a_wrong_composition_is_one_message(arguments: list[str], message: str, tmp_path: Path) -> None:
+    outcome = command(arguments, tmp_path, doctor)
+    assert (outcome.code, outcome.left, outcome.out) == (2, set(), "")
+    assert message in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+@pytest.mark.parametrize("mode", ["score", "write"])
+def test_the_command_looks_at_a_served_teacher(mode: str, tmp_path: Path) -> None:
+    """The student is the embedded model, and the stub serves its tokenizer."""
+    model, tokenizer = load_model(name="embedded")
+    with StubServer(name="glm-4.7") as stub:
+        stub.speak_for(model, tokenizer)
+        arguments = [f"teacher.base_url={stub.url}", "teacher.model=glm-4.7", f"teacher.mode={mode}", "logger=none"]
+        outcome = command(arguments, tmp_path, doctor)
+    assert (outcome.code, outcome.err) == (0, "")
+    found = " ".join(outcome.out.split())
+    assert "answers and serves glm-4.7" in found
+    assert ("the student's, " in found) == (mode == "score")
+    assert "for a small request" in found
+
+
+def test_a_served_teacher_with_another_tokenizer_is_an_error_of_the_command(tmp_path: Path) -> None:
+    with StubServer() as stub:
+        outcome = command([f"teacher.base_url={stub.url}", "teacher.model=stub"], tmp_path, doctor)
+    assert outcome.code == 1
+    assert "another than the student's" in " ".join(outcome.out.split())
+
+
+def test_without_the_students_tokenizer_the_other_checks_go_on(tmp_path: Path) -> None:
+    with StubServer() as stub:
+        arguments = [f"teacher.base_url={stub.url}", "teacher.model=stub", "model=local", f"model.name={tmp_path}"]
+        outcome = command(arguments, tmp_path, doctor)
+    found = " ".join(outcome.out.split())
+    assert outcome.code == 1  # the folder holds no model
+    assert "not compared: the tokenizer of model.name=" in found
+    assert "for a small request" in found
+
+
+def test_a_broken_answer_is_a_line_with_what_to_do(tmp_path: Path) -> None:
+    outcome = command(["teacher.base_url=nowhere", "teacher.model=m"], tmp_path, doctor)
+    assert outcome.code == 1
+    assert "correct the address" in outcome.out
+
+
+def test_help_and_brackets_in_findings(tmp_path: Path) -> None:
+    outcome = command(["--help"], tmp_path, doctor)
+    assert outcome.code == 0
+    assert "hardware=gpu_24gb" in outcome.out
+    assert "teacher/weights=" in outcome.out
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(table([Line("x", "ok", "a [bold] list [1, 2]")]))
     assert "a [bold] list [1, 2]" in console.export_text()

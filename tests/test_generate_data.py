@@ -1,23 +1,31 @@
 """Generated data, against a stub that writes: rows, split, what is rejected, and continuing."""
 
 import json
-import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from selfdistill import generate_data
-from selfdistill.config.options import main
+from selfdistill.config import doors
+from selfdistill.config.conf import CONF
 from selfdistill.errors import UserError
 from selfdistill.rewards import ExactMatch
 from selfdistill.teachers.server.client import ServerUnavailable
+from selfdistill.teachers.server.dataset import DatasetSettings
+from selfdistill.teachers.server.dataset import generate as generate_dataset
 from selfdistill.teachers.server.prompt_sources import FilePrompts, normal, read_prompts
+from tests.command import command, composed
 from tests.teachers.server.stub_server import Reply, Request, StubServer, chat_reply
+
+PRIMARY = CONF / "_commands" / "generate_data.yaml"
 
 
 def generate(stub: StubServer, folder: Path, *arguments: str) -> int:
-    return generate_data.run([f"base_url={stub.url}", "model=stub", f"output={folder}", "patience_s=2", *arguments])
+    """How many rows are missing after the command with these arguments."""
+    cfg = composed([f"base_url={stub.url}", "model=stub", f"output={folder}", "patience_s=2", *arguments], PRIMARY)
+    return generate_dataset(doors.typed(DatasetSettings, cfg), doors.built(cfg, "keep"))
 
 
 def rows_of(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
@@ -123,7 +131,7 @@ def test_topics_give_prompts_without_duplicates_and_known_ones_are_shown(tmp_pat
 def test_topics_that_run_dry_end_with_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with StubServer() as stub:
         stub.write = lambda messages, i: "1. only this" if "different" in messages[-1]["content"] else "fine"
-        assert generate(stub, tmp_path, "topics=[food]", "train_samples=4", "eval_samples=1") == 1
+        assert generate(stub, tmp_path, "topics=[food]", "train_samples=4", "eval_samples=1") == 4
     train, evaluation, report = rows_of(tmp_path)
     assert [row["prompt"] for row in train + evaluation] == ["only this"]
     assert report["counts"]["duplicate prompt"] >= 1
@@ -133,7 +141,7 @@ def test_topics_that_run_dry_end_with_what_there_is(tmp_path: Path, capsys: pyte
 def test_too_few_prompts_are_shared_out_in_proportion(tmp_path: Path) -> None:
     with StubServer() as stub:
         path = prompts_file(tmp_path, 12)
-        assert generate(stub, tmp_path, f"prompts={path}", "train_samples=20", "eval_samples=10") == 1
+        assert generate(stub, tmp_path, f"prompts={path}", "train_samples=20", "eval_samples=10") == 18
     train, evaluation, _ = rows_of(tmp_path)
     assert (len(train), len(evaluation)) == (8, 4)
 
@@ -151,7 +159,7 @@ def test_what_is_rejected_is_reported_with_its_reason(tmp_path: Path) -> None:
 
     with StubServer() as stub:
         stub.answer = answer
-        assert generate(stub, tmp_path, f"prompts={path}", "train_samples=4", "eval_samples=0") == 1
+        assert generate(stub, tmp_path, f"prompts={path}", "train_samples=4", "eval_samples=0") == 2
     train, _, report = rows_of(tmp_path)
     assert len(train) == 2
     assert report["counts"] == {
@@ -170,7 +178,7 @@ def test_a_reward_decides_what_is_kept_and_several_samples_are_kept(tmp_path: Pa
         stub.write = lambda messages, i: messages[-1]["content"].split()[-1] if i != 1 else "wrong"
         generate(
             stub, tmp_path, f"prompts={prompts_file(tmp_path, 4)}", "train_samples=3", "eval_samples=1", "samples=3",
-            f"keep._target_={ExactMatch.__module__}.ExactMatch",
+            f"+keep._target_={ExactMatch.__module__}.ExactMatch",
         )  # fmt: skip
     train, evaluation, report = rows_of(tmp_path)
     for row in train + evaluation:
@@ -198,8 +206,8 @@ def test_settings_reach_the_server(tmp_path: Path) -> None:
     path.write_text("one\n\ntwo\n")
     with StubServer() as stub:
         generate(
-            stub, tmp_path, f"prompts={path}", "--train_samples", "1", "--eval_samples=1", "temperature=0.2",
-            "max_tokens=33", "stop=['##']", "chat_template_kwargs.enable_thinking=false", "system=S",
+            stub, tmp_path, f"prompts={path}", "train_samples=1", "eval_samples=1", "temperature=0.2",
+            "max_tokens=33", "stop=['##']", "+chat_template_kwargs.enable_thinking=false", "system=S",
         )  # fmt: skip
         body = stub.asked("chat/completions")[0].body
     assert body["messages"] == [{"role": "system", "content": "S"}, {"role": "user", "content": "one"}]
@@ -221,28 +229,38 @@ def test_settings_reach_the_server(tmp_path: Path) -> None:
         (["model=m", "prompts=a.txt", "samples=0"], "samples=0: must be at least 1"),
         (["model=m", "prompts=a.txt", "eval_samples=-1"], "eval_samples=-1"),
         (["model=m", "prompts=a.txt", "keep=ExactMatch"], "keep is a reward by its path"),
-        (["model=m", "prompts=a.txt", "keep._target_=os.system"], "trusted_prefixes=[os]"),
-        (["model=m", "prompts=a.txt", "keep._target_=selfdistill.rewards.Nothing"], "keep: "),
+        (["model=m", "prompts=a.txt", "+keep._target_=os.system"], "trusted_prefixes=[os]"),
+        (["model=m", "prompts=a.txt", "+keep._target_=selfdistill.rewards.Nothing"], "has no Nothing"),
+        (
+            ["model=m", "prompts=a.txt", "+keep._target_=selfdistill.rewards.ExactMatch", "+keep.fast=true"],
+            "keep.fast: selfdistill.rewards.ExactMatch takes no such argument",
+        ),
         (["model=m", "prompts=a.txt", "base_url=nowhere"], "base_url=nowhere: not an http URL"),
-        (["model"], "model: write key=value"),
+        (["model"], "model cannot be read"),
+        (["+zzz=3", "model=m", "prompts=a.txt"], "zzz is not a key"),
+        (["model=a,b", "prompts=a.txt"], "several values are a sweep"),
+        (["--multirun", "model=a,b"], "--multirun is for selfdistill.train alone"),
+        (["--chekc"], "--chekc is not a flag"),
     ],
 )
-def test_wrong_commands_are_refused_with_one_message(
-    arguments: list[str],
-    message: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["generate_data", *arguments])
-    with pytest.raises(SystemExit) as exit:
-        main(generate_data.run)
-    told = capsys.readouterr().err
-    assert exit.value.code == 2
-    assert message in told
-    assert "Traceback" not in told
-    assert list(tmp_path.iterdir()) == []
+def test_wrong_commands_are_refused_with_one_message(arguments: list[str], message: str, tmp_path: Path) -> None:
+    outcome = command(arguments, tmp_path, generate_data)
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert "Traceback" not in outcome.err
+    assert outcome.left == set()
+
+
+def test_the_command_writes_the_files_and_says_by_its_code_whether_there_are_enough(tmp_path: Path) -> None:
+    with StubServer() as stub:
+        arguments = [f"base_url=[{stub.url}]", "model=stub", f"prompts={prompts_file(tmp_path, 3)}", "eval_samples=1"]
+        outcome = command([*arguments, "train_samples=2"], tmp_path, generate_data)
+        assert (outcome.code, outcome.err) == (0, "")
+        assert {f"data/generated/{name}.json" for name in ("train_data", "eval_data", "report")} <= outcome.left
+        assert not {name for name in outcome.left if name.startswith(("outputs", ".hydra"))}
+        outcome = command([*arguments, "train_samples=3"], tmp_path, generate_data)
+    assert outcome.code == 1
+    assert "1 rows fewer than wanted" in outcome.out
 
 
 @pytest.mark.parametrize(
@@ -262,11 +280,12 @@ def test_bad_prompt_files_are_named(tmp_path: Path, file: str, content: bytes | 
         generate(stub, tmp_path / "out", f"prompts={tmp_path / file}")
 
 
-def test_help_names_every_key(capsys: pytest.CaptureFixture[str]) -> None:
-    assert generate_data.run(["--help"]) == 0
-    told = capsys.readouterr().out
-    for key in generate_data.EXPLANATIONS:
-        assert f"  {key} " in told
+def test_help_names_every_key_with_what_it_means(tmp_path: Path) -> None:
+    outcome = command(["--help"], tmp_path, generate_data)
+    assert (outcome.code, outcome.err) == (0, "")
+    explained = {line.split(":")[0] for line in outcome.out.splitlines() if "  # " in line}
+    assert {field.name for field in fields(DatasetSettings)} <= explained
+    assert "hydra:" not in outcome.out
 
 
 def test_prompts_that_differ_in_form_alone_are_the_same() -> None:

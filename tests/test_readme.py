@@ -1,35 +1,234 @@
-"""The training commands that the README shows compose and pass their checks, as they stand there."""
+"""Every command and every Python block of the pages, as it stands there. A command that no rule covers fails."""
 
+import ast
+import importlib
+import inspect
 import re
+import runpy
 import shlex
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from selfdistill import doctor, export, generate_data
+from selfdistill.models.loading import load_model, resolve
 from tests.command import command
-from tests.reference import ROOT
+from tests.teachers.server.stub_server import StubServer
 
-COMMANDS = [
-    line.split("  #")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    for line in block.splitlines()
-    if line.startswith("python -m selfdistill.train")
-]
-REWARD = """
-def brevity(prompts, completions, **columns):
-    return [{"score": 1.0 / (1 + len(c[-1]["content"])), "feedback": "Be shorter."} for c in completions]
-"""
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted((ROOT / "experiments").rglob("README.md"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PROGRAMS = r"(?:python|pip|make|git|vllm|accelerate|eval|selfdistill-\w+)"
 
 
-def test_there_are_commands():
-    assert len(COMMANDS) >= 6
+def blocks(page: Path, *languages: str) -> list[str]:
+    return [
+        text for name, text in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.M | re.S) if name in languages
+    ]
 
 
-@pytest.mark.parametrize("line", COMMANDS)
-def test_it_is_accepted(line, tmp_path, monkeypatch):
-    (tmp_path / "my_rewards.py").write_text(REWARD)
-    (tmp_path / "my.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
-    monkeypatch.syspath_prepend(tmp_path)
-    arguments = shlex.split(line)[3:]
-    outcome = command([*arguments, "check=true"], tmp_path)
+def commands(page: Path) -> list[str]:
+    """The lines of the page's shell blocks without their comments, and the commands within its sentences."""
+    lines = "\n".join(blocks(page, "", "bash")).replace("\\\n", " ").splitlines()
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    inline = re.findall(rf"`((?:[A-Z_]+=\S+ )*{PROGRAMS} [^`]+)`", prose)
+    return [line for line in (re.split(r"\s+#", line)[0].strip() for line in (*lines, *inline)) if line]
+
+
+COMMANDS = [(page, line) for page in PAGES for line in dict.fromkeys(commands(page))]
+
+
+@dataclass
+class Place:
+    """Where a command runs: a folder with the files that the pages speak of, and a server."""
+
+    folder: Path
+    server: StubServer
+
+    def words(self, line: str) -> list[str]:
+        return shlex.split(line.replace("http://localhost:8000/v1", self.server.url).replace("<run_id>", "run"))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("pages")
+    (reward,) = blocks(ROOT / "README.md", "python")
+    (folder / "my_rewards.py").write_text(reward)
+    (folder / "my.jsonl").write_text('{"prompt": "a", "answer": "b"}\n')
+    (folder / "topics.txt").write_text("cooking\ntravel\n")
+    for name, text in zip(("experiment/mine.yaml", "mytrain.yaml"), blocks(ROOT / "README.md", "yaml"), strict=True):
+        (folder / "conf-of-mine" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "conf-of-mine" / name).write_text(text)
+    run = ["debug=fast", "eval=none", "logger=none", "hardware=cpu", "hydra.run.dir=outputs/run"]
+    assert command(run, folder).code == 0
+    model, tokenizer = load_model(name="embedded")
+    with StubServer(name="glm-4.7") as server, pytest.MonkeyPatch.context() as patch:
+        server.speak_for(model, tokenizer)
+        server.write = _write
+        patch.syspath_prepend(folder)
+        yield Place(folder, server)
+
+
+def _write(messages: list[dict[str, str]], sample: int) -> str:
+    """Prompts that are not there yet where prompts are asked for, and otherwise a response."""
+    text = messages[-1]["content"]
+    topic = re.search(r"about this topic: (\w+)", text)
+    known = max([0, *(int(number) for number in re.findall(r"request (\d+)", text))])
+    lines = [f"{i}. request {known + i} about {topic[1]}" for i in range(1, 11)] if topic else ["a response"]
+    return "\n".join(lines)
+
+
+def _train(line: str, place: Place) -> None:
+    outcome = command([*place.words(line)[3:], "check=true"], place.folder)
+    assert (outcome.code, outcome.left) == (0, set()), outcome.err
+
+
+def _doctor(line: str, place: Place) -> None:
+    outcome = command(place.words(line)[3:], place.folder, doctor)
+    assert (outcome.code, outcome.err, outcome.left) == (0, "", set()), outcome.out
+    assert "0 errors" in outcome.out
+
+
+def _export(line: str, place: Place) -> None:
+    outcome = command(place.words(line)[3:], place.folder, export)
     assert outcome.code == 0, outcome.err
-    assert not {name for name in outcome.left if name.startswith("outputs/2")}
+    assert '"verdict": "equal"' in outcome.out
+
+
+def _generate(line: str, place: Place) -> None:
+    outcome = command([*place.words(line)[3:], f"base_url={place.server.url}"], place.folder, generate_data)
+    assert outcome.code == 0, outcome.err
+    assert "data/generated/train_data.json" in outcome.left
+
+
+def _script(line: str, place: Place) -> None:
+    """The script is there, compiles, and its help knows the options; what it measures takes minutes."""
+    words = [word for word in place.words(line) if not re.match(r"[A-Z_]+=", word)]
+    script = ROOT / words[1]
+    text = script.read_text()
+    compile(text, str(script), "exec")
+    if script.name == "runner.py":
+        assert (ROOT / words[2] / "study.yaml").is_file()
+    options = [word for word in words if word.startswith("--")]
+    if "argparse" not in text:
+        assert not options
+        return
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.syspath_prepend(script.parent)
+        patch.setattr(sys, "argv", [str(script), *words[2:], "--help"])
+        runpy.run_path(str(script), run_name="__main__")
+    assert end.value.code == 0
+    assert not [option for option in options if f'"{option}"' not in text]
+
+
+def _make(line: str, place: Place) -> None:
+    assert re.search(rf"^{line.split()[1]}:", (ROOT / "Makefile").read_text(), re.M)
+
+
+def _pip(line: str, place: Place) -> None:
+    wanted = re.fullmatch(r"\.(?:\[(\w+)\])?", place.words(line)[2])
+    assert wanted
+    assert wanted[1] is None or wanted[1] in PROJECT["optional-dependencies"]
+
+
+def _clone(line: str, place: Place) -> None:
+    url = place.words(line)[2]
+    assert PROJECT["urls"]["Documentation"].startswith(url)
+    assert line.endswith(f"cd {url.rsplit('/', 1)[1]}")
+
+
+def _vllm(line: str, place: Place) -> None:
+    """Its options are those that the tests start a real server with."""
+    started = (ROOT / "tests" / "vllm" / "conftest.py").read_text()
+    assert not [word for word in place.words(line) if word.startswith("--") and f'"{word}"' not in started]
+
+
+def _launch(line: str, place: Place) -> None:
+    assert place.words(line)[3:] == ["selfdistill.train", "…"]
+
+
+def _completion(line: str, place: Place) -> None:
+    called = re.fullmatch(r'eval "\$\((\S+) (.*)\)"', line)
+    assert called and called[1] in PROJECT["scripts"]
+    outcome = command(called[2].split(), place.folder)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "complete -o nospace" in outcome.out
+
+
+RULES: list[tuple[str, Callable[[str, Place], None]]] = [
+    (r"python -m selfdistill\.train( |$)", _train),
+    (r"python -m selfdistill\.doctor( |$)", _doctor),
+    (r"python -m selfdistill\.export( |$)", _export),
+    (r"python -m selfdistill\.generate_data( |$)", _generate),
+    (r"([A-Z_]+=\S+ )*python \S+\.py( |$)", _script),
+    (r"make \w+$", _make),
+    (r"pip install \S+$", _pip),
+    (r"git clone \S+ && cd \S+$", _clone),
+    (r"vllm serve |.*-m vllm\.entrypoints", _vllm),
+    (r"accelerate launch -m ", _launch),
+    (r'eval "\$\(selfdistill-train ', _completion),
+]
+
+
+def test_commands_are_found() -> None:
+    found = [line for page, line in COMMANDS if page.name == "README.md"]
+    for _, rule in RULES:
+        assert any(_rule(line) is rule for line in found), f"no command for {rule.__name__}: it is not needed any more"
+
+
+@pytest.mark.parametrize(
+    ("page", "line"), COMMANDS, ids=[f"{page.relative_to(ROOT)}-{line}"[:80] for page, line in COMMANDS]
+)
+def test_a_command_of_the_pages_runs(page: Path, line: str, place: Place) -> None:
+    rule = _rule(line)
+    assert rule is not None, f"{page}: no rule covers `{line}`; say in RULES how it is tried"
+    rule(line, place)
+
+
+def _rule(line: str) -> Callable[[str, Place], None] | None:
+    return next((rule for pattern, rule in RULES if re.match(pattern, line)), None)
+
+
+PYTHON = [(page, block) for page in PAGES for block in blocks(page, "python")]
+
+
+@pytest.mark.parametrize(("page", "block"), PYTHON, ids=[f"{page.name}-{block[:30]}" for page, block in PYTHON])
+def test_python_blocks_name_what_exists(page: Path, block: str) -> None:
+    """Imported names are there, and calls of them take the arguments that the page gives them."""
+    known: dict[str, Any] = {}
+    called = 0
+    for other in blocks(page, "python"):
+        for node in ast.walk(_parsed(other)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(str(node.module))
+                known |= {alias.name: getattr(module, alias.name) for alias in node.names}
+    for node in ast.walk(_parsed(block)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in known:
+            keywords = {word.arg: None for word in node.keywords if word.arg}
+            inspect.signature(known[node.func.id]).bind_partial(*node.args, **keywords)
+            called += 1
+    assert called or not known
+
+
+def _parsed(block: str) -> ast.Module:
+    """`…, ...)` stands for what is left out."""
+    return ast.parse(block.replace(", ...)", ")"))
+
+
+def test_the_first_block_of_the_python_page_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import Dataset
+
+    monkeypatch.chdir(tmp_path)
+    block = blocks(ROOT / "docs" / "python.md", "python")[0].replace(
+        "Qwen/Qwen2.5-0.5B-Instruct", str(resolve("embedded"))
+    )
+    small = "max_completion_length=8, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True, learning_rate"
+    rows = [{"prompt": [{"role": "user", "content": "shout hi"}], "answer": "HI"}]
+    exec(compile(block.replace("learning_rate", small), "python.md", "exec"), {"dataset": Dataset.from_list(rows)})
+    assert (tmp_path / "output" / "checkpoint-3").is_dir()

@@ -1,47 +1,43 @@
-"""The command's flags and its help: every group with its options, every key with its meaning, from the files themselves."""
+"""The commands' flags and their help: every group, option and key with its meaning, from the files themselves."""
 
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import yaml
 from hydra._internal.utils import get_args_parser
 
-from selfdistill.config.conf import CONF
 from selfdistill.config.messages import WITHOUT
 from selfdistill.config.suggestions import closest
 from selfdistill.errors import UserError
 
-HEAD = """\
-python -m selfdistill.train [GROUP=OPTION …] [KEY=VALUE …] [FLAG …]
-
-  python -m selfdistill.train                               the embedded model on whatever machine this is
-  python -m selfdistill.train experiment=sdft seed=1        a published method
-  python -m selfdistill.train model=qwen3_0_6b hardware=gpu_24gb data=jsonl data.path=my.jsonl export=lora
-  python -m selfdistill.train --multirun experiment=sdpo beta=0,0.04 alpha=0,0.5,1
-  python -m selfdistill.train resume=outputs/RUN            continue a run
-
+FLAGS = """\
 flags
-  --check          compose and check everything, show the plan, and stop
   --cfg job        print the composed configuration, and stop
-  --multirun, -m   one run for each combination of the values that are given with commas
   --config-dir DIR a folder of your own with groups and options, beside these
-  --hydra-help     what Hydra itself can do
-"""
+  --config-name F  a primary configuration of your own, from that folder
+  --hydra-help     what Hydra itself can do"""
 
 
-def command_line(arguments: list[str]) -> list[str]:
+def command_line(arguments: Sequence[str], file: Path, usage: str, *, sweeps: bool = False) -> list[str]:
     """The arguments as Hydra takes them: `--check` as a key, flags before keys. Prints the help where it is asked for.
 
     Hydra's own help copies its whole repository of configurations for every group that it lists, which takes a second.
+
+    Args:
+        file: the command's primary configuration.
+        usage: the first lines of the help.
+        sweeps: whether `--multirun` is allowed.
 
     Raises:
         SystemExit: after the help.
         UserError: an unknown flag, or one without its value.
     """
     arguments = ["check=true" if argument == "--check" else argument for argument in arguments]
-    for group in (folder.name for folder in CONF.iterdir() if folder.is_dir()):
+    for group in _groups(file):
         if f"{group}=null" in arguments:
             if group not in WITHOUT:
                 raise UserError(f"{group}=null: choose one of its options, or leave it out.")
@@ -61,25 +57,41 @@ def command_line(arguments: list[str]) -> list[str]:
     given = parser.parse_args(arguments)
     if given.help:
         try:
-            print(help_text(), flush=True)
-        except BrokenPipeError:  # `| head` has seen enough
+            print(help_text(file, usage), flush=True)
+        except BrokenPipeError:  # `| head` closes the pipe early
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0)
     if given.experimental_rerun:
         raise UserError("--experimental-rerun is not for these runs: continue one with resume=outputs/RUN.")
-    shown = [flag for flag, on in (("--multirun", given.multirun), ("--cfg", given.cfg), ("--info", given.info)) if on]
-    if len(shown) > 1:
-        raise UserError(f"{' and '.join(shown)} cannot be given together.")
+    if given.multirun and not sweeps:
+        raise UserError("--multirun is for selfdistill.train alone.")
+    chosen = [flag for flag, on in (("--multirun", given.multirun), ("--cfg", given.cfg), ("--info", given.info)) if on]
+    if len(chosen) > 1:
+        raise UserError(f"{' and '.join(chosen)} cannot be given together.")
     if given.resolve and not given.cfg:
         raise UserError("--resolve belongs to --cfg.")
     return arguments
 
 
-def help_text() -> str:
-    """Flags, groups and keys."""
-    groups = "\n".join(_group(folder, folder.name) for folder in _sorted(CONF) if folder.is_dir() and _public(folder))
-    keys = (CONF / "train.yaml").read_text(encoding="utf-8").partition("\n# What people sweep")
-    return f"{HEAD}\ngroups (GROUP=OPTION)\n{groups}\nkeys (KEY=VALUE)\n\n{(keys[1] + keys[2]).strip().partition(chr(10) + 'hydra:')[0]}"
+def help_text(file: Path, usage: str) -> str:
+    """Usage, flags, groups and keys of the command with this primary configuration."""
+    text = file.read_text(encoding="utf-8")
+    keys = re.sub(r"\A(?:#.*\n)+|^(?:defaults|hydra):.*\n(?:[ -].*\n)*", "", text, flags=re.MULTILINE).strip()
+    groups = [_group(file.parent / group, group) for group in _groups(file)]
+    parts = [
+        usage.strip(),
+        FLAGS,
+        *(["groups (GROUP=OPTION)", *groups] if groups else []),
+        f"keys (KEY=VALUE)\n\n{keys}",
+    ]
+    return "\n\n".join(parts)
+
+
+def _groups(file: Path) -> list[str]:
+    """The groups that a primary configuration chooses from."""
+    defaults = yaml.safe_load(file.read_text(encoding="utf-8"))["defaults"]
+    entries = [key for entry in defaults if isinstance(entry, dict) for key in entry]
+    return [entry for entry in entries if not entry.startswith("override ")]
 
 
 def _group(folder: Path, name: str) -> str:
@@ -88,7 +100,7 @@ def _group(folder: Path, name: str) -> str:
     inner = [
         _group(inside, f"{name}/{inside.name}") for inside in _sorted(folder) if inside.is_dir() and _public(inside)
     ]
-    return "\n".join([f"\n{name}=", *lines, *inner])
+    return "\n".join([f"{name}=", *lines, *(f"\n{group}" for group in inner)])
 
 
 def _first_sentence(file: Path) -> str:

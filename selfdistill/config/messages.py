@@ -70,7 +70,10 @@ def unknown_key(key: str, error: BaseException) -> str:
     cause = _cause(error)
     parent = cause.parent_node if isinstance(cause, OmegaConfBaseException) else None
     if not above or not isinstance(parent, DictConfig):
-        return f"{key} is not a key: {closest(last, Run.__dataclass_fields__)}"
+        known = (
+            [name for name in parent if name != "hydra"] if isinstance(parent, DictConfig) else Run.__dataclass_fields__
+        )
+        return f"{key} is not a key: {closest(last, known)}"
     return f"{key} is not a key: {closest(last, parent) if len(parent) else f'{above} has no keys here.'}"
 
 

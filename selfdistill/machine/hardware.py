@@ -9,10 +9,10 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+from omegaconf import DictConfig
 
 from selfdistill.machine.findings import Line, error, ok, warning
 
@@ -79,8 +79,11 @@ def _driver() -> str | None:
     try:
         answer = subprocess.run(
             ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=20, check=True,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return answer.stdout.strip().splitlines()[0] if answer.stdout.strip() else None
@@ -111,7 +114,10 @@ def check_torch(accelerator: Accelerator) -> Line:
             "a GPU is here and unused: install a CUDA build of torch, pip install torch --force-reinstall",
         )
     if accelerator.failure and accelerator.driver:
-        advice = "the driver is older than the CUDA that torch was built for, or torch has no kernels for this GPU: update one of them"
+        advice = (
+            "the driver is older than the CUDA that torch was built for, or torch has no kernels for this GPU: "
+            "update one of them"
+        )
         return error("torch", f"{found}: {accelerator.failure}", advice)
     if accelerator.failure:
         return warning(
@@ -120,7 +126,7 @@ def check_torch(accelerator: Accelerator) -> Line:
     return ok("torch", found)
 
 
-def check_memory(accelerator: Accelerator, cfg: Any) -> list[Line]:
+def check_memory(accelerator: Accelerator, cfg: DictConfig) -> list[Line]:
     """The GPU against the hardware profile and the memory that the composition will take."""
     from selfdistill.machine.memory_estimate import estimate
 
@@ -227,9 +233,9 @@ def _stored_token() -> str | None:
     return get_token()
 
 
-def check_wandb(logger: Any, environment: Mapping[str, str] = os.environ) -> Line:
-    """Whether W&B will be online; offline is no fault."""
-    if logger is None or not str(logger.get("_target_", "")).endswith("WandbLogger"):
+def check_wandb(used: bool, environment: Mapping[str, str] = os.environ) -> Line:
+    """Whether W&B will be online, where the run uses it; offline is no fault."""
+    if not used:
         return ok("W&B", "not used")
     if environment.get("WANDB_MODE", "").lower() in ("offline", "dryrun", "disabled"):
         return ok("W&B", f"WANDB_MODE={environment['WANDB_MODE']}")

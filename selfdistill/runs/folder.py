@@ -87,24 +87,31 @@ class RunFolder:
         self._opened_at = time.monotonic()
 
     @classmethod
-    def create(cls, root: Path, name: str, config: DictConfig) -> "RunFolder":
-        """Make `<root>/<run_id>` for a new run.
+    def create(cls, root: Path, name: str, config: DictConfig, path: Path | None = None) -> "RunFolder":
+        """Make `<root>/<run_id>` for a new run, or the folder `path`, whose name is then the run's id.
 
         Args:
             root: where runs go; made if it is not there.
             name: part of the run's id; characters outside letters, digits, `.`, `_`, `-` become `-`.
             config: the composed configuration.
+            path: the run's own folder, instead of a new one in `root`.
 
         Raises:
-            UserError: the folder cannot be made.
+            UserError: the folder cannot be made, or `path` is there and not empty.
         """
         redactor = Redactor(config)
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:60] or "run"
         started = datetime.now(UTC)
-        made_roots = [folder for folder in (Path(root), *Path(root).parents) if not folder.exists()]
+        root = path.absolute().parent if path is not None else Path(root)
+        made_roots = [folder for folder in (root, *root.parents) if not folder.exists()]
         try:
-            Path(root).mkdir(parents=True, exist_ok=True)
-            path = _new_folder(Path(root), f"{started:%Y%m%d-%H%M%S}-{name}")
+            if path is not None and path.exists() and any(path.iterdir()):
+                holds = "holds a run already" if (path / "config.yaml").exists() else "is not empty"
+                raise UserError(f"{path} {holds}: name another folder, or continue a run with resume=FOLDER.")
+            root.mkdir(parents=True, exist_ok=True)
+            if path is None:
+                path = _new_folder(root, f"{started:%Y%m%d-%H%M%S}-{name}")
+            path.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"No run's folder can be made in {root}: {error.strerror or error}.") from error
         lock = _lock(path)

@@ -20,6 +20,7 @@ from selfdistill.runs.evaluations import Evaluations
 from selfdistill.runs.folder import RunFolder
 from selfdistill.runs.interruption import Interruption
 from selfdistill.runs.loggers import NoLogger
+from selfdistill.runs.placement import new_run
 from selfdistill.runs.plan import show_plan
 from selfdistill.runs.processes import EarlyEnd, Processes
 from selfdistill.runs.record import MODEL, NoRecord, Record
@@ -164,7 +165,7 @@ def _open_record(cfg: DictConfig, run: config.Run, hydra_config: Any, processes:
     if run.resume:
         folder = RunFolder.open(Path(run.resume))
     else:
-        folder = RunFolder.create(Path(run.output_dir), config.run_name(run, hydra_config.runtime.choices), cfg)
+        folder = new_run(cfg, run, hydra_config)
     processes.share(str(folder.path))
     return Record(cfg, run, folder, logger)
 

@@ -1,27 +1,29 @@
-"""Sweeps (--multirun): every job is checked before the first one starts, one that fails stops no other, and the end is a table.
+"""Sweeps (--multirun): all jobs are checked before the first starts, one that fails stops no other, a table ends it.
 
-`jobs.jsonl` in the sweep's folder has a line for each job, whatever launched it: number, overrides, status, run, message.
+`jobs.jsonl` in the sweep's folder has a line for each job, whatever launched it: number, overrides, status, run and
+message.
 """
 
 import json
-import sys
+import os
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from selfdistill.config import COMPOSITION_ERRORS, check, explain, fail
+from selfdistill.config.targets import check_targets
 from selfdistill.errors import UserError
 
 JOBS = "jobs.jsonl"
 GOOD = ("finished", "stopped", "checked")
-_folder: Path | None = None  # of the sweep that this process started
 
 
 class Job:
@@ -31,29 +33,46 @@ class Job:
 
 
 class CheckSweep(Callback):
-    """Composes and checks every job of a sweep before the first one starts, so that a bad one stops it at once."""
+    """Checks every job of a sweep before the first one starts, and shows at the end what came of them."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Keeps Hydra from making `hydra.run.dir` before anything is checked: the run makes its folder itself."""
+        with open_dict(config.hydra.run):
+            config.hydra.run.folder = None if config.hydra.run.dir == "." else config.hydra.run.dir
+            config.hydra.run.dir = "."
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        global _folder
-        _folder = Path(config.hydra.sweep.dir).absolute()
-        if not str(config.hydra.sweeper._target_).endswith(".BasicSweeper"):
-            return  # an adaptive sweeper decides as it goes; each of its jobs is checked when it starts
+        """Composes and checks every job, so that a bad one stops the sweep at once; `check=true` ends it here.
+
+        An adaptive sweeper decides as it goes: each of its jobs is checked when it starts.
+        """
+        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
         # An ordinary exception would be turned into a warning by Hydra.
         try:
-            jobs = check_jobs(config)
+            if not config.check and (Path(config.hydra.sweep.dir) / JOBS).exists():
+                folder = config.hydra.sweep.dir
+                raise UserError(f"hydra.sweep.dir={folder} holds a sweep already: name another folder.")
+            jobs = check_jobs(config) if issubclass(get_class(config.hydra.sweeper._target_), BasicSweeper) else None
         except (UserError, *COMPOSITION_ERRORS) as error:
             raise SystemExit(fail(explain(error))) from None
-        if config.check:
+        if config.check and jobs is not None:
             rows = [
                 {"job": number, "overrides": overrides, "status": "checked"} for number, overrides in enumerate(jobs)
             ]
             _print_table(rows, f"{len(rows)} jobs checked: nothing was loaded or written")
             raise SystemExit(0)
 
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """The table of the jobs, and exit code 1 where one of them failed."""
+        if not print_jobs(Path(config.hydra.sweep.dir).absolute()):
+            raise SystemExit(1)
+
 
 def overrides_of(hydra_config: Any) -> list[str]:
-    """The command line's keys as they were written: an interpolation in one is for the run to resolve, not for Hydra."""
-    return [str(override) for override in OmegaConf.to_container(hydra_config.overrides.task, resolve=False)]  # type: ignore[union-attr]
+    """The command line's keys as they were written: the run resolves an interpolation in one, Hydra cannot."""
+    written: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
+    return [str(override) for override in written]
 
 
 def check_jobs(config: DictConfig) -> list[list[str]]:
@@ -71,8 +90,7 @@ def check_jobs(config: DictConfig) -> list[list[str]]:
     (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     runs = [check(compose(config.hydra.job.config_name, list(job)), list(job)) for job in jobs]
 
-    from selfdistill.config.targets import check_targets
-    from selfdistill.training.arguments import ARGUMENTS  # imports torch and trl: after the checks that need neither
+    from selfdistill.training.arguments import ARGUMENTS  # imports torch and trl, which takes seconds
 
     for run in runs:
         check_targets(run, ARGUMENTS)
@@ -81,13 +99,11 @@ def check_jobs(config: DictConfig) -> list[list[str]]:
 
 @contextmanager
 def job(cfg: DictConfig) -> Iterator[Job]:
-    """Around one run. A mistake ends the command with its message; within a sweep it ends the job alone and is written down."""
+    """Around one run. Within a sweep a failure ends this job alone, and is written down."""
     this = Job()
-    if HydraConfig.get().mode != RunMode.MULTIRUN:
-        try:
-            yield this
-        except (UserError, *COMPOSITION_ERRORS) as error:
-            raise SystemExit(fail(explain(error))) from None  # not through Hydra, which would add a line of its own
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode != RunMode.MULTIRUN:
+        yield this
         return
     if cfg.group is None:
         from selfdistill.runs.loggers import multirun_group
@@ -99,7 +115,7 @@ def job(cfg: DictConfig) -> Iterator[Job]:
         status = "finished"
     except (UserError, *COMPOSITION_ERRORS) as error:
         message = explain(error)
-        fail(f"job {HydraConfig.get().job.num}: {message}")
+        fail(f"job {hydra_config.job.num}: {message}")
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
         traceback.print_exc()
@@ -107,12 +123,17 @@ def job(cfg: DictConfig) -> Iterator[Job]:
         status = "interrupted"
         raise
     finally:
-        status = _write(this, status, message)
+        folder = Path(hydra_config.sweep.dir)
+        status = _write(this, folder, status, message)
+        with suppress(OSError):
+            os.removedirs(folder / hydra_config.sweep.subdir)  # Hydra made it; a refused run has left it empty
+        if status == "interrupted":
+            print_jobs(folder.absolute())
     if status == "interrupted":
         raise SystemExit(130)  # a signal is meant for the whole sweep
 
 
-def _write(this: Job, status: str, message: str | None) -> str:
+def _write(this: Job, folder: Path, status: str, message: str | None) -> str:
     hydra_config = HydraConfig.get()
     line: dict[str, Any] = {"job": hydra_config.job.num, "overrides": overrides_of(hydra_config)}
     if this.folder is not None and not this.folder.path.exists():
@@ -122,32 +143,19 @@ def _write(this: Job, status: str, message: str | None) -> str:
         after = (this.folder.summary.get("eval") or {}).get("after") or {}
         line |= {"run": str(this.folder.path), "accuracy": after.get("eval/accuracy")}
     line |= {"status": status, "message": message}
-    with (Path(hydra_config.sweep.dir) / JOBS).open("a", encoding="utf-8") as file:
+    with (folder / JOBS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
     return status
 
 
-@contextmanager
-def reported() -> Iterator[None]:
-    """Around a whole command: after a sweep the table of its jobs, and exit code 1 where one of them failed."""
-    global _folder
-    _folder = None
-    try:
-        yield
-    finally:
-        rows = _jobs(_folder)
-        if rows:
-            _print_table(rows, f"{len(rows)} jobs, written to {_folder}")
-    if any(row["status"] not in GOOD for row in rows):
-        raise SystemExit(1)
-
-
-def _jobs(folder: Path | None) -> list[dict[str, Any]]:
-    file = folder / JOBS if folder else None
-    if file is None or not file.exists():
-        return []
+def print_jobs(folder: Path) -> bool:
+    """The table of a sweep's jobs so far, and whether all of them went well."""
+    file = folder / JOBS
+    if not file.exists():
+        return True
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return sorted(rows, key=lambda row: row["job"])
+    _print_table(sorted(rows, key=lambda row: row["job"]), f"{len(rows)} jobs, written to {folder}")
+    return all(row["status"] in GOOD for row in rows)
 
 
 def _print_table(rows: list[dict[str, Any]], title: str) -> None:
@@ -169,6 +177,4 @@ def _print_table(rows: list[dict[str, Any]], title: str) -> None:
             "" if accuracy is None else f"{accuracy:.3f}",
             Text(Path(row["run"]).name if row.get("run") else row.get("message") or ""),
         )
-    screen = console.make_console()
-    screen.print(table)
-    sys.stdout.flush()
+    console.make_console().print(table)

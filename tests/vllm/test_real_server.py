@@ -13,9 +13,10 @@ import torch
 from selfdistill import doctor, generate_data
 from selfdistill.data import load_data
 from selfdistill.errors import UserError
-from selfdistill.machine.served_teacher import check_server
+from selfdistill.machine.served_teacher import ServedTeacher, check_server
 from selfdistill.teachers.server import ServerTeacher
 from selfdistill.teachers.server.scored import Scored
+from tests.command import command, composed
 from tests.teachers.server.stub_server import LetterTokenizer
 from tests.vllm.conftest import CONTEXT_TOKENS, NAME, VllmServer
 
@@ -139,9 +140,9 @@ def test_golden_responses_are_shown_and_followed(server: VllmServer) -> None:
 def test_generate_data_end_to_end(server: VllmServer, tokenizer: Any, tmp_path: Path) -> None:
     arguments = [
         f"base_url={server.url}", f"model={NAME}", f"output={tmp_path}", "prompts=embedded:retention", "train_samples=20",
-        "eval_samples=5", "temperature=0.3", "max_tokens=24", "samples=2", "keep._target_=selfdistill.rewards.ExactMatch",
+        "eval_samples=5", "temperature=0.3", "max_tokens=24", "samples=2", "+keep._target_=selfdistill.rewards.ExactMatch",
     ]  # fmt: skip
-    assert generate_data.run(arguments) == 0
+    assert command(arguments, tmp_path, generate_data).code == 0
     files = {name: (tmp_path / name).read_bytes() for name in ("train_data.json", "eval_data.json")}
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["train"], report["eval"]) == (20, 5)
@@ -153,14 +154,14 @@ def test_generate_data_end_to_end(server: VllmServer, tokenizer: Any, tmp_path: 
     assert not {str(row["prompt"]) for row in data.train} & {str(row["prompt"]) for row in data.eval}
     for row in data.train:
         assert row["answer"] in row["golden_response"][0]
-    assert generate_data.run(arguments) == 0
+    assert command(arguments, tmp_path, generate_data).code == 0
     assert files == {name: (tmp_path / name).read_bytes() for name in files}
     assert json.loads((tmp_path / "report.json").read_text())["requests"] == 1, "nothing was to be asked twice"
 
 
 def test_the_doctor_passes_the_server(server: VllmServer, tokenizer: Any) -> None:
-    cfg = doctor.compose([f"teacher.base_url={server.url}", f"teacher.model={NAME}"])
-    lines = {line.what: line for line in check_server(cfg.teacher, tokenizer, 100)}
+    cfg = composed(doctor.with_server([f"teacher.base_url={server.url}", f"teacher.model={NAME}"]))
+    lines = {line.what: line for line in check_server(ServedTeacher.of(cfg.teacher), tokenizer, 100)}
     assert {line.state for line in lines.values()} == {"ok"}, lines
     assert f"at most {len(tokenizer)} a token (all)" in lines["log-probabilities"].found
 

@@ -1,8 +1,5 @@
 import fcntl
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,14 +7,14 @@ import torch
 from omegaconf import OmegaConf
 from peft import PeftModel
 
+from selfdistill import export
 from selfdistill.errors import UserError
-from selfdistill.export import main, parse
+from selfdistill.models import loading
 from selfdistill.runs.finished import read_run
 from selfdistill.runs.folder import RunFolder
+from tests.command import Outcome, command
 from tests.models.export.conftest import load_base
 from tests.tiny import tiny_tokenizer
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -32,6 +29,12 @@ def run_folder(tmp_path, base_folder):
     return folder
 
 
+def exported(run_folder: Path, *arguments: str, code: int = 0) -> Outcome:
+    outcome = command([f"run={run_folder}", *arguments], run_folder.parent, export)
+    assert outcome.code == code, outcome.err
+    return outcome
+
+
 def save_adapter(adapted, folder):
     adapted.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -40,7 +43,7 @@ def save_adapter(adapted, folder):
 
 @pytest.fixture
 def models(monkeypatch):
-    """Stands in for `selfdistill.models`; remembers what it was asked for."""
+    """Stands in for loading a model; remembers what it was asked for."""
     asked = []
 
     def load_model(*, name, tuning="lora", lora=None, revision=None, adapter_path=None):
@@ -48,7 +51,9 @@ def models(monkeypatch):
         model = load_base(name)
         return PeftModel.from_pretrained(model, adapter_path) if adapter_path else model, tiny_tokenizer()
 
-    monkeypatch.setattr("selfdistill.models.loading.load_model", load_model)
+    import selfdistill.training.build  # noqa: F401 - it must not find the stand-in when it is first imported
+
+    monkeypatch.setattr(loading, "load_model", load_model)
     return asked
 
 
@@ -59,8 +64,9 @@ def test_a_finished_lora_run_is_exported(run_folder, base_folder, adapted, model
     lines = [json.dumps({"step": 1, "prompt": prompt, "completion": "x"})] * 2
     lines += [json.dumps({"step": 1, "prompt": "plain"}), '{"pro']
     (run_folder / "completions.jsonl").write_text("\n".join(lines))
-    folder = main([f"run={run_folder}", f"export={name}"])
-    assert folder == run_folder / "export" / name
+    outcome = exported(run_folder, f"export={name}")
+    folder = run_folder / "export" / name
+    assert str(folder) in outcome.out.splitlines()
     found = json.loads((folder / "verification.json").read_text())
     assert found["verdict"] == "equal"
     assert found["training_kl"] > 0
@@ -79,22 +85,21 @@ def test_a_run_of_all_weights_is_exported_from_its_newest_whole_checkpoint(run_f
         base.save_pretrained(checkpoint)
         if step != 11:
             (checkpoint / "complete").touch()
-    folder = main([f"run={run_folder}", "export=merged_16bit", "export.dtype=float16"])
+    exported(run_folder, "export=merged_16bit", "export.dtype=float16")
     newest = run_folder / "checkpoints" / "checkpoint-10"
     assert models == [{"name": str(newest), "tuning": "full", "lora": None, "adapter_path": None}]
-    written = load_base(folder, dtype="auto")
+    written = load_base(run_folder / "export" / "merged_16bit", dtype="auto")
     assert written.dtype == torch.float16
     assert written.model.norm.weight[0].item() == 10.0
-    with pytest.raises(UserError, match=r"model\.tuning=full"):
-        main([f"run={run_folder}", "export=lora"])
+    assert "model.tuning=full" in exported(run_folder, "export=lora", code=2).err
 
 
 def test_the_tokenizer_is_the_runs_own(run_folder, adapted, models):
     save_adapter(adapted, run_folder / "model")
     template = run_folder / "model" / "chat_template.jinja"
     template.write_text("Question:" + template.read_text())
-    folder = main([f"run={run_folder}", "export=lora"])
-    assert (folder / "chat_template.jinja").read_text().startswith("Question:")
+    exported(run_folder, "export=lora")
+    assert (run_folder / "export" / "lora" / "chat_template.jinja").read_text().startswith("Question:")
 
 
 def test_the_models_folder_comes_before_checkpoints(run_folder, adapted):
@@ -161,44 +166,48 @@ def test_a_broken_summary_and_missing_weights_are_named(run_folder):
         read_run(run_folder)
 
 
-def test_settings_of_the_format_can_be_changed():
-    given, config = parse(["run=x", "export=merged_16bit", "export.dtype=float16", "force=true"])
-    assert given["run"] == "x"
-    assert given["force"] == "true"
-    assert config == {"_target_": "selfdistill.models.export.merged_16bit.Merged16bit", "dtype": "float16"}
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "run=outputs/RUN_ID export="),
+        ([], "run is missing: write run="),
         (["run={tmp}/none", "export=lora"], "there is no such folder"),
         (["run={tmp}", "export=lora"], "is no run's folder: config.yaml and summary.json are missing"),
-        (["run={tmp}", "export=merged_16"], "export=merged_16: there is no such format; did you mean merged_16bit?"),
-        (["run={tmp}", "export=zip"], "export=zip: there is no such format; known here: lora, merged_16bit"),
-        (["run={tmp}", "export=none"], "export=none: there is no such format"),
+        (["run={tmp}", "export=merged_16"], "export=merged_16: there is no such choice; did you mean merged_16bit?"),
+        (["run={tmp}", "export=zip"], "export=zip: there is no such choice; known here: lora, merged_16bit"),
+        (["run={tmp}", "export=none"], "export= is missing: write export=FORMAT, FORMAT one of lora, merged_16bit."),
         (["run={tmp}"], "export= is missing"),
-        (["export=lora"], "run= is missing"),
+        (["export=lora"], "run is missing"),
         (["run={tmp}", "export=lora", "exprot.dtype=float16"], "exprot.dtype is not a key"),
-        (
-            ["run={tmp}", "export=merged_16bit", "export.dtyp=float16"],
-            "export.dtyp is not a key: did you mean export.dtype?",
-        ),
-        (["run={tmp}", "export=lora", "force=maybe"], "force=maybe: write true or false"),
-        (["run={tmp}", "export=lora", "--fast"], "'--fast': write key=value"),
+        (["run={tmp}", "exprt=lora"], "exprt is not a key: did you mean export?"),
+        (["run={tmp}", "export=merged_16bit", "export.dtyp=float16"], "export.dtyp is not a key: did you mean dtype?"),
+        (["run={tmp}", "export=lora", "force=maybe"], "force: Value 'maybe'"),
+        (["run={tmp}", "export=lora", "--fast"], "--fast is not a flag"),
+        (["run={tmp}", "export=lora,merged_16bit", "-m"], "--multirun is for selfdistill.train alone"),
     ],
 )
 def test_a_wrong_command_gets_one_message_and_code_2(tmp_path, arguments, message):
-    command = [sys.executable, "-m", "selfdistill.export", *(a.format(tmp=tmp_path) for a in arguments)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
-    assert done.returncode == 2
-    assert message in done.stderr + done.stdout
-    assert "Traceback" not in done.stderr
-    assert not any(tmp_path.iterdir())
+    outcome = command([argument.format(tmp=tmp_path) for argument in arguments], tmp_path, export)
+    assert (outcome.code, outcome.left) == (2, set())
+    assert message in outcome.err
+    assert "Traceback" not in outcome.err
 
 
-def test_a_wrong_dtype_is_refused_before_the_weights_load(run_folder, adapted):
+def test_an_export_that_is_not_trusted_is_refused(run_folder, adapted, models):
     save_adapter(adapted, run_folder / "model")
-    with pytest.raises(UserError, match=r"^export\.dtype=int8"):
-        main([f"run={run_folder}", "export=merged_16bit", "export.dtype=int8"])
+    outcome = exported(run_folder, "export=lora", "export._target_=os.system", code=2)
+    assert "trusted_prefixes=[os]" in outcome.err
+    assert models == []
+
+
+def test_help_lists_the_formats_and_the_keys(tmp_path):
+    outcome = command(["--help"], tmp_path, export)
+    assert (outcome.code, outcome.err) == (0, "")
+    for part in ("\n  merged_16bit ", "\n  lora ", "\nforce: false ", "run=outputs/RUN_ID export=merged_16bit"):
+        assert part in outcome.out
+
+
+def test_a_wrong_dtype_is_refused_before_the_weights_load(run_folder, adapted, models):
+    save_adapter(adapted, run_folder / "model")
+    outcome = exported(run_folder, "export=merged_16bit", "export.dtype=int8", code=2)
+    assert "selfdistill: export.dtype=int8" in outcome.err
+    assert models == []

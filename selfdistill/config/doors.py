@@ -1,0 +1,85 @@
+"""What the commands have in common: Hydra composes, a mistake is one message, and the exit code says how it went.
+
+Exit codes: 0 done, 1 failed, 2 refused, 130 interrupted.
+"""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from selfdistill.config.help import command_line
+from selfdistill.config.messages import COMPOSITION_ERRORS, explain, fail
+from selfdistill.config.suggestions import closest
+from selfdistill.config.targets import bind, check_trust, make, targets
+from selfdistill.errors import UserError
+
+Settings = TypeVar("Settings")
+
+
+def main(file: Path, task: Callable[[DictConfig], Any], usage: str | None, *, sweeps: bool = False) -> None:
+    """Run a task on the configuration that the command line composes.
+
+    Args:
+        file: the primary configuration; `--config-name` may name another.
+        usage: the first lines of the help.
+        sweeps: whether the command may be given `--multirun`.
+
+    Raises:
+        SystemExit: the command was refused, interrupted, or asked for help.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of being printed as tracebacks
+
+    @functools.wraps(task)
+    def refusing(cfg: DictConfig) -> Any:
+        try:
+            return task(cfg)
+        except (UserError, *COMPOSITION_ERRORS) as error:
+            raise SystemExit(fail(explain(error))) from None  # Hydra would print a line of its own before an Exception
+
+    try:
+        sys.argv[1:] = command_line(sys.argv[1:], file, usage or "", sweeps=sweeps)
+        hydra.main(version_base="1.3", config_path=str(file.parent), config_name=file.stem)(refusing)()
+    except (UserError, *COMPOSITION_ERRORS) as error:
+        raise SystemExit(fail(explain(error))) from None
+    except KeyboardInterrupt:
+        fail("interrupted.")
+        raise SystemExit(130) from None
+
+
+def typed(schema: type[Settings], cfg: DictConfig) -> Settings:
+    """The configuration as an instance of a dataclass.
+
+    Raises:
+        UserError: a key that was added and is unknown, a value that is missing or of the wrong type.
+    """
+    names = [field.name for field in fields(schema)]  # type: ignore[arg-type]
+    for key in cfg:
+        if key not in names:
+            raise UserError(f"{key} is not a key: {closest(str(key), names)}")
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg))  # type: ignore[return-value]
+    except MissingMandatoryValue as error:
+        raise UserError(f"{error.full_key} is missing: write {error.full_key}=… on the command line.") from None
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from None
+
+
+def built(cfg: DictConfig, key: str) -> Any:
+    """What the `_target_`s of a group stand for, once they are trusted and their arguments fit; None where it is null.
+
+    Raises:
+        UserError: a `_target_` that is not trusted or does not exist, or an argument that it refuses.
+    """
+    node = OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key]
+    for where, inner in targets(node, key):
+        check_trust(where, inner["_target_"], cfg.trusted_prefixes)
+        bind(where, inner)
+    return make(node, key)

@@ -1,0 +1,64 @@
+"""Where a run goes, and what Hydra's users look for in its folder.
+
+`hydra.run.dir` is the run's own folder, and so is `hydra.sweep.dir`/`hydra.sweep.subdir` where a subdir is given;
+`hydra.sweep.dir` alone holds a sweep's runs. Otherwise `output_dir` holds them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from selfdistill.config import Run, run_name
+from selfdistill.config.conf import CONF
+from selfdistill.config.secrets import MASK, Redactor, is_secret_key
+from selfdistill.runs.folder import RunFolder
+from selfdistill.runs.sweep import overrides_of
+
+
+def new_run(cfg: DictConfig, run: Run, hydra_config: DictConfig) -> RunFolder:
+    """The folder of a new run, with `.hydra/` in it: overrides.yaml, config.yaml and hydra.yaml, secrets masked.
+
+    Raises:
+        UserError: the folder cannot be made, or is not empty.
+    """
+    root, path = destination(cfg, hydra_config)
+    made = RunFolder.create(root, run_name(run, hydra_config.runtime.choices), cfg, path)
+    redactor = Redactor(cfg)
+    overrides = overrides_of(hydra_config)
+    masks = dict(zip(overrides, redactor.arguments(overrides), strict=True))
+
+    def masked(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: MASK if isinstance(v, str) and is_secret_key(str(k)) else masked(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [masked(item) for item in value]
+        if not isinstance(value, str):
+            return value
+        for override, mask in masks.items():
+            value = value.replace(override, mask)
+        return redactor.text(value)
+
+    hydra: Any = OmegaConf.to_container(hydra_config, resolve=False, enum_to_str=True)
+    hydra["run"] = {"dir": str(made.path)}
+    hydra["runtime"]["output_dir"] = str(made.path.absolute())
+    folder = made.path / ".hydra"
+    folder.mkdir()
+    OmegaConf.save(OmegaConf.create(masked(overrides)), folder / "overrides.yaml")
+    OmegaConf.save(OmegaConf.create(masked({"hydra": hydra})), folder / "hydra.yaml")
+    (folder / "config.yaml").write_text(redactor.yaml(), encoding="utf-8")
+    return made
+
+
+def destination(cfg: DictConfig, hydra_config: DictConfig) -> tuple[Path, Path | None]:
+    """The folder that holds runs, and the run's own where Hydra's keys name it."""
+    if hydra_config.mode != RunMode.MULTIRUN:
+        folder = hydra_config.run.get("folder")
+        return Path(cfg.output_dir), Path(folder) if folder else None
+    sweep = hydra_config.sweep
+    if sweep.subdir != ".":
+        return Path(sweep.dir), Path(sweep.dir, str(sweep.subdir))
+    usual = OmegaConf.load(CONF / "train.yaml").hydra.sweep
+    chosen = OmegaConf.to_container(sweep, resolve=False) != OmegaConf.to_container(usual, resolve=False)
+    return Path(sweep.dir if chosen else cfg.output_dir), None
