@@ -24,8 +24,8 @@ class Lora(Format):
     def write(self, trained: "TransformersModel", folder: Path) -> None:
         from selfdistill.models.export.folder import base_location, write_card, write_companions
 
-        base, adapter = base_location(trained.base), trained.model.active_adapter
-        trained.model.save_pretrained(folder, selected_adapters=[adapter], save_embedding_layers=False)
+        base, adapter = base_location(trained.base), str(trained.model.active_adapter)
+        trained.model.save_pretrained(str(folder), selected_adapters=[adapter], save_embedding_layers=False)
         if (folder / adapter).is_dir():  # PEFT puts every adapter but "default" into a folder of its own
             for file in (folder / adapter).iterdir():
                 shutil.move(file, folder / file.name)
@@ -59,7 +59,7 @@ class Lora(Format):
             device_map={"": trained.base.device},
         )
         written = PeftModel.from_pretrained(base, folder)
-        adapter = trained.model.active_adapter
+        adapter = str(trained.model.active_adapter)
         ours = get_peft_model_state_dict(trained.model, adapter_name=adapter, save_embedding_layers=False)
         theirs = get_peft_model_state_dict(written, save_embedding_layers=False)
         equal = same_tensors(ours.items(), theirs)
