@@ -22,7 +22,7 @@ RETENTION = "eval/retention/"  # before the name of a suite
 
 @dataclass(frozen=True)
 class Sample:
-    """One answered row. `suite` is None for the new task; `score` is None where the scorer could not judge the row."""
+    """One answered row. `suite` is None for the new task, `score` is None where the scorer could not judge the row."""
 
     suite: str | None
     prompt: Prompt
@@ -291,16 +291,6 @@ class EvalCallback(TrainerCallback):
             raise ValueError(f"every={every}: must be at least 1")
         self.evaluator, self.tokenizer, self.every, self.log = evaluator, tokenizer, every, log
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        *,
-        model: torch.nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if state.global_step % self.every or not state.is_world_process_zero:
-            return
-        assert model is not None
-        self.log(state.global_step, self.evaluator.evaluate(model, self.tokenizer).metrics())
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0 and state.is_world_process_zero:
+            self.log(state.global_step, self.evaluator.evaluate(kwargs["model"], self.tokenizer).metrics())

@@ -31,7 +31,7 @@ _HINTS = {
     "reward_spread": "completions of one prompt all get the same reward, so the policy gradient is zero; "
     "the prompts are too easy or too hard, or the reward is constant",
     "grad_norm": "the update is unstable; lower the learning rate or max_grad_norm",
-    "sampler_gap": "the sampler's log-probabilities differ from the trainer's; its weights or its precision are others",
+    "sampler_gap": "the sampler's log-probabilities differ from the trainer's; its weights or its precision differ",
     "no_signal": "nothing is learnt; check the reward on a few completions and what the teacher sees (prompts.md)",
 }
 
@@ -45,7 +45,7 @@ class Threshold:
         above: alarming over this value.
         below_initial: alarming under this fraction of the mean of the run's first values.
         for_steps: training steps in a row that have to be alarming.
-        action: "warn" says so, "stop" ends the training, "off" looks away.
+        action: "warn" says so, "stop" ends the training, "off" turns the monitor off.
     """
 
     below: float | None = None
@@ -55,9 +55,12 @@ class Threshold:
     action: str = "warn"
 
 
+Setting = Threshold | Mapping[str, Any] | None
+
+
 @dataclass(frozen=True)
 class Alarm:
-    """A threshold was passed for long enough.
+    """A threshold that was passed for long enough.
 
     Attributes:
         monitor: name of the monitor, as in the configuration.
@@ -84,14 +87,15 @@ class _Watch:
     raised: bool = False
 
 
+@dataclass(eq=False)
 class Monitors:
     """Watches the logged metrics.
 
     Args:
         entropy: mean entropy of the policy's next-token distribution, nats.
         repetition: mean share of a completion's 4-grams that repeat an earlier one, 0 to 1.
-        distinct_2: distinct 2-grams over all 2-grams of a batch, 0 to 1. With G equal completions a prompt it is
-            about 1/G, also when all are right.
+        distinct_2: distinct 2-grams over all 2-grams of a batch, 0 to 1. With G equal completions per prompt it is
+            about 1/G, even when all of them are right.
         length: mean length of completions, tokens.
         reward_spread: mean over prompts of the standard deviation of the rewards of its completions. Not judged while
             a teacher gives signal (distill/active_fraction above 0).
@@ -105,33 +109,22 @@ class Monitors:
         UserError: a threshold has unknown keys, wrong types, or an unknown action.
     """
 
-    def __init__(
-        self,
-        entropy: Threshold | Mapping[str, Any] | None = None,
-        repetition: Threshold | Mapping[str, Any] | None = None,
-        distinct_2: Threshold | Mapping[str, Any] | None = None,
-        length: Threshold | Mapping[str, Any] | None = None,
-        reward_spread: Threshold | Mapping[str, Any] | None = None,
-        grad_norm: Threshold | Mapping[str, Any] | None = None,
-        sampler_gap: Threshold | Mapping[str, Any] | None = None,
-        no_signal: Threshold | Mapping[str, Any] | None = None,
-        initial_values: int = 5,
-    ) -> None:
-        given = {
-            "entropy": entropy,
-            "repetition": repetition,
-            "distinct_2": distinct_2,
-            "length": length,
-            "reward_spread": reward_spread,
-            "grad_norm": grad_norm,
-            "sampler_gap": sampler_gap,
-            "no_signal": no_signal,
-        }
+    entropy: Setting = None
+    repetition: Setting = None
+    distinct_2: Setting = None
+    length: Setting = None
+    reward_spread: Setting = None
+    grad_norm: Setting = None
+    sampler_gap: Setting = None
+    no_signal: Setting = None
+    initial_values: int = 5
+
+    def __post_init__(self) -> None:
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "initial_values"}
         thresholds = {name: _threshold(name, value) for name, value in given.items() if value is not None}
         self.thresholds = {name: threshold for name, threshold in thresholds.items() if threshold.action != "off"}
-        if initial_values < 1:
-            raise UserError(f"monitors.initial_values is {initial_values}; it must be at least 1.")
-        self.initial_values = initial_values
+        if self.initial_values < 1:
+            raise UserError(f"monitors.initial_values is {self.initial_values}; it must be at least 1.")
         self.reset()
 
     def reset(self) -> None:
@@ -220,7 +213,7 @@ def _judge_signal(threshold: Threshold, named: Mapping[str, Any]) -> tuple[float
 
 
 def _threshold(name: str, value: Threshold | Mapping[str, Any]) -> Threshold:
-    """A checked threshold; YAML reads a bare `off` as false, which is taken as it was meant."""
+    """A checked threshold. YAML reads a bare `off` as false, so that false means "off" here."""
     key = f"monitors.{name}"
     values = {f.name: getattr(value, f.name) for f in fields(value)} if isinstance(value, Threshold) else dict(value)
     known = {f.name for f in fields(Threshold)}
@@ -242,7 +235,7 @@ def _threshold(name: str, value: Threshold | Mapping[str, Any]) -> Threshold:
 
 
 def standard_names(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """`metrics` with the standard names added where TRL uses others; what is there already stays."""
+    """A copy of `metrics` with the standard names added where TRL uses other ones; no value is replaced."""
     named = dict(metrics)
     for standard, trl in TRL_NAMES.items():
         if trl in metrics:
@@ -250,7 +243,7 @@ def standard_names(metrics: Mapping[str, Any]) -> dict[str, Any]:
     if metrics.get("step_time") is not None and metrics.get("time/generate_s") is not None:
         elsewhere = sum(metrics.get(name) or 0.0 for name in ("time/generate_s", "time/reward_s", "time/teacher_s"))
         named.setdefault("time/update_s", max(0.0, metrics["step_time"] - elsewhere))
-    # TRL's reward_std is over the whole batch: also differences between prompts, which teach nothing.
+    # TRL's reward_std is over the whole batch, so it also counts differences between prompts, which teach nothing.
     if metrics.get("reward_std") is not None:
         spread = 0.0 if metrics.get("frac_reward_zero_std") == 1.0 else metrics["reward_std"]
         named.setdefault("monitor/reward_spread", spread)

@@ -9,7 +9,7 @@ _GIB = 1024**3
 
 
 def reset_peak_memory() -> None:
-    """Start measuring anew, as the jobs of one sweep share a process. Where the system cannot, the peak stays."""
+    """Start measuring anew, because the jobs of one sweep share a process. Without /proc the old peak stays."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     torch = sys.modules.get("torch")
@@ -19,12 +19,12 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_gib() -> dict[str, float]:
-    """`rss`: the most that the process had in memory; `cuda`, where CUDA is used: the most allocated on one GPU.
+    """Peaks in GiB: `rss`, what the process had in memory; `cuda`, where CUDA is used, what was allocated on one GPU.
 
-    Units are GiB. Memory that another process uses, such as a vLLM server, is not in it.
+    Memory of other processes, such as a vLLM server, is not counted.
     """
     peak = {"rss": round(_peak_rss_bytes() / _GIB, 3)}
-    # Without the import nothing of ours used a GPU, and torch takes seconds to import.
+    # Where torch is not imported nothing used a GPU, and to import it only to ask would take seconds.
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         devices = range(torch.cuda.device_count())

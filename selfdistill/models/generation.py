@@ -1,4 +1,4 @@
-"""Answers of a model, and the logits behind them, without trace on its mode, settings or the random state."""
+"""Answers of a model and the logits behind them; its mode, its settings and the random state stay as they were."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -105,7 +105,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def completion_logits(model: torch.nn.Module, prompt_ids: list[int], completion_ids: list[int]) -> Float[Tensor, "T V"]:
-    """The float32 logits from which each completion token was drawn, (T, V); mode and gradient as they are."""
+    """The float32 logits (T, V) from which each completion token was drawn. The caller sets mode and gradient."""
     base = inner_model(model)
     device = base.get_input_embeddings().weight.device
     ids = torch.tensor([prompt_ids + completion_ids], device=device)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from selfdistill.models.export.verify import Verification
+    from selfdistill.models.export.verify import TransformersModel, Verification
 
 
 class ExportError(RuntimeError):
@@ -37,17 +37,11 @@ class Format(ABC):
     needs_adapter: ClassVar[bool] = False
 
     @abstractmethod
-    def write(self, model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-        """Write every file of the export to `folder`, which is there and empty. The model in memory is not changed."""
+    def write(self, trained: "TransformersModel", folder: Path) -> None:
+        """Write every file of the export to `folder`, which is empty; the model in memory stays as it is."""
 
     @abstractmethod
-    def verify(
-        self,
-        model: "PreTrainedModel | PeftModel",
-        tokenizer: "PreTrainedTokenizerBase",
-        folder: Path,
-        prompts: Sequence[Prompt] = (),
-    ) -> "Verification":
+    def verify(self, trained: "TransformersModel", folder: Path, prompts: Sequence[Prompt] = ()) -> "Verification":
         """Load `folder` with the program that its users will load it with, and compare (`verify.compare`).
 
         Raises:
@@ -67,17 +61,17 @@ class Format(ABC):
             UserError: the model has no adapter and the format needs one, or something that is no export is in the way.
             ExportError: it could not be written, or answers otherwise than the model in memory.
         """
-        from peft import PeftModel
-
         from selfdistill.models.export.folder import new_folder
+        from selfdistill.models.export.verify import TransformersModel
 
-        if self.needs_adapter and not isinstance(model, PeftModel):
+        trained = TransformersModel(model, tokenizer)
+        if self.needs_adapter and not trained.has_adapter:
             raise UserError(
                 f"export={self.name} needs an adapter, but model.tuning=full trained all weights: "
                 "write export=merged_16bit, or train with model.tuning=lora."
             )
         folder = Path(folder).absolute()
         with new_folder(folder) as partial:
-            self.write(model, tokenizer, partial)
-        self.verify(model, tokenizer, folder, prompts)
+            self.write(trained, partial)
+        self.verify(trained, folder, prompts)
         return folder

@@ -8,14 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch import nn
-from transformers import PreTrainedTokenizerBase
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers import PreTrainedModel
 
 from selfdistill.errors import UserError
-from selfdistill.models.structure import inner_model
-
-VERIFICATION = "verification.json"
+from selfdistill.models.export.verify import VERIFICATION, TransformersModel
 
 
 @contextmanager
@@ -50,27 +46,22 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         raise
 
 
-def base_location(model: nn.Module) -> str:
+def base_location(base: PreTrainedModel) -> str:
     """Where the base can be loaded from: the absolute path of a local folder, otherwise its name on the hub.
 
     Raises:
         ValueError: the base was made in memory.
     """
-    name = inner_model(model).name_or_path
+    name = base.name_or_path
     if not name:
         raise ValueError("the base model was not loaded from a folder or a name, so nothing can refer to it")
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
-def quantization(model: nn.Module) -> QuantizationConfigMixin | None:
-    """How the base's weights are quantised; None where they are not."""
-    return getattr(inner_model(model).config, "quantization_config", None)
-
-
-def write_companions(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def write_companions(trained: TransformersModel, folder: Path) -> None:
     """Write tokenizer, chat template and generation settings."""
-    tokenizer.save_pretrained(folder)
-    config = copy.deepcopy(inner_model(model).generation_config)
+    trained.tokenizer.save_pretrained(folder)
+    config = copy.deepcopy(trained.base.generation_config)
     # Training with gradient checkpointing turns the cache off; whoever uses the export wants it.
     config.use_cache = True
     # Not through save_pretrained, which refuses settings that some published models come with.

@@ -13,19 +13,19 @@ from transformers import PreTrainedModel
 
 from selfdistill.errors import UserError
 from selfdistill.models.export import ExportError
-from selfdistill.models.structure import inner_model, keep_unpacked
+from selfdistill.models.structure import keep_unpacked
 
 
-def merged_tensors(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Name and value, on the CPU, of every weight the merged model consists of; floating ones in `dtype`.
+def merged_tensors(base: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Name and value, on the CPU, of every weight of the base with its adapter merged in; floating ones in `dtype`.
 
     Raises:
         UserError: the adapter is of a kind that cannot be merged.
         ExportError: a weight is not finite.
     """
-    keep_unpacked(model)
+    keep_unpacked(base)
     with torch.no_grad():
-        for name, tensor in _tensors(inner_model(model), ""):
+        for name, tensor in _tensors(base, ""):
             yield name, tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
 
 

@@ -11,10 +11,7 @@ from selfdistill.models.export import ExportError, Format
 from selfdistill.rollout import Prompt
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from selfdistill.models.export.verify import Verification
+    from selfdistill.models.export.verify import TransformersModel, Verification
 
 
 @dataclass
@@ -31,7 +28,7 @@ class Merged16bit(Format):
         if self.dtype not in ("bfloat16", "float16"):
             raise UserError(f"export.dtype={self.dtype}: write bfloat16 or float16.")
 
-    def write(self, model: "PreTrainedModel | PeftModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    def write(self, trained: "TransformersModel", folder: Path) -> None:
         """Write the model to `folder`.
 
         Raises:
@@ -40,18 +37,19 @@ class Merged16bit(Format):
         """
         import torch
 
-        from selfdistill.models.export.folder import base_location, quantization, write_card, write_companions
+        from selfdistill.models.export.folder import base_location, write_card, write_companions
         from selfdistill.models.export.merge import head_is_tied, merged_tensors
-        from selfdistill.models.structure import inner_model
 
-        base = inner_model(model)
-        tensors = dict(merged_tensors(model, getattr(torch, self.dtype)))
+        base = trained.base
+        tensors = dict(merged_tensors(base, getattr(torch, self.dtype)))
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise ExportError(f"the merged weight {name} is not finite in {self.dtype}; nothing was written")
+        notes = [f"All weights in {self.dtype}; nothing else is needed to load it."]
         config = copy.deepcopy(base.config)
-        if quantization(model) is not None:
+        if trained.quantization is not None:
             del config.quantization_config
+            notes.append("Trained on the base quantised to 4 bit: these are the dequantised weights plus the adapter.")
         config.use_cache = True
         config.tie_word_embeddings = getattr(config, "tie_word_embeddings", False) and head_is_tied(base, tensors)
         config._attn_implementation = "eager"  # the skeleton never computes; this one needs no extra package
@@ -60,35 +58,16 @@ class Merged16bit(Format):
         skeleton.load_state_dict(tensors, strict=True, assign=True)
         skeleton.tie_weights()
         skeleton.save_pretrained(folder)
-        write_companions(model, tokenizer, folder)
-        notes = [f"All weights in {self.dtype}; nothing else is needed to load it."]
-        if quantization(model) is not None:
-            notes.append("Trained on the base quantised to 4 bit: these are the dequantised weights plus the adapter.")
-        write_card(
-            folder,
-            title=f"Merged model, {self.dtype}",
-            base=base_location(model) if base.name_or_path else "trained from scratch",
-            loader="transformers.AutoModelForCausalLM",
-            notes=notes,
-        )
+        write_companions(trained, folder)
+        origin = base_location(base) if base.name_or_path else "trained from scratch"
+        loader = "transformers.AutoModelForCausalLM"
+        write_card(folder, title=f"Merged model, {self.dtype}", base=origin, loader=loader, notes=notes)
 
-    def verify(
-        self,
-        model: "PreTrainedModel | PeftModel",
-        tokenizer: "PreTrainedTokenizerBase",
-        folder: Path,
-        prompts: Sequence[Prompt] = (),
-    ) -> "Verification":
-        from transformers import AutoModelForCausalLM
-
+    def verify(self, trained: "TransformersModel", folder: Path, prompts: Sequence[Prompt] = ()) -> "Verification":
         from selfdistill.models.export.merge import merged_tensors
-        from selfdistill.models.export.verify import compare, loaded, loading_options, roomy_device, same_tensors
-        from selfdistill.models.structure import inner_model
+        from selfdistill.models.export.verify import compare, load, loaded, roomy_device, same_tensors
 
-        base = inner_model(model)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        written = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", device_map={"": roomy_device(base.device, size)}, **loading_options(base)
-        )
-        equal = same_tensors(merged_tensors(model, written.dtype), written.state_dict())
-        return compare(model, tokenizer, folder, loaded(written, folder), prompts, weights_equal=equal)
+        written = load(folder, trained, dtype="auto", device_map={"": roomy_device(trained.base.device, size)})
+        equal = same_tensors(merged_tensors(trained.base, written.dtype), written.state_dict())
+        return compare(trained, loaded(written, folder), folder, prompts, weights_equal=equal)

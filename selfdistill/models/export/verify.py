@@ -10,17 +10,18 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from peft import PeftModel
-from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from selfdistill.models.export import ExportError
-from selfdistill.models.export.folder import VERIFICATION
 from selfdistill.models.generation import completion_logits, generate, tokenize
 from selfdistill.models.structure import evaluating, inner_model
 from selfdistill.rollout import Prompt
 
 log = logging.getLogger(__name__)
 
+VERIFICATION = "verification.json"
 POSITIONS = 64  # compared in each sequence; the float32 logits of all of them are held at once
 DEFAULT_PROMPTS = ("What is the capital of France?", "Write one sentence about the sea.", "add 12 and 30")
 
@@ -72,14 +73,26 @@ class Answering(Protocol):
 
 @dataclass(frozen=True)
 class TransformersModel:
-    """A model of transformers, with or without PEFT's adapter."""
+    """A model of transformers, with or without PEFT's adapter, and its tokenizer."""
 
-    model: nn.Module
+    model: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
 
     @property
+    def base(self) -> PreTrainedModel:
+        return inner_model(self.model)
+
+    @property
+    def has_adapter(self) -> bool:
+        return isinstance(self.model, PeftModel)
+
+    @property
+    def quantization(self) -> QuantizationConfigMixin | None:
+        return getattr(self.base.config, "quantization_config", None)
+
+    @property
     def dtype(self) -> str:
-        return str(inner_model(self.model).dtype).removeprefix("torch.")
+        return str(self.base.dtype).removeprefix("torch.")
 
     def encode(self, prompt: Prompt) -> list[int]:
         return tokenize(prompt, self.tokenizer)
@@ -95,18 +108,20 @@ class TransformersModel:
             return completion_logits(self.model, prompt_ids, completion_ids).cpu()
 
 
-def loaded(model: nn.Module, folder: Path) -> TransformersModel:
+def load(where: str | Path, trained: TransformersModel, **options: Any) -> PreTrainedModel:
+    """A model of the same kind as the trained one, from this machine alone."""
+    return AutoModelForCausalLM.from_pretrained(
+        where,
+        attn_implementation=trained.base.config._attn_implementation,
+        trust_remote_code=type(trained.base).__module__.startswith("transformers_modules"),
+        local_files_only=True,
+        **options,
+    )
+
+
+def loaded(model: PreTrainedModel | PeftModel, folder: Path) -> TransformersModel:
     """A model that was loaded from `folder`, with the tokenizer that lies there."""
     return TransformersModel(model, AutoTokenizer.from_pretrained(folder))
-
-
-def loading_options(base: PreTrainedModel) -> dict[str, Any]:
-    """What transformers needs to load another model of the same kind, from this machine alone."""
-    return {
-        "attn_implementation": base.config._attn_implementation,
-        "trust_remote_code": type(base).__module__.startswith("transformers_modules"),
-        "local_files_only": True,
-    }
 
 
 def roomy_device(device: torch.device, needed_bytes: int) -> torch.device:
@@ -134,8 +149,6 @@ class Verification:
     at most twice the largest logit difference, which has a limit of its own.
 
     Attributes:
-        verdict: "equal" within the tolerance, or "differs".
-        reasons: what lies outside the tolerance, in words.
         weights_equal: each written weight equals, bit by bit, the one in memory (rounded to the written dtype); None
             where the format keeps weights in a form that cannot be compared so.
         tokenizer_equal: the written tokenizer and chat template give the same ids for the prompts.
@@ -152,8 +165,6 @@ class Verification:
         dtype_in_memory, dtype_written: of the base's and the export's weights.
     """
 
-    verdict: str
-    reasons: list[str]
     weights_equal: bool | None
     tokenizer_equal: bool
     prompts: int
@@ -169,12 +180,33 @@ class Verification:
     dtype_in_memory: str
     dtype_written: str
 
+    @property
+    def verdict(self) -> str:
+        """Either "equal", which is within the tolerance, or "differs"."""
+        return "differs" if self.reasons else "equal"
+
+    @property
+    def reasons(self) -> list[str]:
+        """What lies outside the tolerance, in words."""
+        reasons = ["written weights differ from those in memory"] if self.weights_equal is False else []
+        if not self.tokenizer_equal:
+            reasons.append("the written tokenizer or chat template gives other ids")
+        # The comparisons are written so that NaN fails them.
+        if not self.mean_kl <= self.tolerance.mean_kl:
+            reasons.append(f"mean KL {self.mean_kl:.3g} nats a token, allowed {self.tolerance.mean_kl:g}")
+        fraction = self.tolerance.relative_logit_difference
+        if not self.max_logit_difference <= fraction * self.largest_logit:
+            reasons.append(
+                f"a logit differs by {self.max_logit_difference:.3g}, allowed {fraction:g} of the largest, "
+                f"{self.largest_logit:.3g}"
+            )
+        return reasons
+
 
 def compare(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
+    trained: TransformersModel,
     written: Answering,
+    folder: Path,
     prompts: Sequence[Prompt] = (),
     *,
     weights_equal: bool | None,
@@ -192,51 +224,45 @@ def compare(
     Raises:
         ExportError: outside the tolerance. The folder stays, for inspection.
     """
-    memory = TransformersModel(model, tokenizer)
     if not prompts:
-        prompts = [[{"role": "user", "content": text}] if tokenizer.chat_template else text for text in DEFAULT_PROMPTS]
+        chat = trained.tokenizer.chat_template
+        prompts = [[{"role": "user", "content": text}] if chat else text for text in DEFAULT_PROMPTS]
     prompts = list(prompts)[:max_prompts]
-    ids = [memory.encode(prompt) for prompt in prompts]
-    answers = memory.answers(ids, max_new_tokens)
-    expected = _logits(memory, ids, answers)
+    ids = [trained.encode(prompt) for prompt in prompts]
+    answers = trained.answers(ids, max_new_tokens)
+    expected = _logits(trained, ids, answers)
     training_kl = None
-    if isinstance(model, PeftModel):
-        with model.disable_adapter():
-            training_kl = _mean_kl(expected, _logits(memory, ids, answers))
+    if isinstance(trained.model, PeftModel):
+        with trained.model.disable_adapter():
+            training_kl = _mean_kl(expected, _logits(trained, ids, answers))
     found = _logits(written, ids, answers)
     agreement = [e.argmax(-1) == f.argmax(-1) for e, f in zip(expected, found, strict=True)]
     margins = torch.cat([_margin(e)[~same] for e, same in zip(expected, agreement, strict=True)])
-    dtypes = memory.dtype, written.dtype
-    tolerance = tolerance or next(limits for dtype, limits in TOLERANCES.items() if dtype in dtypes)
-    numbers: dict[str, Any] = {
-        "weights_equal": weights_equal,
-        "tokenizer_equal": all(
-            own == written.encode(prompt) and memory.decode(own) == written.decode(own)
+    dtypes = trained.dtype, written.dtype
+    result = Verification(
+        weights_equal=weights_equal,
+        tokenizer_equal=all(
+            own == written.encode(prompt) and trained.decode(own) == written.decode(own)
             for own, prompt in zip(ids, prompts, strict=True)
         ),
-        "max_logit_difference": max(float((e - f).abs().max()) for e, f in zip(expected, found, strict=True)),
-        "largest_logit": max(float(e.abs().max()) for e in expected),
-        "mean_kl": _mean_kl(expected, found),
-    }
-    reasons = _reasons(tolerance, **numbers)
-    result = Verification(
-        verdict="differs" if reasons else "equal",
-        reasons=reasons,
         prompts=len(prompts),
         tokens=sum(len(logits) for logits in expected),
         greedy_equal=sum(a == b for a, b in zip(answers, written.answers(ids, max_new_tokens), strict=True)),
         argmax_agreement=float(torch.cat(agreement).float().mean()),
         largest_margin_lost=float(margins.max()) if len(margins) else 0.0,
+        max_logit_difference=max(float((e - f).abs().max()) for e, f in zip(expected, found, strict=True)),
+        largest_logit=max(float(e.abs().max()) for e in expected),
+        mean_kl=_mean_kl(expected, found),
         training_kl=training_kl,
-        tolerance=tolerance,
-        dtype_in_memory=memory.dtype,
+        tolerance=tolerance or next(limits for dtype, limits in TOLERANCES.items() if dtype in dtypes),
+        dtype_in_memory=trained.dtype,
         dtype_written=written.dtype,
-        **numbers,
     )
-    (folder / VERIFICATION).write_text(json.dumps(asdict(result), indent=2) + "\n")
-    if reasons:
+    outcome = {"verdict": result.verdict, "reasons": result.reasons} | asdict(result)
+    (folder / VERIFICATION).write_text(json.dumps(outcome, indent=2) + "\n")
+    if result.reasons:
         raise ExportError(
-            f"The export in {folder} does not answer as the trained model does: {'; '.join(reasons)}. "
+            f"The export in {folder} does not answer as the trained model does: {'; '.join(result.reasons)}. "
             f"The numbers are in its {VERIFICATION}."
         )
     if training_kl is not None and result.mean_kl > training_kl:
@@ -270,26 +296,3 @@ def _mean_kl(p_logits: list[Float[Tensor, "_ V"]], q_logits: list[Float[Tensor, 
 def _margin(logits: Float[Tensor, "T V"]) -> Float[Tensor, " T"]:
     best = logits.topk(2, dim=-1).values
     return best[:, 0] - best[:, 1]
-
-
-def _reasons(
-    tolerance: Tolerance,
-    *,
-    weights_equal: bool | None,
-    tokenizer_equal: bool,
-    max_logit_difference: float,
-    largest_logit: float,
-    mean_kl: float,
-) -> list[str]:
-    reasons = ["written weights differ from those in memory"] if weights_equal is False else []
-    if not tokenizer_equal:
-        reasons.append("the written tokenizer or chat template gives other ids")
-    # Written so that NaN fails.
-    if not mean_kl <= tolerance.mean_kl:
-        reasons.append(f"mean KL {mean_kl:.3g} nats a token, allowed {tolerance.mean_kl:g}")
-    if not max_logit_difference <= tolerance.relative_logit_difference * largest_logit:
-        reasons.append(
-            f"a logit differs by {max_logit_difference:.3g}, allowed "
-            f"{tolerance.relative_logit_difference:g} of the largest, {largest_logit:.3g}"
-        )
-    return reasons

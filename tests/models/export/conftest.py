@@ -6,6 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen3Config, Qwen3ForCausalLM
 
 from selfdistill.models.export.folder import new_folder
+from selfdistill.models.export.verify import TransformersModel
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -43,7 +44,7 @@ def written(export, model, folder):
     """What `export.run` writes, not yet verified."""
     folder = Path(folder).absolute()
     with new_folder(folder) as partial:
-        export.write(model, tiny_tokenizer(), partial)
+        export.write(TransformersModel(model, tiny_tokenizer()), partial)
     return folder
 
 

@@ -19,6 +19,7 @@ from selfdistill.models.export import ExportError, Format
 from selfdistill.models.export.lora import Lora
 from selfdistill.models.export.merge import merged_tensors
 from selfdistill.models.export.merged_16bit import Merged16bit
+from selfdistill.models.export.verify import TransformersModel
 from tests.models.export.conftest import four_bit, load_base, wide_model, with_adapter, written
 from tests.tiny import tiny_tokenizer
 
@@ -78,7 +79,7 @@ def test_a_base_in_bfloat16_is_merged_in_float32(base_folder, tmp_path):
     folder = written(Merged16bit(), model, tmp_path / "out")
     merged = load_file(folder / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
     assert torch.equal(merged, exact.bfloat16())
-    assert Merged16bit().verify(model, tiny_tokenizer(), folder, PROMPTS).verdict == "equal"
+    assert Merged16bit().verify(TransformersModel(model, tiny_tokenizer()), folder, PROMPTS).verdict == "equal"
 
 
 def test_full_fine_tuning_merges_to_itself_and_has_no_adapter_to_export(base, tmp_path):
@@ -215,7 +216,7 @@ def rewrite(file, change):
 
 def refused(export, model, folder, reason):
     with pytest.raises(ExportError, match=reason):
-        export.verify(model, tiny_tokenizer(), folder, PROMPTS)
+        export.verify(TransformersModel(model, tiny_tokenizer()), folder, PROMPTS)
     assert verification(folder)["verdict"] == "differs"
 
 
@@ -298,7 +299,7 @@ def test_a_base_that_came_packed_is_exported_with_the_weights_it_computes_with(t
     bitsandbytes = pytest.importorskip("bitsandbytes")
     wide_model().save_pretrained(tmp_path / "wide")
     model = with_adapter(load_base(tmp_path / "wide", quantization_config=four_bit(nested)))
-    unpacked = dict(merged_tensors(model, torch.float32))
+    unpacked = dict(merged_tensors(model.get_base_model(), torch.float32))
     for layer in model.modules():
         if isinstance(layer, bitsandbytes.nn.Linear4bit):  # what its forward pass does in evaluation mode
             pack = bitsandbytes.functional._convert_weight_packed_for_cpu
@@ -316,10 +317,10 @@ def test_a_format_of_ones_own_is_named_once(adapted, tmp_path):
         name = "card"
         needs_adapter = True
 
-        def write(self, model, tokenizer, folder):
+        def write(self, trained, folder):
             (folder / "README.md").write_text("A model.")
 
-        def verify(self, model, tokenizer, folder, prompts=()):
+        def verify(self, trained, folder, prompts=()):
             if prompts != PROMPTS or (folder / "README.md").read_text() != "A model.":
                 raise ExportError("not what was written")
 
