@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -63,13 +63,12 @@ def random_rows(count: int, tokens: int, vocabulary: int) -> tuple[Rows, Rows]:
 async def bare_loop(url: str, bodies: list[bytes], concurrency: int) -> None:
     slots = asyncio.Semaphore(concurrency)
     headers = {"Content-Type": "application/json"}
-    async with httpx.AsyncClient(
-        timeout=600, headers=headers, limits=httpx.Limits(max_connections=concurrency)
-    ) as http:
+    async with aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(600)) as http:
 
         async def post(body: bytes) -> None:
-            async with slots:
-                (await http.post(f"{url}/completions", content=body)).raise_for_status()
+            async with slots, http.post(f"{url}/completions", data=body) as response:
+                response.raise_for_status()
+                await response.read()
 
         await asyncio.gather(*(post(body) for body in bodies))
 

@@ -92,7 +92,7 @@ async def find_model(client: Client, name: str) -> ServedModel:
     names = [model.name for model in models]
     served = ", ".join(names) if names else "nothing"
     raise UserError(
-        f"{client.prefix}model={name}: {client.name} does not serve it. It serves {served}{guess(name, names)}"
+        f"{client.key_prefix}model={name}: {client.name} does not serve it. It serves {served}{guess(name, names)}"
     )
 
 
@@ -111,7 +111,7 @@ async def require_scoring(client: Client, model: str, k: int) -> list[float]:
     Raises:
         UserError: the server gives no prompt log-probabilities, or fewer than k a position.
     """
-    key = f"{client.prefix}top_k"
+    key = f"{client.key_prefix}top_k"
     try:
         return [float(value) for value in (await score_ids(client, model, PROBE_IDS, k)).logprobs]
     except RequestRefused as error:
@@ -125,12 +125,12 @@ async def require_scoring(client: Client, model: str, k: int) -> list[float]:
             ) from None
         raise UserError(
             f"{error}\n{client.name} cannot score: it takes no token ids with prompt_logprobs. A vLLM server does; with any "
-            f"other use {client.prefix}mode=write, in which the server writes demonstrations."
+            f"other use {client.key_prefix}mode=write, in which the server writes demonstrations."
         ) from None
     except MalformedReply as error:
         raise UserError(
             f"{error}\n{client.name} cannot score: vLLM's prompt_logprobs are needed. With another kind of server use "
-            f"{client.prefix}mode=write, in which it writes demonstrations."
+            f"{client.key_prefix}mode=write, in which it writes demonstrations."
         ) from None
 
 
