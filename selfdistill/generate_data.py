@@ -29,7 +29,7 @@ from selfdistill.teachers.server import probe as server_probe
 from selfdistill.teachers.server.client import Client, ServerUnavailable, all_of
 from selfdistill.teachers.server.prompt_sources import Candidate, FilePrompts, TopicPrompts
 from selfdistill.teachers.server.reply_cache import ReplyCache
-from selfdistill.teachers.server.writer import Sampling, Writer, Written, show_golden
+from selfdistill.teachers.server.writing import Sampling, Writer, Written, show_golden
 
 
 @dataclass

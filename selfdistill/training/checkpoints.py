@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from trl.trainer.utils import RepeatSampler
 
 from selfdistill.errors import UserError
+from selfdistill.training.distiller import SCORE_REQUEST
 
 TEACHER = "teacher.safetensors"
 
@@ -37,7 +38,9 @@ def save(folder: Path, trainer: Any) -> None:
     """Adds the teacher's weights, the number of micro-batches done and rollouts not used up yet to a checkpoint."""
     accelerator = trainer.accelerator
     generate_every = trainer.args.steps_per_generation * trainer.num_iterations
-    rollouts = trainer._buffered_inputs if trainer._step % generate_every else None
+    rollouts = None
+    if trainer._step % generate_every:
+        rollouts = [{k: v for k, v in batch.items() if k != SCORE_REQUEST} for batch in trainer._buffered_inputs]
     torch.save({"step": trainer._step, "rollouts": rollouts}, folder / _rollouts_file(accelerator.process_index))
     weights = getattr(trainer.teacher, "weights", None)
     if accelerator.is_main_process and weights is not None and (tensors := weights.state_dict()):

@@ -2,23 +2,24 @@
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from selfdistill import losses
 from selfdistill.models.structure import Head, completion_hidden, evaluating, head_of
 from selfdistill.rollout import Rollouts
 from selfdistill.teachers.context import SCORE_TOLERANCE
-from selfdistill.teachers.server.scored import Scored
+from selfdistill.teachers.server.scoring import ScoreRequest
+from selfdistill.teachers.server.top_tokens import TopTokens
 from selfdistill.training.settings import Distillation
 
 # How many tokens the entropy is estimated from where no policy gradient computes it: enough for an alarm, and few beside
 # what the loss projects. So many at a time are projected, so that no tensor of tokens x vocabulary is held.
 ENTROPY_SAMPLE_TOKENS, ENTROPY_BLOCK_TOKENS = 64, 16
+# The key under which a micro-batch carries what a served teacher is asked about it. Checkpoints leave it out.
+SCORE_REQUEST = "score_request"
 
 # Hidden states (N, H) of the tokens in a mask (B, T), in row order.
 States = Callable[[Tensor], Tensor]
@@ -38,7 +39,6 @@ class Distiller:
     def __init__(self, teacher: Any, settings: Distillation, trainer: Any) -> None:
         self.teacher, self.settings, self.trainer = teacher, settings, trainer
         self.served = hasattr(teacher, "score")
-        self._asked: list[tuple[dict[str, Any], Future[list[Scored]]]] = []
 
     # ---- once per batch of rollouts ----
 
@@ -89,29 +89,23 @@ class Distiller:
         It scores the later ones while the student learns from the first.
         """
         if self.served:
-            self._asked = [(batch, self._ask(batch)) for batch in batches]
+            for batch in batches:
+                batch[SCORE_REQUEST] = self._request(batch)
+            self.teacher.prepare([batch[SCORE_REQUEST] for batch in batches])
 
-    def _ask(self, inputs: dict[str, Any]) -> "Future[list[Scored]]":
+    def _request(self, inputs: dict[str, Any]) -> ScoreRequest:
         rows = inputs["distill_mask"].any(dim=1)
         names = ("teacher_prompt_ids", "teacher_prompt_mask", "completion_ids", "completion_mask")
         ids, mask, completions, completion_mask = (inputs[name][rows] for name in names)
-        return self.teacher.score_async(_unpadded(ids, mask), _unpadded(completions, completion_mask))
+        keep = list(inputs["distill_mask"][rows].cpu())
+        return ScoreRequest(_unpadded(ids, mask), _unpadded(completions, completion_mask), keep)
 
-    def _said(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """What the server says of the distilled tokens: log-probabilities (N,), its likeliest (N, K) and theirs (N, K)."""
+    def _said(self, inputs: dict[str, Any]) -> TopTokens:
+        """What the server says of the distilled tokens."""
         start = time.perf_counter()
-        answer = next((future for batch, future in self._asked if batch is inputs), None) or self._ask(inputs)
-        said = answer.result()
+        said = self.teacher.say(inputs.get(SCORE_REQUEST) or self._request(inputs))
         self._log("time/teacher_s", time.perf_counter() - start)
-        mask = inputs["distill_mask"]
-        k = max([one.top_ids.size(1) for one in said], default=1)
-        logps, ids, top = [torch.zeros(0)], [torch.zeros(0, k, dtype=torch.long)], [torch.zeros(0, k)]
-        for one, row in zip(said, mask[mask.any(dim=1)].cpu(), strict=True):
-            keep, missing = row[: len(one.logprobs)], (0, k - one.top_ids.size(1))
-            logps.append(one.logprobs[keep])
-            ids.append(pad(one.top_ids[keep], missing))
-            top.append(pad(one.top_logprobs[keep], missing, value=-torch.inf))
-        return torch.cat(logps).to(mask.device), torch.cat(ids).to(mask.device), torch.cat(top).to(mask.device)
+        return said.to(inputs["distill_mask"].device)
 
     @torch.no_grad()
     def token_advantages(self, model: Any, output: dict[str, Any], rows_at_once: int) -> Tensor:
@@ -131,7 +125,7 @@ class Distiller:
                 )
             ours = token_logps(hidden[keep], tokens, head_of(model), self.trainer.temperature)
             if self.served:
-                theirs = self._said(part)[0]
+                theirs = self._said(part).sampled_logps
             else:
                 teacher, head = self._views(model, part)[0]
                 theirs = token_logps(teacher, tokens, head, self.trainer.temperature)
@@ -206,15 +200,15 @@ class Distiller:
         return per_token, per_token
 
     def _from_server(
-        self, student: Tensor, tokens: Tensor, head: Head, said: tuple[Tensor, Tensor, Tensor], weights: Tensor
+        self, student: Tensor, tokens: Tensor, head: Head, said: TopTokens, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
         """As `_between`, over the tokens whose log-probabilities the server returned; both sides at temperature 1."""
-        s, (logps, top_ids, top_logps) = self.settings, said
+        s, logps = self.settings, said.sampled_logps
         if s.signal == "sampled_token":
             ours = token_logps(student, tokens, head, 1.0, weights)
             return losses.sampled_token_loss(ours, logps), torch.where(logps.isfinite(), ours - logps, 0.0)
         per_token = losses.chunked_support_divergence(
-            student, head.weight, top_ids, top_logps, alpha=s.alpha, tail=s.tail, pointwise_clip=s.pointwise_clip, jsd_normalize=s.jsd_normalize, weights=weights, student_bias=head.bias,
+            student, head.weight, said.ids, said.logps, alpha=s.alpha, tail=s.tail, pointwise_clip=s.pointwise_clip, jsd_normalize=s.jsd_normalize, weights=weights, student_bias=head.bias,
             logit_scale=head.logit_scale, soft_cap=head.soft_cap,
         )  # fmt: skip
         return per_token, per_token

@@ -81,7 +81,8 @@ class Client:
         max_concurrency: requests under way at once, over all servers.
         timeout_s: time for one attempt, from sending to the last byte.
         patience_s: how long a request is tried again before `ServerUnavailable`.
-        backoff_s, backoff_limit_s: first and longest pause between attempts; pauses double, and a random half is left off.
+        backoff_s, backoff_limit_s: first and longest pause between attempts; pauses double, and are cut at random
+            by up to a half.
         malformed_limit: unusable replies to one request before `MalformedReply`.
         key_prefix: what stands before a setting's name in messages, such as `teacher.`.
         servers: one for each base URL.
@@ -114,7 +115,8 @@ class Client:
         self._key = os.environ.get(self.api_key_env, "").strip()
         if not self._key.isascii() or any(c.isspace() for c in self._key):
             raise UserError(
-                f"The API key in the environment variable {self.api_key_env} has characters that no key has; set it again."
+                f"The API key in the environment variable {self.api_key_env} has characters that no key has; "
+                "set it again."
             )
         self._lock = threading.Lock()
         self._portal: BlockingPortal | None = None
@@ -229,7 +231,7 @@ class Client:
         )
 
     async def _fetch(self, method: str, path: str, content: bytes | None) -> tuple[Server, float, bytes]:
-        """The bytes of an answer, the server that gave it and when it was sent the request. Takes a place of `_unread`."""
+        """The server that answered, when it was sent the request, and the bytes. Takes a place of `_unread`."""
         waiting_since_s = time.monotonic()
         reasons: list[str] = []  # why attempts failed
         failing_since_s = float("inf")
@@ -378,8 +380,8 @@ class Client:
         if server_pause_s:
             wish = f" It asks to wait {server_pause_s:.0f} s, {self.key_prefix}patience_s allows {self.patience_s:g}."
         return ServerUnavailable(
-            f"No usable answer from {self.name} for {waited_s:.0f} s ({len(reasons)} attempts; the last one: {last}).{wish}\n"
-            f"Is the server running? To start one: vllm serve MODEL --served-model-name NAME --port PORT\n"
+            f"No usable answer from {self.name} for {waited_s:.0f} s ({len(reasons)} attempts; the last one: {last})."
+            f"{wish}\nIs the server running? To start one: vllm serve MODEL --served-model-name NAME --port PORT\n"
             f"Another address: {self.key_prefix}base_url=http://HOST:PORT/v1. "
             f"Waiting longer: {self.key_prefix}patience_s=SECONDS."
         )

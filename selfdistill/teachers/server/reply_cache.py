@@ -38,7 +38,8 @@ class ReplyCache:
             self._database.executescript(SCHEMA)
         except (OSError, sqlite3.Error) as error:
             raise UserError(
-                f"The cache {self.file} cannot be used ({error}). Delete that file, or write cache=FOLDER with another folder."
+                f"The cache {self.file} cannot be used ({error}). Delete that file, or write "
+                "cache=FOLDER with another folder."
             ) from None
 
     def get(self, key: bytes) -> bytes | None:
