@@ -175,11 +175,8 @@ class Client:
         self._slots = asyncio.Semaphore(self.max_concurrency)
         self._unread = asyncio.Semaphore(self.max_concurrency)  # replies that wait to be read are large
         self._reader = CapacityLimiter(1)
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            headers={"Content-Type": "application/json"},
-        )
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
+        self._session = aiohttp.ClientSession(connector=connector, headers={"Content-Type": "application/json"})
         try:
             async with create_task_group() as self._watchers:
                 task_status.started()
@@ -305,14 +302,9 @@ class Client:
         """
         # A user name in the address is sent as such, and leaves no place for a key.
         headers = {"Authorization": f"Bearer {self._key}"} if self._key and server.url.user is None else None
+        url, limit = server.address(path), aiohttp.ClientTimeout(total=timeout_s)
         async with self._session.request(
-            method,
-            server.address(path),
-            data=content,
-            headers=headers,
-            proxy=server.proxy,
-            allow_redirects=False,
-            timeout=aiohttp.ClientTimeout(total=timeout_s),
+            method, url, data=content, headers=headers, proxy=server.proxy, allow_redirects=False, timeout=limit
         ) as response:
             return response, await response.read()
 

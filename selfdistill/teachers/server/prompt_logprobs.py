@@ -17,14 +17,8 @@ ALL = -1
 
 def scoring_body(model: str, rows: Sequence[Sequence[int]], k: int) -> dict[str, Any]:
     """The request body that asks for the k likeliest tokens (-1: all) at every position of each row of token ids."""
-    return {
-        "model": model,
-        "prompt": [list(row) for row in rows],
-        "max_tokens": 1,
-        "temperature": 1.0,
-        "prompt_logprobs": k,
-        "return_token_ids": True,
-    }
+    body = {"model": model, "prompt": [list(row) for row in rows], "max_tokens": 1, "temperature": 1.0}
+    return {**body, "prompt_logprobs": k, "return_token_ids": True}
 
 
 def choices_of(reply: Any, count: int) -> list[dict[str, Any]]:

@@ -163,12 +163,8 @@ class Scorer:
 def _packed(answer: TopTokens) -> bytes:
     """As bytes for the cache."""
     buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        logprobs=answer.sampled_logps.numpy(),
-        top_ids=answer.ids.numpy().astype(np.int32),
-        top_logprobs=answer.logps.numpy(),
-    )
+    ids = answer.ids.numpy().astype(np.int32)
+    np.savez(buffer, logprobs=answer.sampled_logps.numpy(), top_ids=ids, top_logprobs=answer.logps.numpy())
     return buffer.getvalue()
 
 

@@ -37,16 +37,13 @@ class TopTokens:
             keep: a mask for each row, as long as the row or longer; its end is then padding and not read.
         """
         width = max((row.ids.size(1) for row in rows), default=1)
-        parts = [cls.empty(width)]
+        empty = cls.empty(width)
+        parts = [(empty.sampled_logps, empty.ids, empty.logps)]
         for row, mask in zip(rows, keep, strict=True):
             mask, missing = mask[: len(row.sampled_logps)], (0, width - row.ids.size(1))
             ids, logps = pad(row.ids[mask], missing), pad(row.logps[mask], missing, value=-torch.inf)
-            parts.append(cls(row.sampled_logps[mask], ids, logps))
-        return cls(
-            torch.cat([part.sampled_logps for part in parts]),
-            torch.cat([part.ids for part in parts]),
-            torch.cat([part.logps for part in parts]),
-        )
+            parts.append((row.sampled_logps[mask], ids, logps))
+        return cls(*map(torch.cat, zip(*parts, strict=True)))
 
     def to(self, device: torch.device) -> "TopTokens":
         """The same numbers on another device."""
