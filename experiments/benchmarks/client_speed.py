@@ -1,11 +1,11 @@
 """How much of a server's speed the client passes on.
 
     python experiments/benchmarks/client_speed.py
-    python experiments/benchmarks/client_speed.py --url http://127.0.0.1:8000/v1 --model embedded --out client_speed.json
+    python experiments/benchmarks/client_speed.py --url http://127.0.0.1:8000/v1 --model embedded --out speed.json
 
-First against a stub with 100 ms latency: 64 requests at concurrency 8, ideally 0.8 s. Then, with --url, against a real vLLM
-server: tokens scored per second at concurrency 1, 4 and 16 by `ServerTeacher.score`, and by a bare loop that posts the same
-bodies and throws the replies away unread. The two take turns, so that a busy machine slows both.
+First against a stub with 100 ms latency: 64 requests at concurrency 8, ideally 0.8 s. Then, with --url, against a real
+vLLM server: tokens scored per second at concurrency 1, 4 and 16 by `ServerTeacher.score`, and by a bare loop that posts
+the same bodies and throws the replies away unread. The two take turns, so that a busy machine slows both.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
+import aiohttp
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -63,13 +63,12 @@ def random_rows(count: int, tokens: int, vocabulary: int) -> tuple[Rows, Rows]:
 async def bare_loop(url: str, bodies: list[bytes], concurrency: int) -> None:
     slots = asyncio.Semaphore(concurrency)
     headers = {"Content-Type": "application/json"}
-    async with httpx.AsyncClient(
-        timeout=600, headers=headers, limits=httpx.Limits(max_connections=concurrency)
-    ) as http:
+    async with aiohttp.ClientSession(headers=headers, timeout=aiohttp.ClientTimeout(600)) as http:
 
         async def post(body: bytes) -> None:
-            async with slots:
-                (await http.post(f"{url}/completions", content=body)).raise_for_status()
+            async with slots, http.post(f"{url}/completions", data=body) as response:
+                response.raise_for_status()
+                await response.read()
 
         await asyncio.gather(*(post(body) for body in bodies))
 
@@ -78,11 +77,9 @@ def server_throughput(url: str, model: str, concurrency: int, arguments: argpars
     """Tokens per second through the teacher and through the bare loop, median over rounds."""
     prompts, completions = random_rows(arguments.rows, arguments.tokens, arguments.vocabulary)
     teacher = ServerTeacher(url, model, top_k=arguments.top_k, max_concurrency=concurrency)
-    rows = [(p + c, len(p)) for p, c in zip(prompts, completions, strict=True)]
-    batches = teacher._batches(rows, [(index, b"") for index in range(len(rows))])
     bodies = [
-        json.dumps(scoring_body(model, [rows[index][0] for index, _ in batch], arguments.top_k)).encode()
-        for batch in batches
+        json.dumps(scoring_body(model, [row.ids for row in batch], arguments.top_k)).encode()
+        for batch in teacher.scorer.batches(teacher.scorer.rows(prompts, completions))
     ]
     tokens = arguments.rows * arguments.tokens
     ours, bare = [], []

@@ -78,7 +78,7 @@ def built(cfg: DictConfig, key: str) -> Any:
     Raises:
         UserError: a `_target_` that is not trusted or does not exist, or an argument that it refuses.
     """
-    node = OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key]
+    node: Any = OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key]
     for where, inner in targets(node, key):
         check_trust(where, inner["_target_"], cfg.trusted_prefixes)
         bind(where, inner)

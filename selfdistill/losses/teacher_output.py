@@ -12,12 +12,14 @@ and heads are bfloat16.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from selfdistill.losses.chunks import ChunkedPass, HeadedStates, softmax_, token_losses
 from selfdistill.losses.divergence import Divergence
@@ -51,7 +53,7 @@ class TeacherOutput(ABC):
         """
 
     @abstractmethod
-    def logps(self, ids: Tensor, temperature: float) -> Tensor:
+    def token_logps(self, ids: Tensor, temperature: float) -> Tensor:
         """The teacher's log-probabilities (N,) of the sampled tokens; not finite where it gives none."""
 
     @abstractmethod
@@ -66,7 +68,7 @@ class FullDistribution(HeadedStates, TeacherOutput):
     def temperature(self, wanted: float) -> float:
         return wanted
 
-    def logps(self, ids: Int[Tensor, " N"], temperature: float) -> Float[Tensor, " N"]:
+    def token_logps(self, ids: Int[Tensor, " N"], temperature: float) -> Float[Tensor, " N"]:
         with torch.no_grad():
             states = self._at(temperature)
             chosen = states.logits_at(slice(None), ids[:, None]).squeeze(-1)
@@ -112,23 +114,50 @@ class FullDistribution(HeadedStates, TeacherOutput):
 
 @dataclass(frozen=True)
 class TopTokens(TeacherOutput):
-    """A served teacher's log-probabilities of its K likeliest tokens, over the whole vocabulary and at temperature 1.
+    """A served teacher's log-probabilities of N sampled tokens and of the K likeliest, at temperature 1.
 
-    Padding: any id of the vocabulary with a log-probability of minus infinity.
+    They are over the whole vocabulary, in nats, and not renormalised. Padding is any id of the vocabulary with a
+    log-probability of minus infinity.
 
     Attributes:
-        sampled_logps: (N,) of the sampled tokens, which need not be among the likeliest.
-        ids, top_logps: (N, K), likeliest first.
+        sampled_logps: (N,) of the sampled tokens, which need not be among the likeliest; may be -inf.
+        ids, logps: (N, K) of the likeliest tokens, likeliest first.
     """
 
     sampled_logps: Float[Tensor, " N"]
     ids: Int[Tensor, "N K"]
-    top_logps: Float[Tensor, "N K"]
+    logps: Float[Tensor, "N K"]
+
+    @classmethod
+    def empty(cls, k: int) -> "TopTokens":
+        """For no tokens at all."""
+        return cls(torch.zeros(0), torch.zeros(0, k, dtype=torch.long), torch.zeros(0, k))
+
+    @classmethod
+    def concatenated(cls, rows: Sequence["TopTokens"], keep: Sequence[Bool[Tensor, " _"]]) -> "TopTokens":
+        """The kept tokens of several rows, one after the other.
+
+        Args:
+            rows: of any lengths and any K. To the widest K, narrower ones are padded.
+            keep: a mask for each row, as long as the row or longer; its end is then padding and not read.
+        """
+        width = max((row.ids.size(1) for row in rows), default=1)
+        empty = cls.empty(width)
+        parts = [(empty.sampled_logps, empty.ids, empty.logps)]
+        for row, mask in zip(rows, keep, strict=True):
+            mask, missing = mask[: len(row.sampled_logps)], (0, width - row.ids.size(1))
+            ids, logps = pad(row.ids[mask], missing), pad(row.logps[mask], missing, value=-torch.inf)
+            parts.append((row.sampled_logps[mask], ids, logps))
+        return cls(*map(torch.cat, zip(*parts, strict=True)))
+
+    def to(self, device: torch.device) -> "TopTokens":
+        """The same numbers on another device."""
+        return TopTokens(self.sampled_logps.to(device), self.ids.to(device), self.logps.to(device))
 
     def temperature(self, wanted: float) -> float:
         return 1.0
 
-    def logps(self, ids: Int[Tensor, " N"], temperature: float) -> Float[Tensor, " N"]:
+    def token_logps(self, ids: Int[Tensor, " N"], temperature: float) -> Float[Tensor, " N"]:
         return self.sampled_logps
 
     def divergence(
@@ -253,7 +282,7 @@ def _over_support(
     ids = teacher.ids[rows]
     chosen = logits.gather(-1, ids)
     student_logps = chosen.sub_(softmax_(logits, out=logits))
-    student_logps, teacher_logps = padded_support(student_logps, teacher.top_logps[rows])
+    student_logps, teacher_logps = padded_support(student_logps, teacher.logps[rows])
     values, slope = _value_and_slope(kind, student_logps, teacher_logps)
     if wants_gradient:
         _to_logits_(logits, ids, slope)

@@ -5,7 +5,7 @@ What the main process alone does is in `record`; how the end of one process ends
 
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +62,21 @@ class Session:
     Attributes:
         folder: the run's folder.
         final_accuracy: on the held-out rows, after the training; None before, and without an evaluation.
+        at_end: what is closed when the run is over, however it ends.
     """
 
     def __init__(self, run: config.Run, record: NoRecord, processes: Processes, interruption: Interruption) -> None:
         self.run, self.record, self.processes, self.interruption = run, record, processes, interruption
         self.folder = record.folder
         self.final_accuracy: float | None = None
+        self.at_end = ExitStack()
         self._evaluations: Evaluations | None = None
 
     def begin(self, parts: Parts) -> None:
         """Shows the plan, evaluates the start, and puts the callbacks in place."""
         trainer = parts.trainer
+        if trainer.teacher is not None:
+            self.at_end.callback(trainer.teacher.close)
         self.record.begin(parts)
         callbacks = self.record.callbacks(parts)
         if parts.evaluator is not None and self.run.eval is not None:
@@ -141,7 +145,9 @@ def recorded(cfg: DictConfig, run: config.Run, hydra_config: Any) -> Iterator[Se
         try:
             record = _open_record(cfg, run, hydra_config, processes)
             processes.on_early_end = record.end_early
-            yield Session(run, record, processes, interruption)
+            session = Session(run, record, processes, interruption)
+            with session.at_end:
+                yield session
         except BaseException as error:
             end = processes.announce(_early_end(error, processes, interruption))
             if record is not None:

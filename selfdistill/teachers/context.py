@@ -15,7 +15,7 @@ from selfdistill.config.suggestions import guess
 from selfdistill.errors import UserError
 from selfdistill.rollout import Prompt, Rollouts
 from selfdistill.teachers import templates
-from selfdistill.teachers.templating import Template, cut
+from selfdistill.teachers.templating import Template, cut, fill_last_user_turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,7 +98,7 @@ class _Column(Context):
         prompts: list[Prompt | None] = []
         for prompt, value in zip(rollouts.prompts, rollouts.columns[self.field], strict=True):
             shown = cut(self._text(value), self.max_tokens, tokenizer)
-            prompts.append(_ask(prompt, self.template, **{self.slot: shown}) if shown else None)
+            prompts.append(fill_last_user_turn(prompt, self.template, **{self.slot: shown}) if shown else None)
         return prompts
 
     def _text(self, value: Any) -> str:
@@ -294,7 +294,7 @@ class Feedback(Context):
                 solution = self.solution_block.fill(solution=cut(source.solution, self.max_solution_tokens, tokenizer))
             if source.feedback is not None:
                 feedback = self.feedback_block.fill(feedback=cut(source.feedback, self.max_feedback_tokens, tokenizer))
-            prompts.append(_ask(prompt, self.template, solution=solution, feedback=feedback))
+            prompts.append(fill_last_user_turn(prompt, self.template, solution=solution, feedback=feedback))
         return prompts
 
     def _is_success(self, score: float | None) -> bool:
@@ -341,18 +341,6 @@ def _tag(tag: str | None) -> str | None:
             f"teacher.context.thinking_tag={tag}: write the opening tag with its brackets, such as <think>, or null."
         )
     return tag
-
-
-def _ask(prompt: Prompt, template: Template, /, **shown: str) -> Prompt:
-    """`prompt` with the text of its last user turn put into the template."""
-    if isinstance(prompt, str):
-        return template.fill(prompt=prompt, **shown)
-    for i in reversed(range(len(prompt))):
-        if prompt[i]["role"] == "user":
-            turn = {**prompt[i], "content": template.fill(prompt=prompt[i]["content"], **shown)}
-            return [*prompt[:i], turn, *prompt[i + 1 :]]
-    roles = ", ".join(message["role"] for message in prompt) or "none"
-    raise UserError(f"a prompt has no user turn for the teacher's context to go into (its turns: {roles}).")
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:

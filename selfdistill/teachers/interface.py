@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from selfdistill.errors import UserError
-from selfdistill.losses.teacher_output import TeacherOutput
+from selfdistill.losses.teacher_output import TeacherOutput, TopTokens
 from selfdistill.rollout import Prompt, Rollouts
 from selfdistill.teachers.context import Context
 
@@ -33,7 +33,7 @@ class TeacherRequest:
         prompt_ids, prompt_mask: what the teacher sees, padded on the left.
         completion_ids, completion_mask: what the student sampled, padded on the right.
         keep: the distilled tokens, about which the teacher is asked.
-        answer: where a teacher was asked ahead, what it is going to say.
+        answer: where a served teacher was asked ahead, what it is going to say of each row with a distilled token.
     """
 
     prompt_ids: Int[Tensor, "R P"]
@@ -41,7 +41,7 @@ class TeacherRequest:
     completion_ids: Int[Tensor, "R T"]
     completion_mask: Int[Tensor, "R T"]
     keep: Bool[Tensor, "R T"]
-    answer: "Future[TeacherOutput] | None" = None
+    answer: "Future[list[TopTokens]] | None" = None
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any]) -> "TeacherRequest":
@@ -78,11 +78,17 @@ class BaseTeacher:
 
     served = False
     context: Context
-    context_tokens: int | None = None
+
+    @property
+    def context_tokens(self) -> int | None:
+        return None
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}, sees {type(self.context).__name__}"
 
     # ---- before training ----
 
-    def check(self, tokenizer: PreTrainedTokenizerBase, vocabulary_size: int) -> list[str]:
+    def check(self, tokenizer: PreTrainedTokenizerBase, *, vocabulary_size: int | None = None) -> list[str]:
         """Whether it can teach this student, before anything is trained; what was found, in lines for the screen.
 
         Args:

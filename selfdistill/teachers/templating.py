@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from selfdistill.config.suggestions import guess
 from selfdistill.errors import UserError
+from selfdistill.rollout import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,6 +65,22 @@ class Template:
         return "".join(literal + (values[slot] if slot else "") for literal, slot in self._parts)
 
 
+def fill_last_user_turn(prompt: Prompt, template: Template, /, **values: str) -> Prompt:
+    """`prompt` with the text of its last user turn put into the template's slot {prompt}, and `values` into the others.
+
+    Raises:
+        UserError: a conversation has no user turn.
+    """
+    if isinstance(prompt, str):
+        return template.fill(prompt=prompt, **values)
+    for i in reversed(range(len(prompt))):
+        if prompt[i]["role"] == "user":
+            turn = {**prompt[i], "content": template.fill(prompt=prompt[i]["content"], **values)}
+            return [*prompt[:i], turn, *prompt[i + 1 :]]
+    roles = ", ".join(message["role"] for message in prompt) or "none"
+    raise UserError(f"a prompt has no user turn for the teacher's context to go into (its turns: {roles}).")
+
+
 def _text_of(source: str, key: str) -> str:
     if source.startswith(FILE_PREFIX):
         path = Path(source.removeprefix(FILE_PREFIX)).expanduser()
@@ -83,7 +100,7 @@ def _braced(slots: Iterable[str]) -> str:
 
 
 def cut(text: str, max_tokens: int | None, tokenizer: "PreTrainedTokenizerBase") -> str:
-    """`text`, or where it has more than `max_tokens` tokens its beginning and a visible mark, together within the budget.
+    """`text`; where it has more than `max_tokens` tokens, its beginning and a visible mark, together within the budget.
 
     The cut falls between two tokens and never inside a character. A budget smaller than the mark leaves the bare mark.
     """

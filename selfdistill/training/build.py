@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from selfdistill.config.schema import Run
@@ -17,7 +18,7 @@ from selfdistill.errors import UserError
 from selfdistill.evaluation.evaluator import EvalSettings, Evaluator
 from selfdistill.models.loading import load_configured, lora_config
 from selfdistill.teachers import Teacher
-from selfdistill.teachers.context import Demonstration, NoContext
+from selfdistill.teachers.context import Demonstration
 from selfdistill.teachers.server import ServerTeacher
 from selfdistill.teachers.weights import Base
 from selfdistill.training.arguments import trainer_arguments, use_cuda
@@ -59,8 +60,12 @@ def build(run: Run, folder: Path) -> Parts:
     model, tokenizer = load_configured(asdict(run.model))
     has_adapter = run.model.tuning == "full" or isinstance(model, PeftModel)
     data = load_data(run, tokenizer)
-    if isinstance(teacher, ServerTeacher):
-        teacher, data = with_server(run, teacher, data, model, tokenizer)
+    if teacher is not None:
+        for line in teacher.check(tokenizer, vocabulary_size=model.get_output_embeddings().weight.size(0)):
+            if PartialState().is_main_process:
+                print(line)
+    if isinstance(teacher, ServerTeacher) and teacher.mode == "write":
+        teacher, data = written_by(teacher, run, data)
     check_rows(reward, data.train, run.rollout, str(run.data.get("path", run.data["_target_"])))
 
     trainer = SelfDistillTrainer(
@@ -101,38 +106,28 @@ def load_data(run: Run, tokenizer: PreTrainedTokenizerBase) -> DataSplits:
     return data
 
 
-def with_server(
-    run: Run,
-    server: ServerTeacher,
-    data: DataSplits,
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-) -> tuple[ServerTeacher | Teacher | None, DataSplits]:
-    """A served teacher, checked; one that writes has written the training data's demonstrations.
+def written_by(server: ServerTeacher, run: Run, data: DataSplits) -> tuple[Teacher | None, DataSplits]:
+    """The training data with the demonstrations that a server has written, and the teacher that shows them.
 
-    What it wrote is then the context of a local teacher (SDFT), or with `rollout.on_policy_fraction=0` the target.
+    With `rollout.on_policy_fraction=0` they are the target, and nobody shows them.
 
     Raises:
-        UserError: the server cannot be used, or no demonstration was worth keeping.
+        UserError: no demonstration was worth keeping.
     """
-    for line in server.check(tokenizer, vocabulary_size=model.get_output_embeddings().weight.size(0)):
-        print(line)
-    if server.mode == "score":
-        server.context = server.context or NoContext()
-        return server, data
     rows = data.train
     columns = [{name: row[name] for name in rows.column_names if name != "prompt"} for row in rows]
-    written = server.write(rows["prompt"], golden=rows["golden_response"], columns=columns)
+    with server:
+        written = server.write(rows["prompt"], golden=rows["golden_response"], columns=columns)
     rows = rows.remove_columns("golden_response").add_column("golden_response", written)
     kept = rows.filter(lambda row: bool(row["golden_response"]))
     if not len(kept):
         raise UserError(
-            "teacher.mode=write: none of what the server wrote was kept; "
-            "lower teacher.keep_at_least or look at its answers."
+            "teacher.mode=write: none of what the server wrote was kept; lower teacher.keep_at_least or look at its "
+            "answers."
         )
     print(f"the server wrote demonstrations for {len(kept)} of {len(rows)} prompts; the others are left out")
-    imitates = run.rollout.on_policy_fraction == 0
-    return None if imitates else Teacher(Base(), Demonstration()), replace(data, train=kept)
+    teacher = None if run.rollout.on_policy_fraction == 0 else Teacher(Base(), Demonstration())
+    return teacher, replace(data, train=kept)
 
 
 def _evaluator(

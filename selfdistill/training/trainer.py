@@ -286,7 +286,7 @@ class SelfDistillTrainer(RolloutTrainer):
         temperature = said.temperature(settings.temperature or self.temperature)
         if settings.signal == "sampled_token":
             ours = losses.token_logps(student, head.at(temperature), tokens, weights=weights)
-            theirs = said.logps(tokens, temperature)
+            theirs = said.token_logps(tokens, temperature)
             per_token = losses.sampled_token_loss(ours, theirs)
             # The value of this loss means nothing; what is shown is the divergence that it estimates.
             divergence = torch.where(theirs.isfinite(), ours.detach() - theirs, 0.0)
@@ -328,7 +328,7 @@ class SelfDistillTrainer(RolloutTrainer):
                 prompt = part["prompt_ids"], part["prompt_mask"]
                 hidden = completion_hidden(self.model, *prompt, part["completion_ids"], part["completion_mask"])
             ours = losses.token_logps(hidden[keep], head_of(self.model).at(temperature), tokens)
-            theirs = said.logps(tokens, temperature)
+            theirs = said.token_logps(tokens, temperature)
             values = torch.zeros(keep.shape, device=mask.device)
             values[keep] = torch.where(theirs.isfinite(), theirs - ours, 0.0).float()
             log_ratios[rows] = values

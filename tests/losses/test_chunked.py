@@ -408,4 +408,4 @@ def test_a_teachers_log_probabilities():
     for sides, mixed in (([first], logits[0]), ([first, second], mix_logits(*logits, 0.3))):
         output = FullDistribution([(x.hidden, Head(x.head)) for x in sides], coef=0.3)
         expected = (mixed / 0.7).log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
-        torch.testing.assert_close(output.logps(ids, 0.7), expected)
+        torch.testing.assert_close(output.token_logps(ids, 0.7), expected)

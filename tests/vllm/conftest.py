@@ -1,6 +1,7 @@
 """A real vLLM server for the tests, serving the embedded model on the CPU from an environment of its own.
 
-`make vllm` makes that environment; SELFDISTILL_VLLM_PYTHON names another one's interpreter. Without it these tests skip.
+`make vllm` makes that environment; SELFDISTILL_VLLM_PYTHON names another one's interpreter. Without one these
+tests skip.
 """
 
 import os
@@ -57,9 +58,8 @@ class VllmServer:
     def start(self) -> None:
         """Start, without waiting until it answers."""
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
-        environment |= {
-            "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING",
-        }  # fmt: skip
+        environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+        environment |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
         vocabulary = AutoConfig.from_pretrained(MODEL).vocab_size
         command = [
             str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL, "--served-model-name", NAME,

@@ -15,7 +15,6 @@ from selfdistill.data import load_data
 from selfdistill.errors import UserError
 from selfdistill.machine.served_teacher import ServedTeacher, check_server
 from selfdistill.teachers.server import ServerTeacher
-from selfdistill.teachers.server.scored import Scored
 from tests.command import command, composed
 from tests.teachers.server.stub_server import LetterTokenizer
 from tests.vllm.conftest import CONTEXT_TOKENS, NAME, VllmServer
@@ -47,16 +46,16 @@ def local(model: Any, prompt: list[int], completion: list[int]) -> torch.Tensor:
     return logits[len(prompt) - 1 : len(prompt) + len(completion) - 1].float().log_softmax(-1)
 
 
-def assert_same(scored: Scored, model: Any, prompt: list[int], completion: list[int], k: int) -> None:
-    assert scored.logprobs.shape == (len(completion),)
+def assert_same(scored: TopTokens, model: Any, prompt: list[int], completion: list[int], k: int) -> None:
+    assert scored.sampled_logps.shape == (len(completion),)
     if not completion:
         return
     wanted = local(model, prompt, completion)
     own = wanted.gather(1, torch.tensor(completion).unsqueeze(1)).squeeze(1)
-    assert scored.top_ids.shape == (len(completion), k)
-    torch.testing.assert_close(scored.logprobs, own, atol=TOLERANCE, rtol=0)
-    torch.testing.assert_close(scored.top_logprobs, wanted.gather(1, scored.top_ids), atol=TOLERANCE, rtol=0)
-    torch.testing.assert_close(scored.top_logprobs, wanted.topk(k).values, atol=TOLERANCE, rtol=0)
+    assert scored.ids.shape == (len(completion), k)
+    torch.testing.assert_close(scored.sampled_logps, own, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(scored.logps, wanted.gather(1, scored.ids), atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(scored.logps, wanted.topk(k).values, atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("top_k", [0, 5, None])
@@ -98,7 +97,7 @@ def test_a_row_beyond_the_context_and_an_unknown_token_are_refused_in_the_server
             teacher.score([[5] * CONTEXT_TOKENS], [[6]])
         with pytest.raises(UserError, match="out of vocabulary"):
             teacher.score([[5]], [[100_000]])
-        assert len(teacher.score([[5]], [[6]])[0].logprobs) == 1
+        assert len(teacher.score([[5]], [[6]])[0].sampled_logps) == 1
     finally:
         teacher.close()
 
@@ -139,8 +138,9 @@ def test_golden_responses_are_shown_and_followed(server: VllmServer) -> None:
 
 def test_generate_data_end_to_end(server: VllmServer, tokenizer: Any, tmp_path: Path) -> None:
     arguments = [
-        f"base_url={server.url}", f"model={NAME}", f"output={tmp_path}", "prompts=embedded:retention", "train_samples=20",
-        "eval_samples=5", "temperature=0.3", "max_tokens=24", "samples=2", "+keep._target_=selfdistill.rewards.ExactMatch",
+        f"base_url={server.url}", f"model={NAME}", f"output={tmp_path}", "prompts=embedded:retention",
+        "train_samples=20", "eval_samples=5", "temperature=0.3", "max_tokens=24", "samples=2",
+        "+keep._target_=selfdistill.rewards.ExactMatch",
     ]  # fmt: skip
     assert command(arguments, tmp_path, generate_data).code == 0
     files = {name: (tmp_path / name).read_bytes() for name in ("train_data.json", "eval_data.json")}
@@ -174,7 +174,7 @@ def test_a_server_killed_in_the_middle_and_brought_back_loses_nothing(
     teacher = ServerTeacher(server.url, NAME, top_k=5, max_concurrency=2, patience_s=600.0)
     try:
         teacher.score([[5]], [[6]])
-        futures: list[Future[list[Scored]]] = [
+        futures: list[Future[list[TopTokens]]] = [
             teacher.score_async([p], [c]) for p, c in zip(prompts, completions, strict=True)
         ]
         while sum(future.done() for future in futures) < 10:

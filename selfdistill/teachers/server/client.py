@@ -5,7 +5,6 @@ training loop can `submit` work early and collect it later. Nothing is sent befo
 """
 
 import asyncio
-import concurrent.futures
 import json
 import logging
 import os
@@ -13,13 +12,18 @@ import random
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, TypeVar
 
-import httpx
+import aiohttp
 import orjson
+from anyio import CancelScope, CapacityLimiter, create_task_group, sleep_forever, to_thread
+from anyio.abc import TaskStatus
+from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from selfdistill.errors import UserError
-from selfdistill.teachers.server.connections import Connections
 from selfdistill.teachers.server.endpoints import RETRIED_STATUS, Server, parse_base_url, retry_after_s
 
 T = TypeVar("T")
@@ -27,6 +31,9 @@ log = logging.getLogger(__name__)
 
 POLL_S = 0.02
 WARN_EVERY_S = 30.0
+# Servers close idle connections, the most common one (uvicorn) after 5 s; one that has been closed must not be reused.
+KEEPALIVE_S = 4.0
+PING_TIMEOUT_S = 5.0
 
 
 class ServerUnavailable(UserError):
@@ -64,71 +71,55 @@ class _Failed(Exception):
         self.wait_s = wait_s
 
 
+@dataclass(eq=False, repr=False)
 class Client:
     """Requests to one model served under one or several base URLs.
 
-    Args:
+    Attributes:
         base_url: one URL or several; several are used evenly, and one that does not answer is left out until it does.
         api_key_env: the environment variable that holds the API key; unset means none is sent. The key is never logged.
         max_concurrency: requests under way at once, over all servers.
         timeout_s: time for one attempt, from sending to the last byte.
         patience_s: how long a request is tried again before `ServerUnavailable`.
-        backoff_s, backoff_limit_s: first and longest pause between attempts; pauses double, and a random half is left off.
+        backoff_s, backoff_limit_s: first and longest pause between attempts; pauses double, and are cut at random
+            by up to a half.
         malformed_limit: unusable replies to one request before `MalformedReply`.
         key_prefix: what stands before a setting's name in messages, such as `teacher.`.
+        servers: one for each base URL.
+        retries: attempts that were repetitions.
     """
 
-    def __init__(
-        self,
-        base_url: str | Sequence[str],
-        *,
-        api_key_env: str = "OPENAI_API_KEY",
-        max_concurrency: int = 8,
-        timeout_s: float = 120.0,
-        patience_s: float = 300.0,
-        backoff_s: float = 0.25,
-        backoff_limit_s: float = 20.0,
-        malformed_limit: int = 5,
-        key_prefix: str = "",
-    ) -> None:
-        self.prefix = key_prefix
-        urls = [base_url] if isinstance(base_url, str) else list(base_url)
+    base_url: str | Sequence[str]
+    _: KW_ONLY
+    api_key_env: str = "OPENAI_API_KEY"
+    max_concurrency: int = 8
+    timeout_s: float = 120.0
+    patience_s: float = 300.0
+    backoff_s: float = 0.25
+    backoff_limit_s: float = 20.0
+    malformed_limit: int = 5
+    key_prefix: str = ""
+
+    def __post_init__(self) -> None:
+        key = f"{self.key_prefix}base_url"
+        urls = [self.base_url] if isinstance(self.base_url, str) else list(self.base_url)
         if not urls:
-            raise UserError(
-                f"{key_prefix}base_url is empty. Write for example {key_prefix}base_url=http://localhost:8000/v1"
-            )
-        for name, value in {
-            "max_concurrency": max_concurrency,
-            "timeout_s": timeout_s,
-            "malformed_limit": malformed_limit,
-        }.items():
-            if value <= 0:
-                raise UserError(f"{key_prefix}{name}={value}: must be above 0.")
-        if patience_s < 0:
-            raise UserError(f"{key_prefix}patience_s={patience_s}: must be 0 or more seconds.")
-        self.servers = [Server(url) for url in dict.fromkeys(parse_base_url(u, f"{key_prefix}base_url") for u in urls)]
-        self.api_key_env = api_key_env
-        self.max_concurrency = max_concurrency
-        self.timeout_s = timeout_s
-        self.patience_s = patience_s
-        self.backoff_s = backoff_s
-        self.backoff_limit_s = backoff_limit_s
-        self.malformed_limit = malformed_limit
+            raise UserError(f"{key} is empty. Write for example {key}=http://localhost:8000/v1")
+        for name in ("max_concurrency", "timeout_s", "malformed_limit"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{self.key_prefix}{name}={getattr(self, name)}: must be above 0.")
+        if self.patience_s < 0:
+            raise UserError(f"{self.key_prefix}patience_s={self.patience_s}: must be 0 or more seconds.")
+        self.servers = [Server(url) for url in dict.fromkeys(parse_base_url(url, key) for url in urls)]
         self.retries = 0
-        self._key = os.environ.get(api_key_env, "").strip()
+        self._key = os.environ.get(self.api_key_env, "").strip()
         if not self._key.isascii() or any(c.isspace() for c in self._key):
             raise UserError(
-                f"The API key in the environment variable {api_key_env} has characters that no key has; set it again."
+                f"The API key in the environment variable {self.api_key_env} has characters that no key has; "
+                "set it again."
             )
         self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        headers = {"Content-Type": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        self._connections = Connections(max_concurrency + len(self.servers), headers, timeout_s)
-        self._slots = asyncio.Semaphore(max_concurrency)
-        self._unread = asyncio.Semaphore(max_concurrency)  # replies that wait to be read are large
-        self._probes: set[asyncio.Task[None]] = set()
+        self._portal: BlockingPortal | None = None
         self._warned_s = float("-inf")
 
     @property
@@ -141,9 +132,14 @@ class Client:
 
     # The face for threads that run no event loop.
 
-    def submit(self, work: Coroutine[Any, Any, T]) -> "concurrent.futures.Future[T]":
+    def submit(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
         """Start a coroutine on the client's own event loop; the future's `result()` waits for it."""
-        return asyncio.run_coroutine_threadsafe(work, self._running_loop())
+        with self._lock:
+            if self._portal is None:
+                self._thread = ExitStack()
+                self._portal = self._thread.enter_context(start_blocking_portal())
+                self._portal.start_task(self._hold_session)
+            return self._portal.start_task_soon(lambda: work)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the client's own event loop and wait for it; an interrupt here cancels it there."""
@@ -157,13 +153,10 @@ class Client:
     def close(self) -> None:
         """Drop what is under way and end the thread. A later request starts anew."""
         with self._lock:
-            loop, self._loop = self._loop, None
-        if loop is not None:
-            asyncio.run_coroutine_threadsafe(self._shut_down(), loop).result()
-            loop.call_soon_threadsafe(loop.stop)
-            self._thread.join()
-            self._reader.shutdown()
-            loop.close()
+            portal, self._portal = self._portal, None
+            if portal is not None:
+                portal.call(portal.stop, True)
+                self._thread.close()
 
     def __enter__(self) -> "Client":
         return self
@@ -173,22 +166,32 @@ class Client:
 
     def each_alone(self, **changes: Any) -> "list[Client]":
         """A client for every single server, for checks that each has to pass."""
-        settings = {
-            "api_key_env": self.api_key_env, "max_concurrency": self.max_concurrency, "timeout_s": self.timeout_s,
-            "patience_s": self.patience_s, "backoff_s": self.backoff_s, "backoff_limit_s": self.backoff_limit_s,
-            "malformed_limit": self.malformed_limit, "key_prefix": self.prefix,
-        }  # fmt: skip
-        return [Client(str(server.url), **{**settings, **changes}) for server in self.servers]
+        return [replace(self, base_url=str(server.url), **changes) for server in self.servers]
 
     # What runs on the event loop.
+
+    async def _hold_session(self, *, task_status: TaskStatus[None]) -> None:
+        """Open what belongs to the event loop, and close it when the loop is told to end."""
+        self._slots = asyncio.Semaphore(self.max_concurrency)
+        self._unread = asyncio.Semaphore(self.max_concurrency)  # replies that wait to be read are large
+        self._reader = CapacityLimiter(1)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
+        self._session = aiohttp.ClientSession(connector=connector, headers={"Content-Type": "application/json"})
+        try:
+            async with create_task_group() as self._watchers:
+                task_status.started()
+                await sleep_forever()
+        finally:
+            with CancelScope(shield=True):
+                await self._session.close()
 
     async def request(
         self,
         method: str,
         path: str,
         body: dict[str, Any] | None = None,
-        decode: Callable[[Any], Any] = lambda reply: reply,
-    ) -> Any:
+        decode: Callable[[Any], T] = lambda reply: reply,
+    ) -> T:
         """One request, repeated until an answer comes that `decode` accepts. Runs on the client's own loop.
 
         Args:
@@ -203,10 +206,10 @@ class Client:
         content = None if body is None else json.dumps(body).encode()
         reason = ""
         for attempt in range(1, self.malformed_limit + 1):
-            server, started, raw = await self._fetch(method, path, content)
+            server, started_s, raw = await self._fetch(method, path, content)
             try:
                 # In another thread, and after the slot was given back: the server works on while this one reads.
-                value = await asyncio.get_running_loop().run_in_executor(self._reader, _read, raw, decode)
+                value = await to_thread.run_sync(_read, raw, decode, limiter=self._reader)
             except ReplyError as error:
                 reason = str(error)
             else:
@@ -215,7 +218,7 @@ class Client:
             finally:
                 self._unread.release()
             failure = _Failed(reason)
-            self._note_failure(server, started, failure)
+            self._note_failure(server, started_s, failure)
             self._warn(server, failure)
             self.retries += 1
             await asyncio.sleep(self._pause_s(attempt))
@@ -225,168 +228,164 @@ class Client:
         )
 
     async def _fetch(self, method: str, path: str, content: bytes | None) -> tuple[Server, float, bytes]:
-        """The bytes of an answer, with the server that gave it and when it was asked. Holds a place among the unread."""
-        waiting_since = time.monotonic()
-        trouble: list[str] = []  # reasons of the failed attempts
-        trouble_since = float("inf")
+        """The server that answered, when it was sent the request, and the bytes. Takes a place of `_unread`."""
+        waiting_since_s = time.monotonic()
+        reasons: list[str] = []  # why attempts failed
+        failing_since_s = float("inf")
         async with self._slots:
             while True:
-                server = await self._pick(waiting_since, trouble_since, trouble)
-                started = server.last_used_s = time.monotonic()
+                server = await self._pick(waiting_since_s, failing_since_s, reasons)
+                started_s = server.last_used_s = time.monotonic()
                 server.in_flight += 1
                 server.sent += 1
                 try:
                     raw = await self._exchange(server, method, path, content)
                     break
                 except _Failed as failure:
-                    self._note_failure(server, started, failure)
-                    now = time.monotonic()
-                    trouble_since = min(trouble_since, now)
-                    trouble.append(str(failure))
-                    pause_s = self._pause_s(len(trouble))
-                    asked_s = min((max(0.0, s.not_before_s - now) for s in self.servers if s.up), default=0.0)
-                    if now + max(pause_s, asked_s) - trouble_since > self.patience_s:
-                        raise self._unavailable(trouble, now - trouble_since, asked_s) from None
+                    self._note_failure(server, started_s, failure)
+                    now_s = time.monotonic()
+                    failing_since_s = min(failing_since_s, now_s)
+                    reasons.append(str(failure))
+                    pause_s = self._pause_s(len(reasons))
+                    # The pause that the servers themselves have asked for, by Retry-After.
+                    server_pause_s = min((max(0.0, s.not_before_s - now_s) for s in self.servers if s.up), default=0.0)
+                    if now_s + max(pause_s, server_pause_s) - failing_since_s > self.patience_s:
+                        raise self._unavailable(reasons, now_s - failing_since_s, server_pause_s) from None
                     self._warn(server, failure)
                 finally:
                     server.in_flight -= 1
                 self.retries += 1
                 await asyncio.sleep(pause_s)
             await self._unread.acquire()
-        return server, started, raw
+        return server, started_s, raw
 
-    async def _pick(self, waiting_since: float, trouble_since: float, trouble: list[str]) -> Server:
+    async def _pick(self, waiting_since_s: float, failing_since_s: float, reasons: list[str]) -> Server:
         """The least busy server that may be asked, once there is one."""
         while True:
-            now = time.monotonic()
-            ready = [s for s in self.servers if s.up and s.not_before_s <= now]
+            now_s = time.monotonic()
+            ready = [s for s in self.servers if s.up and s.not_before_s <= now_s]
             if ready:
                 return min(ready, key=lambda s: (s.in_flight, s.last_used_s))
             # A request that queued while every server was down has waited since then, not since its turn came.
-            down_since = max(waiting_since, max(s.last_failure_s for s in self.servers))
-            waited_s = now - min(trouble_since, down_since)
+            down_since_s = max(waiting_since_s, max(s.last_failure_s for s in self.servers))
+            waited_s = now_s - min(failing_since_s, down_since_s)
             if waited_s > self.patience_s:
-                raise self._unavailable(trouble, waited_s)
+                raise self._unavailable(reasons, waited_s)
             await asyncio.sleep(POLL_S)
 
     async def _exchange(self, server: Server, method: str, path: str, content: bytes | None) -> bytes:
         """One HTTP exchange: the body of a 200."""
-        base = str(server.url)
-        url = base.removesuffix("/v1") + path if path.startswith("/") else f"{base}/{path}"
         try:
-            response = await self._connections.send(method, url, content)
+            response, raw = await self._send(server, method, path, content, self.timeout_s)
         except TimeoutError:
             raise _Failed(f"no answer within {self.timeout_s:g} s", unreachable=True) from None
-        except httpx.TransportError as error:
-            what = "cannot connect" if isinstance(error, httpx.ConnectError) else "the connection broke"
-            raise _Failed(self._redact(f"{what} ({error or type(error).__name__})"), unreachable=True) from None
-        except httpx.DecodingError as error:
-            raise _Failed(f"its body cannot be unpacked ({error})") from None
-        if response.status_code in RETRIED_STATUS:
+        except aiohttp.ClientConnectorError as error:
+            raise _Failed(self._redact(f"cannot connect ({error.os_error})"), unreachable=True) from None
+        except aiohttp.ClientError as error:
+            reason = f"the connection broke ({error or type(error).__name__})"
+            raise _Failed(self._redact(reason), unreachable=True) from None
+        if response.status in RETRIED_STATUS:
             wait_s = retry_after_s(response.headers.get("retry-after", ""))
-            raise _Failed(f"HTTP {response.status_code} {self._detail(response)}".strip(), wait_s=wait_s)
-        if response.status_code != 200:
-            raise self._refused(server, path, response)
-        return response.content
+            raise _Failed(f"HTTP {response.status} {self._detail(raw)}".strip(), wait_s=wait_s)
+        if response.status != 200:
+            raise self._refused(server, path, response, self._detail(raw))
+        return raw
 
-    def _note_failure(self, server: Server, started: float, failure: _Failed) -> None:
+    async def _send(
+        self, server: Server, method: str, path: str, content: bytes | None, timeout_s: float
+    ) -> tuple[aiohttp.ClientResponse, bytes]:
+        """One attempt: the response and its whole body.
+
+        Raises:
+            TimeoutError: no complete answer in time.
+            aiohttp.ClientError: the connection failed.
+        """
+        # A user name in the address is sent as such, and leaves no place for a key.
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key and server.url.user is None else None
+        url, limit = server.address(path), aiohttp.ClientTimeout(total=timeout_s)
+        async with self._session.request(
+            method, url, data=content, headers=headers, proxy=server.proxy, allow_redirects=False, timeout=limit
+        ) as response:
+            return response, await response.read()
+
+    def _note_failure(self, server: Server, started_s: float, failure: _Failed) -> None:
         """Give a failing server a pause, and watch one that cannot be reached until it can."""
-        now = time.monotonic()
-        if started >= server.last_failure_s:  # requests that failed together count once
+        now_s = time.monotonic()
+        if started_s >= server.last_failure_s:  # requests that failed together count once
             server.failures += 1
-        server.last_failure_s = now
+        server.last_failure_s = now_s
         if failure.wait_s:
-            server.not_before_s = max(server.not_before_s, now + failure.wait_s)
+            server.not_before_s = max(server.not_before_s, now_s + failure.wait_s)
         elif len(self.servers) > 1:  # alone, the request's own pause is enough
-            server.not_before_s = max(server.not_before_s, now + self._pause_s(server.failures))
+            server.not_before_s = max(server.not_before_s, now_s + self._pause_s(server.failures))
         if failure.unreachable and server.up:
             server.up = False
-            probe = asyncio.create_task(self._probe(server))
-            self._probes.add(probe)
-            probe.add_done_callback(self._probes.discard)
+            self._watchers.start_soon(self._watch, server)
 
-    async def _probe(self, server: Server) -> None:
+    async def _watch(self, server: Server) -> None:
         """Ask a server for its models until it answers."""
-        tried = 0
-        while True:
+        attempts = 0
+        while not server.up:
             try:
-                response = await self._connections.send(
-                    "GET", f"{server.url}/models", timeout_s=min(5.0, self.timeout_s)
-                )
-                if response.status_code < 500:
-                    server.up = True
-                    return
-            except (TimeoutError, httpx.HTTPError):
+                response, _ = await self._send(server, "GET", "models", None, min(PING_TIMEOUT_S, self.timeout_s))
+                server.up = response.status < 500
+            except (TimeoutError, aiohttp.ClientError):
                 pass
-            tried += 1
-            await asyncio.sleep(min(self._pause_s(tried), 5.0))
+            if not server.up:
+                attempts += 1
+                await asyncio.sleep(min(self._pause_s(attempts), PING_TIMEOUT_S))
 
     def _pause_s(self, failures: int) -> float:
         """Exponential back-off with jitter, in seconds."""
         return min(self.backoff_limit_s, self.backoff_s * 2 ** min(failures - 1, 30)) * random.uniform(0.5, 1.0)
 
-    def _running_loop(self) -> asyncio.AbstractEventLoop:
-        with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._reader = concurrent.futures.ThreadPoolExecutor(1, "selfdistill-reader")
-                self._thread = threading.Thread(target=self._loop.run_forever, name="selfdistill-client", daemon=True)
-                self._thread.start()
-            return self._loop
-
-    async def _shut_down(self) -> None:
-        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        await self._connections.close()
-        await asyncio.sleep(0.01)  # sockets close in a later turn of the loop
-        self._slots = asyncio.Semaphore(self.max_concurrency)
-        self._unread = asyncio.Semaphore(self.max_concurrency)
-
-    # What is said when it goes wrong.
+    # The words for what goes wrong.
 
     def _redact(self, text: str) -> str:
         return text.replace(self._key, "***") if self._key else text
 
-    def _detail(self, response: httpx.Response) -> str:
+    def _detail(self, raw: bytes) -> str:
         """The server's own words, shortened, without the key should it echo it."""
         try:
-            reply = response.json()
+            reply = orjson.loads(raw)
             error = reply.get("error", reply)
             text = str(error.get("message", error) if isinstance(error, dict) else error)
         except (ValueError, AttributeError):
-            text = response.text
+            text = raw.decode(errors="replace")
         text = " ".join(self._redact(text).split())
         return text if len(text) <= 500 else text[:500] + "…"
 
-    def _refused(self, server: Server, path: str, response: httpx.Response) -> RequestRefused:
-        status, detail = response.status_code, self._detail(response)
+    def _refused(self, server: Server, path: str, response: aiohttp.ClientResponse, detail: str) -> RequestRefused:
+        status = response.status
         message = f"{server.name} refused a request to {path} with HTTP {status}: {detail}"
         if status in (401, 403):
             state = "holds a key that it does not accept" if self._key else "is not set"
-            message += f"\nThe environment variable {self.api_key_env} ({self.prefix}api_key_env) {state}."
+            message += f"\nThe environment variable {self.api_key_env} ({self.key_prefix}api_key_env) {state}."
         elif 300 <= status < 400:
-            message += f"\nIt redirects to {response.headers.get('location', 'elsewhere')}: write the final address in {self.prefix}base_url."
+            target = response.headers.get("location", "elsewhere")
+            message += f"\nIt redirects to {target}: write the final address in {self.key_prefix}base_url."
         return RequestRefused(message, status, detail)
 
-    def _unavailable(self, trouble: list[str], waited_s: float, wait_s: float = 0.0) -> ServerUnavailable:
-        last = trouble[-1] if trouble else "it could not be reached by earlier requests either"
-        asks = f" It asks to wait {wait_s:.0f} s, {self.prefix}patience_s allows {self.patience_s:g}." if wait_s else ""
+    def _unavailable(self, reasons: list[str], waited_s: float, server_pause_s: float = 0.0) -> ServerUnavailable:
+        last = reasons[-1] if reasons else "it could not be reached by earlier requests either"
+        wish = ""
+        if server_pause_s:
+            wish = f" It asks to wait {server_pause_s:.0f} s, {self.key_prefix}patience_s allows {self.patience_s:g}."
         return ServerUnavailable(
-            f"No usable answer from {self.name} for {waited_s:.0f} s ({len(trouble)} attempts; the last one: {last}).{asks}\n"
-            f"Is the server running? To start one: vllm serve MODEL --served-model-name NAME --port PORT\n"
-            f"Another address: {self.prefix}base_url=http://HOST:PORT/v1. Waiting longer: {self.prefix}patience_s=SECONDS."
+            f"No usable answer from {self.name} for {waited_s:.0f} s ({len(reasons)} attempts; the last one: {last})."
+            f"{wish}\nIs the server running? To start one: vllm serve MODEL --served-model-name NAME --port PORT\n"
+            f"Another address: {self.key_prefix}base_url=http://HOST:PORT/v1. "
+            f"Waiting longer: {self.key_prefix}patience_s=SECONDS."
         )
 
     def _warn(self, server: Server, failure: _Failed) -> None:
-        now = time.monotonic()
-        if now - self._warned_s >= WARN_EVERY_S:
-            self._warned_s = now
+        now_s = time.monotonic()
+        if now_s - self._warned_s >= WARN_EVERY_S:
+            self._warned_s = now_s
             log.warning("%s: %s; trying again for up to %g s", server.name, failure, self.patience_s)
 
 
-def _read(raw: bytes, decode: Callable[[Any], Any]) -> Any:
+def _read(raw: bytes, decode: Callable[[Any], T]) -> T:
     """What `decode` makes of a body."""
     try:
         reply = orjson.loads(raw)  # replies with log-probabilities are large
@@ -397,16 +396,9 @@ def _read(raw: bytes, decode: Callable[[Any], Any]) -> Any:
 
 async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     """The results of several coroutines that run together; the first error ends the others and is raised as it is."""
-    tasks = [asyncio.ensure_future(one) for one in work]
-    if not tasks:
-        return []
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
-    finally:
-        for task in tasks:
-            task.cancel()
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException) and not isinstance(result, asyncio.CancelledError):
-            raise result
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one) for one in work]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
     return [task.result() for task in tasks]

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from selfdistill.teachers.server.client import Client, ServerUnavailable, all_of
 from selfdistill.teachers.server.probe import find_model
 from selfdistill.teachers.server.prompt_sources import Candidate, FilePrompts, TopicPrompts
 from selfdistill.teachers.server.reply_cache import ReplyCache
-from selfdistill.teachers.server.writer import Reward, Sampling, Writer, Written, show_golden
+from selfdistill.teachers.server.writing import Sampling, Writer, Written, show_golden
 from selfdistill.teachers.templates import DEMONSTRATION
 
 
@@ -112,7 +113,12 @@ class Generation:
     """The rows found so far, and what was rejected."""
 
     def __init__(
-        self, settings: DatasetSettings, client: Client, cache: ReplyCache, identity: str, keep: Reward | None
+        self,
+        settings: DatasetSettings,
+        client: Client,
+        cache: ReplyCache,
+        identity: str,
+        keep: Callable[..., Any] | None,
     ) -> None:
         self.settings = settings
         self.client = client
@@ -173,7 +179,7 @@ class Generation:
         return [row for row in rows if id(row) not in chosen], [row for row in rows if id(row) in chosen]
 
 
-def generate(settings: DatasetSettings, keep: Reward | None = None) -> int:
+def generate(settings: DatasetSettings, keep: Callable[..., Any] | None = None) -> int:
     """Write train_data.json, eval_data.json and report.json to `settings.output`.
 
     Started again with the same settings, it continues: every answer is kept in OUTPUT/answers.

@@ -3,19 +3,22 @@
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import cached_property
+from urllib.request import getproxies, proxy_bypass
 
-import httpx
+from yarl import URL
 
 from selfdistill.errors import UserError
 
 RETRIED_STATUS = frozenset({408, 429, *range(500, 600)})
+THIS_MACHINE = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(eq=False)
 class Server:
     """One base URL and what is known of it. Times are those of `time.monotonic`."""
 
-    url: httpx.URL
+    url: URL
     sent: int = 0
     in_flight: int = 0
     last_used_s: float = 0.0
@@ -27,33 +30,46 @@ class Server:
     @property
     def name(self) -> str:
         """The URL without a user name or password in it."""
-        return str(self.url.copy_with(userinfo=b""))
+        return str(self.url.with_user(None))
+
+    @cached_property
+    def proxy(self) -> str | None:
+        """The proxy that the environment names for this address; never one for this machine."""
+        host = self.url.host or ""
+        if host in THIS_MACHINE or proxy_bypass(host):
+            return None
+        proxies = getproxies()
+        return proxies.get(self.url.scheme) or proxies.get("all")
+
+    def address(self, path: str) -> str:
+        """The address of a path below the base URL, or with a leading slash below the server's root."""
+        base = str(self.url)
+        return base.removesuffix("/v1") + path if path.startswith("/") else f"{base}/{path}"
 
 
-def parse_base_url(text: str, key: str = "base_url") -> httpx.URL:
+def parse_base_url(text: str, key: str = "base_url") -> URL:
     """The URL whose path ends where `/completions` begins; `/v1` is added to a URL without a path.
 
     Raises:
         UserError: not an http or https URL.
     """
     try:
-        url = httpx.URL(text.strip().rstrip("/"))
-    except (httpx.InvalidURL, AttributeError, TypeError) as error:
+        url = URL(text.strip().rstrip("/"))
+    except (ValueError, AttributeError, TypeError) as error:
         raise UserError(
             f"{key}={text}: not a URL ({error}). Write for example {key}=http://localhost:8000/v1"
         ) from None
     if url.scheme not in ("http", "https") or not url.host:
         raise UserError(f"{key}={text}: not an http URL. Write for example {key}=http://localhost:8000/v1")
-    return url if url.path.strip("/") else url.copy_with(path="/v1")
+    return url if url.path.strip("/") else url.with_path("/v1")
 
 
 def retry_after_s(header: str) -> float:
     """Seconds a `Retry-After` header asks to wait: a number of seconds or a date; 0 where there is none."""
     header = header.strip()
-    if not header:
-        return 0.0
     try:
-        return max(0.0, float(header)) if float(header) < float("inf") else 0.0
+        seconds = float(header)
+        return seconds if 0 <= seconds < float("inf") else 0.0
     except ValueError:
         pass
     try:

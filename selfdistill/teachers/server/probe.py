@@ -1,7 +1,7 @@
 """What a server can do, found by asking it: its models, its limits, its tokenizer.
 
-Used before training, so that a server that cannot serve is a message and not a crash an hour later, and by the doctor.
-All functions run on the client's event loop.
+It is asked before training, so that an unfit server is a message and not a crash an hour later, and by the doctor.
+All coroutines run on the client's event loop.
 """
 
 import re
@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from selfdistill.config.suggestions import guess
 from selfdistill.errors import UserError
+from selfdistill.losses import TopTokens
 from selfdistill.teachers.server.client import Client, MalformedReply, ReplyError, RequestRefused, all_of
 from selfdistill.teachers.server.prompt_logprobs import ALL, choices_of, read_positions, scoring_body
 
@@ -23,7 +24,7 @@ PROBE_TEXT = (
 )  # fmt: skip
 PLAIN_PROBE_TEXT = "the red fox can't jump 12345 times over  the lazy dog's back. f(x): return x**2 != None"
 DETOKENIZE_CHUNK = 4096
-SHOWN = 3
+MOST_DIFFERENCES = 3
 
 
 @runtime_checkable
@@ -31,8 +32,8 @@ class Tokenizer(Protocol):
     """What is used of a transformers tokenizer."""
 
     def __len__(self) -> int: ...
-    def decode(self, token_ids: Any, /) -> Any: ...
-    def encode(self, text: str, /, *, add_special_tokens: bool) -> Any: ...
+    def decode(self, token_ids: list[int], /) -> str | list[str]: ...
+    def encode(self, text: str, /, *, add_special_tokens: bool) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,8 @@ def _read_models(reply: Any) -> list[ServedModel]:
     models = []
     for entry in entries:
         root, length = entry.get("root"), entry.get("max_model_len")
-        models.append(
-            ServedModel(
-                entry["id"], root if isinstance(root, str) else None, length if isinstance(length, int) else None
-            )
-        )
+        root, length = root if isinstance(root, str) else None, length if isinstance(length, int) else None
+        models.append(ServedModel(entry["id"], root, length))
     return models
 
 
@@ -92,14 +90,14 @@ async def find_model(client: Client, name: str) -> ServedModel:
     names = [model.name for model in models]
     served = ", ".join(names) if names else "nothing"
     raise UserError(
-        f"{client.prefix}model={name}: {client.name} does not serve it. It serves {served}{guess(name, names)}"
+        f"{client.key_prefix}model={name}: {client.name} does not serve it. It serves {served}{guess(name, names)}"
     )
 
 
-async def score_ids(client: Client, model: str, ids: Sequence[int], k: int) -> Any:
-    """`Positions` of all tokens of a row but the first."""
+async def score_ids(client: Client, model: str, ids: Sequence[int], k: int) -> TopTokens:
+    """What the model says of all tokens of a row but the first."""
 
-    def decode(reply: Any) -> Any:
+    def decode(reply: Any) -> TopTokens:
         return read_positions(choices_of(reply, 1)[0], ids, 1, k)
 
     return await client.request("POST", "completions", scoring_body(model, [list(ids)], k), decode)
@@ -111,9 +109,9 @@ async def require_scoring(client: Client, model: str, k: int) -> list[float]:
     Raises:
         UserError: the server gives no prompt log-probabilities, or fewer than k a position.
     """
-    key = f"{client.prefix}top_k"
+    key = f"{client.key_prefix}top_k"
     try:
-        return [float(value) for value in (await score_ids(client, model, PROBE_IDS, k)).logprobs]
+        return (await score_ids(client, model, PROBE_IDS, k)).sampled_logps.tolist()
     except RequestRefused as error:
         limit = named_limit(error.detail)
         if limit is not None:
@@ -124,13 +122,13 @@ async def require_scoring(client: Client, model: str, k: int) -> list[float]:
                 f"or start the server with --max-logprobs {wanted}."
             ) from None
         raise UserError(
-            f"{error}\n{client.name} cannot score: it takes no token ids with prompt_logprobs. A vLLM server does; with any "
-            f"other use {client.prefix}mode=write, in which the server writes demonstrations."
+            f"{error}\n{client.name} cannot score: it takes no token ids with prompt_logprobs. A vLLM server does; "
+            f"with any other use {client.key_prefix}mode=write, in which the server writes demonstrations."
         ) from None
     except MalformedReply as error:
         raise UserError(
             f"{error}\n{client.name} cannot score: vLLM's prompt_logprobs are needed. With another kind of server use "
-            f"{client.prefix}mode=write, in which it writes demonstrations."
+            f"{client.key_prefix}mode=write, in which it writes demonstrations."
         ) from None
 
 
@@ -141,8 +139,10 @@ def named_limit(detail: str) -> int | None:
 
 
 async def largest_k(client: Client, model: str, vocabulary: int) -> int:
-    """The most log-probabilities a position that the server gives. More than the vocabulary is never asked for:
-    a server that allows it can fall over."""
+    """The most log-probabilities a position that the server gives, at most the size of the vocabulary.
+
+    More is never asked for: a server that allows it can fall over.
+    """
     ids = PROBE_IDS[:2]
     try:
         await score_ids(client, model, ids, vocabulary)
@@ -164,7 +164,7 @@ async def largest_k(client: Client, model: str, vocabulary: int) -> int:
 async def tokenizer_differences(client: Client, model: str, tokenizer: Tokenizer) -> list[str]:
     """How the server's tokenizer differs from this one, a few differences in words; empty when they are the same.
 
-    Every token id is turned to text on both sides, and a text to token ids. Names are not looked at.
+    Every token id is turned to text on both sides, and two texts to token ids. Names are not compared.
     """
     differences = await _encoding_differences(client, model, tokenizer)
     try:
@@ -179,9 +179,8 @@ async def _encoding_differences(client: Client, model: str, tokenizer: Tokenizer
         here = [int(token) for token in tokenizer.encode(text, add_special_tokens=False)]
         there = await _encode(client, model, text)
         if here != there:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(here, there, strict=False)) if a != b), min(len(here), len(there))
-            )
+            pairs = enumerate(zip(here, there, strict=False))
+            at = next((i for i, (ours, theirs) in pairs if ours != theirs), min(len(here), len(there)))
             differences.append(
                 f"{text[:30]!r}… becomes {here[at : at + 4]} here and {there[at : at + 4]} there, from token {at} on"
             )
@@ -222,7 +221,7 @@ async def _vocabulary_differences(client: Client, model: str, tokenizer: Tokeniz
 
     async def differing(ids: list[int], enough: list[int]) -> None:
         """Halve down to the ids that differ by themselves; texts of several ids may differ by the joints alone."""
-        if len(enough) >= SHOWN or await detokenize(ids) == tokenizer.decode(ids):
+        if len(enough) >= MOST_DIFFERENCES or await detokenize(ids) == tokenizer.decode(ids):
             return
         if len(ids) == 1:
             enough.append(ids[0])
@@ -242,5 +241,5 @@ async def _vocabulary_differences(client: Client, model: str, tokenizer: Tokeniz
         return [f"token {size} is {beyond!r} there, and here the vocabulary ends before it"]
     return [
         f"token {token} is {tokenizer.decode([token])!r} here and {await detokenize([token])!r} there"
-        for token in sorted(found)[:SHOWN]
+        for token in sorted(found)[:MOST_DIFFERENCES]
     ]

@@ -1,11 +1,12 @@
-"""Reading vLLM's `prompt_logprobs`, strictly: what does not fit to what was sent is refused, never repaired."""
+"""vLLM's `prompt_logprobs`: how they are asked for and read. A reply that does not fit is refused, never repaired."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
+from selfdistill.losses import TopTokens
 from selfdistill.teachers.server.client import ReplyError
 
 # vLLM writes -inf, for which JSON has no number, as -9999.
@@ -14,27 +15,10 @@ SLACK = 1e-3
 ALL = -1
 
 
-@dataclass(frozen=True)
-class Positions:
-    """What the server says of T successive tokens, float64.
-
-    Attributes:
-        logprobs: (T,) log-probability of each token that was sent.
-        top_ids: (T, k) the k likeliest tokens, likeliest first.
-        top_logprobs: (T, k) their log-probabilities.
-    """
-
-    logprobs: np.ndarray
-    top_ids: np.ndarray
-    top_logprobs: np.ndarray
-
-
 def scoring_body(model: str, rows: Sequence[Sequence[int]], k: int) -> dict[str, Any]:
     """The request body that asks for the k likeliest tokens (-1: all) at every position of each row of token ids."""
-    return {
-        "model": model, "prompt": [list(row) for row in rows], "max_tokens": 1, "temperature": 1.0,
-        "prompt_logprobs": k, "return_token_ids": True,
-    }  # fmt: skip
+    body = {"model": model, "prompt": [list(row) for row in rows], "max_tokens": 1, "temperature": 1.0}
+    return {**body, "prompt_logprobs": k, "return_token_ids": True}
 
 
 def choices_of(reply: Any, count: int) -> list[dict[str, Any]]:
@@ -42,15 +26,14 @@ def choices_of(reply: Any, count: int) -> list[dict[str, Any]]:
     choices = reply.get("choices") if isinstance(reply, dict) else None
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
         raise ReplyError("it has no list of choices")
-    if sorted(choice["index"] if isinstance(choice.get("index"), int) else -1 for choice in choices) != list(
-        range(count)
-    ):
+    indices = [choice["index"] if isinstance(choice.get("index"), int) else -1 for choice in choices]
+    if sorted(indices) != list(range(count)):
         raise ReplyError(f"it has {len(choices)} choices for {count} prompts, or wrong indices")
     return sorted(choices, key=lambda choice: choice["index"])
 
 
-def read_positions(choice: dict[str, Any], ids: Sequence[int], first: int, k: int) -> Positions:
-    """The positions from `first` on of one row.
+def read_positions(choice: dict[str, Any], ids: Sequence[int], first: int, k: int) -> TopTokens:
+    """What the server says of one row from the token `first` on, in float32.
 
     Args:
         choice: one choice of the reply.
@@ -59,11 +42,11 @@ def read_positions(choice: dict[str, Any], ids: Sequence[int], first: int, k: in
         k: as it was asked for; 0 for the sent tokens alone, -1 for the whole vocabulary.
 
     Raises:
-        ReplyError: anything that is not exactly what was asked for.
+        ReplyError: it is not exactly what was asked for.
     """
     echoed = choice.get("prompt_token_ids")
     if echoed is not None and echoed != list(ids):
-        raise ReplyError("it speaks of other token ids than were sent")
+        raise ReplyError("it is about other token ids than were sent")
     entries = choice.get("prompt_logprobs")
     if not isinstance(entries, list):
         raise ReplyError("it has no prompt_logprobs")
@@ -80,15 +63,23 @@ def read_positions(choice: dict[str, Any], ids: Sequence[int], first: int, k: in
     if everything:
         k = len(wanted[0]) if wanted else 0
     rows = [_read_entry(entry, ids[first + i], k, first + i) for i, entry in enumerate(wanted)]
-    result = Positions(
-        logprobs=np.array([row[0] for row in rows], dtype=np.float64).reshape(len(rows)),
-        top_ids=np.array([row[1] for row in rows], dtype=np.int64).reshape(len(rows), k),
-        top_logprobs=np.array([row[2] for row in rows], dtype=np.float64).reshape(len(rows), k),
-    )
-    if everything and (np.sort(result.top_ids, axis=-1) != np.arange(k)).any():
+    sampled = np.array([row[0] for row in rows], dtype=np.float64).reshape(len(rows))
+    top_ids = np.array([row[1] for row in rows], dtype=np.int64).reshape(len(rows), k)
+    logps = np.array([row[2] for row in rows], dtype=np.float64).reshape(len(rows), k)
+    if everything and (np.sort(top_ids, axis=-1) != np.arange(k)).any():
         raise ReplyError("it does not hold the whole vocabulary, which was asked for")
-    _check_numbers(result)
-    return result
+    if np.isnan(sampled).any() or np.isnan(logps).any():
+        raise ReplyError("a log-probability is NaN")
+    if (sampled > SLACK).any() or (logps > SLACK).any():
+        raise ReplyError("a log-probability is above 0")
+    if (np.exp(logps).sum(-1) > 1 + SLACK).any():
+        raise ReplyError("the probabilities at a position add up to more than 1")
+    # What rounding has put above 0 is 0.
+    return TopTokens(
+        torch.from_numpy(sampled).float().clamp(max=0.0),
+        torch.from_numpy(top_ids),
+        torch.from_numpy(logps).float().clamp(max=0.0),
+    )
 
 
 def _read_entry(entry: dict[str, Any], token: int, k: int, position: int) -> tuple[float, np.ndarray, np.ndarray]:
@@ -114,15 +105,3 @@ def _read_entry(entry: dict[str, Any], token: int, k: int, position: int) -> tup
         raise ReplyError(f"position {position} has {len(ids)} log-probabilities, {k} were asked for")
     order = np.lexsort((ids, -logprobs))
     return float(own[0]), ids[order], logprobs[order]
-
-
-def _check_numbers(positions: Positions) -> None:
-    for values in (positions.logprobs, positions.top_logprobs):
-        if np.isnan(values).any():
-            raise ReplyError("a log-probability is NaN")
-        if (values > SLACK).any():
-            raise ReplyError("a log-probability is above 0")
-    if (np.exp(positions.top_logprobs).sum(-1) > 1 + SLACK).any():
-        raise ReplyError("the probabilities at a position add up to more than 1")
-    np.minimum(positions.logprobs, 0.0, out=positions.logprobs)
-    np.minimum(positions.top_logprobs, 0.0, out=positions.top_logprobs)

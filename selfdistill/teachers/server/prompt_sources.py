@@ -1,9 +1,9 @@
-"""Where prompts for generated data come from: a file, or the model itself, asked about topics."""
+"""Where the prompts of generated data come from: a file, or the model itself, which writes some about topics."""
 
 import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,15 @@ from selfdistill.errors import UserError
 from selfdistill.rollout import Message
 from selfdistill.teachers.server.client import Client, all_of
 from selfdistill.teachers.server.reply_cache import ReplyCache
-from selfdistill.teachers.server.writer import Sampling, Writer
+from selfdistill.teachers.server.writing import Sampling, Writer
 
-TOPIC_TEMPLATE = """Write {count} different requests that people might put to an assistant, all about this topic: {topic}
+TOPIC_TEMPLATE = """\
+Write {count} different requests that people might put to an assistant, all about this topic: {topic}
 
-Each request is complete in itself, one line long, and unlike the others. Write one request a line, numbered, and nothing else."""
+Each request is complete in itself, one line long, and unlike the others. Write one request a line, numbered, and \
+nothing else."""
 KNOWN_BLOCK = "\n\nThese are there already; write others:\n{known}"
-SHOWN_KNOWN = 20
+MOST_KNOWN = 20
 FRUITLESS_ROUNDS = 3
 NUMBERING = re.compile(r"^\s*(?:\d+\s*[.):]|[-*•])\s*")
 
@@ -57,7 +59,7 @@ class Candidate:
 
 
 def normal(text: str) -> str:
-    """Text without case, punctuation and differences of spacing; of text that is nothing but punctuation, the text."""
+    """Text without case, punctuation and differences of spacing. Text that is punctuation alone keeps it."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     words = re.sub(r"[^\w\s]", " ", folded).split()
     # Signs carry the meaning where the words alone are the same, as in 3 + 4 and 3 - 4.
@@ -76,7 +78,8 @@ class FilePrompts:
         self.rejected: list[dict[str, str]] = []
         self._left: list[Candidate] = []
         seen: set[str] = set()
-        for place, candidate, error in _text_rows(path, system) if path.endswith(".txt") else _data_rows(path, system):
+        rows = _text_rows(path, system) if path.endswith(".txt") else _data_rows(path, system)
+        for place, candidate, error in rows:
             if candidate is None:
                 self.rejected.append({"reason": "row that cannot be read", "prompt": f"{place}: {error}"})
             elif candidate.key in seen:
@@ -98,23 +101,31 @@ def _system_messages(system: str | None) -> list[Message]:
     return [{"role": "system", "content": system}] if system else []
 
 
-def _text_rows(path: str, system: str | None) -> Any:
+def _lines(key: str, path: str, advice: str = "") -> list[str]:
+    """The lines of a text file without the space around them, empty ones included.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        return [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
     except OSError as error:
-        raise UserError(f"prompts={path}: {error.strerror}.") from None
+        raise UserError(f"{key}={path}: {error.strerror}.{advice}") from None
     except UnicodeDecodeError:
-        raise UserError(f"prompts={path} is not UTF-8. Save it as UTF-8.") from None
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield (
-                f"line {number}",
-                Candidate([*_system_messages(system), {"role": "user", "content": line.strip()}]),
-                None,
-            )
+        raise UserError(f"{key}={path} is not UTF-8. Save it as UTF-8.") from None
 
 
-def _data_rows(path: str, system: str | None) -> Any:
+# A row of a file: where it stands, and the prompt or the reason why there is none.
+FileRow = tuple[str, Candidate | None, str | None]
+
+
+def _text_rows(path: str, system: str | None) -> Iterator[FileRow]:
+    for number, line in enumerate(_lines("prompts", path), start=1):
+        if line:
+            yield f"line {number}", Candidate([*_system_messages(system), {"role": "user", "content": line}]), None
+
+
+def _data_rows(path: str, system: str | None) -> Iterator[FileRow]:
     from selfdistill.data.rows import BadRow, Fields, RowReader
     from selfdistill.data.sources import open_source
 
@@ -135,13 +146,17 @@ def _data_rows(path: str, system: str | None) -> Any:
 
 
 class TopicPrompts:
-    """Prompts that the model writes about topics, round after round, shown what it has written already.
+    """Prompts that the model writes about topics, round after round. Each round shows it what it has written already.
 
     Args:
         topics: a file with one topic a line, or a list of topics.
+        client, model, cache, identity, sampling: see `Writer`.
+        template: how prompts are asked for, with {count} and {topic}; None for the default.
+        per_request: prompts asked for at once, about each topic.
+        system: a system message for every prompt.
 
     Raises:
-        UserError: no topics, or a template without its places.
+        UserError: no topics, or a template without {count} or {topic}.
     """
 
     def __init__(
@@ -181,9 +196,9 @@ class TopicPrompts:
         return taken
 
     async def _round(self, attempt: int) -> None:
-        """Ask once about every topic. The attempt asks for another number, so that an answer in vain is not repeated."""
-        asked = await all_of(self._writer.write_one(self._request(topic, attempt)) for topic in self._topics)
-        for topic, written in zip(self._topics, asked, strict=True):
+        """Ask once about every topic. Each attempt asks for another number, so that the cache has no answer to it."""
+        answers = await all_of(self._writer.write_one(self._request(topic, attempt)) for topic in self._topics)
+        for topic, written in zip(self._topics, answers, strict=True):
             if not written.kept:
                 self.rejected.append({"reason": "answer without prompts", "prompt": topic})
             for text in (prompt for answer in written.kept for prompt in read_prompts(answer)):
@@ -197,21 +212,16 @@ class TopicPrompts:
 
     def _request(self, topic: str, attempt: int) -> str:
         text = self._template.replace("{count}", str(self._per_request + attempt)).replace("{topic}", topic)
-        known = self._known[topic][-SHOWN_KNOWN:]
+        known = self._known[topic][-MOST_KNOWN:]
         return text + KNOWN_BLOCK.format(known="\n".join(known)) if known else text
 
 
 def _read_topics(topics: str | Sequence[str]) -> list[str]:
     if isinstance(topics, str):
-        try:
-            lines = Path(topics).read_text(encoding="utf-8-sig").splitlines()
-        except OSError as error:
-            raise UserError(f"topics={topics}: {error.strerror}. A list is written topics=[cooking,travel].") from None
-        except UnicodeDecodeError:
-            raise UserError(f"topics={topics} is not UTF-8. Save it as UTF-8.") from None
+        lines = _lines("topics", topics, " A list is written topics=[cooking,travel].")
     else:
-        lines = [str(topic) for topic in topics]
-    found = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+        lines = [str(topic).strip() for topic in topics]
+    found = list(dict.fromkeys(line for line in lines if line))
     if not found:
         raise UserError(f"topics={topics}: there are no topics in it.")
     return found

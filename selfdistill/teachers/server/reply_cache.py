@@ -38,7 +38,8 @@ class ReplyCache:
             self._database.executescript(SCHEMA)
         except (OSError, sqlite3.Error) as error:
             raise UserError(
-                f"The cache {self.file} cannot be used ({error}). Delete that file, or write cache=FOLDER with another folder."
+                f"The cache {self.file} cannot be used ({error}). Delete that file, or write "
+                "cache=FOLDER with another folder."
             ) from None
 
     def get(self, key: bytes) -> bytes | None:
@@ -99,7 +100,7 @@ def mean_difference(first: list[float], second: list[float]) -> float:
     return sum(abs(a - b) if a != b else 0.0 for a, b in zip(first, second, strict=True)) / max(1, len(first))
 
 
-def cache_key(identity: Any, path: str, body: dict[str, Any], salt: Any = None) -> bytes:
+def cache_key(identity: str, path: str, body: dict[str, Any], salt: int | None = None) -> bytes:
     """A digest of everything that determines an answer; where the server stands does not."""
     text = json.dumps([identity, path, body, salt], sort_keys=True)
     return hashlib.sha256(text.encode()).digest()

@@ -4,41 +4,54 @@ Scoring goes by token ids: the teacher's prompt and the completion as it was sam
 These are log-probabilities at temperature 1 whatever is asked for, so the student is compared at temperature 1 too.
 """
 
-import concurrent.futures
-import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Literal
+
+import anyio
+from torch import nn
 
 from selfdistill.errors import UserError
+from selfdistill.losses import TopTokens
 from selfdistill.rollout import Prompt
 from selfdistill.teachers import templates
+from selfdistill.teachers.context import Context, NoContext
+from selfdistill.teachers.interface import BaseTeacher, TeacherRequest
 from selfdistill.teachers.server import probe as server_probe
-from selfdistill.teachers.server.client import Client, RequestRefused, ServerUnavailable, all_of
-from selfdistill.teachers.server.prompt_logprobs import ALL, Positions, choices_of, read_positions, scoring_body
-from selfdistill.teachers.server.reply_cache import ReplyCache, cache_key, mean_difference
-from selfdistill.teachers.server.scored import Scored
-from selfdistill.teachers.server.writer import Reward, Sampling, Writer, Written, show_golden
+from selfdistill.teachers.server.client import Client, ServerUnavailable
+from selfdistill.teachers.server.reply_cache import ReplyCache, mean_difference
+from selfdistill.teachers.server.scoring import Row, Scorer
+from selfdistill.teachers.server.writing import Sampling, Writer, Written, show_golden
 
-# Bounds what a server holds at once for one request: prompt log-probabilities of the whole vocabulary take much memory.
-REQUEST_TOKENS = 2048
+if TYPE_CHECKING:
+    pass
+
 START_PATIENCE_S = 5.0
 SAME_MODEL_NATS = 0.05
 
 
-class ServerTeacher:
+class ServerTeacher(BaseTeacher):
     """A model served by vLLM (`score`) or by any OpenAI-compatible server (`write`). Nothing is sent before it is used.
+
+    It holds a thread and connections from its first request on: whoever builds it calls `close`, or uses it in `with`.
 
     Args:
         base_url: `http://host:port/v1`, or a list of servers of the same model.
         model: the name under which it is served.
         mode: `score` gives log-probabilities of the student's tokens, `write` gives demonstrations.
-        context: what the teacher sees beyond the prompt; used by the trainer.
+        context: what the teacher sees beyond the prompt, one of `selfdistill.teachers.context`; nothing by default.
         top_k: how many of the likeliest tokens come back per position: None all, 0 none but the sampled one.
         cache: a folder in which answers are kept; None keeps none.
-        samples, temperature, top_p, max_tokens, stop, seed, chat_template_kwargs: how it writes.
+        samples, temperature, top_p, max_tokens, stop, seed, chat_template_kwargs: how it writes, see `Sampling`.
         show_golden_response: in `write` mode the golden response is shown, in `golden_template`.
         keep, keep_at_least: a reward, and the score from which on a written response is kept.
-        max_concurrency, timeout_s, patience_s, api_key_env: see `Client`.
+        max_concurrency, timeout_s, patience_s, api_key_env, key_prefix: see `Client`.
+
+    Attributes:
+        client, scorer, writer: the parts that send requests, score and write.
+
+    Raises:
+        UserError: a setting is out of its range.
     """
 
     served = True
@@ -49,7 +62,7 @@ class ServerTeacher:
         model: str,
         *,
         mode: Literal["score", "write"] = "score",
-        context: Any = None,
+        context: Context | None = None,
         top_k: int | None = None,
         max_concurrency: int = 8,
         timeout_s: float = 120.0,
@@ -65,55 +78,49 @@ class ServerTeacher:
         chat_template_kwargs: dict[str, Any] | None = None,
         show_golden_response: bool = False,
         golden_template: str = templates.DEMONSTRATION,
-        keep: Reward | None = None,
+        keep: Callable[..., Any] | None = None,
         keep_at_least: float = 1.0,
         key_prefix: str = "teacher.",
     ) -> None:
         if mode not in ("score", "write"):
             raise UserError(f"{key_prefix}mode={mode}: write score or write.")
-        if top_k is not None and top_k < 0:
-            raise UserError(f"{key_prefix}top_k={top_k}: must be at least 0; null stands for the whole vocabulary.")
-        self.client = Client(
-            [base_url] if isinstance(base_url, str) else list(base_url),
-            api_key_env=api_key_env, max_concurrency=max_concurrency, timeout_s=timeout_s, patience_s=patience_s,
-            key_prefix=key_prefix,
-        )  # fmt: skip
-        self.prefix = key_prefix
         self.model = model
         self.mode = mode
-        self.context = context
-        self.top_k = top_k
-        self.context_tokens: int | None = None
-        self.vocabulary_size: int | None = None
-        self.show_golden_response = show_golden_response
-        self.golden_template = golden_template
+        self.context = context if context is not None else NoContext()
+        self.client = Client(
+            base_url,
+            api_key_env=api_key_env,
+            max_concurrency=max_concurrency,
+            timeout_s=timeout_s,
+            patience_s=patience_s,
+            key_prefix=key_prefix,
+        )
+        self.scorer = Scorer(self.client, model, top_k)
+        sampling = Sampling(samples, temperature, top_p, max_tokens, stop, seed, chat_template_kwargs or {})
+        self.writer = Writer(self.client, model, sampling, keep=keep, keep_at_least=keep_at_least)
+        self.golden_template = golden_template if show_golden_response else None
         self._cache_folder = cache
-        self._cache: ReplyCache | None = None
-        self._identity: str | None = None
-        self._sampling = Sampling(
-            samples, temperature, top_p, max_tokens, tuple(stop), seed, dict(chat_template_kwargs or {})
-        )  # fmt: skip
-        self._keep = keep
-        self._keep_at_least = keep_at_least
+        self._cache_opening = anyio.Lock()
 
-    @property
-    def k(self) -> int:
-        """`top_k` as the server understands it: -1 for the whole vocabulary."""
-        return ALL if self.top_k is None else self.top_k
+    def __enter__(self) -> "ServerTeacher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
-        """End the connections and the thread."""
+        """End the connections, the thread and the cache. A later request starts them anew."""
         self.client.close()
-        if self._cache is not None:
-            self._cache.close()
-            self._cache = None
+        if self.scorer.cache is not None:
+            self.scorer.cache.close()
+            self.scorer.cache = self.writer.cache = None
 
     def check(
         self,
         tokenizer: server_probe.Tokenizer | None = None,
         *,
-        longest_tokens: int | None = None,
         vocabulary_size: int | None = None,
+        longest_tokens: int | None = None,
     ) -> list[str]:
         """Ask every server, before training, whether it can do what will be asked of it.
 
@@ -131,7 +138,7 @@ class ServerTeacher:
         """
         if self.mode == "score" and tokenizer is None:
             raise ValueError("the student's tokenizer is needed to check a teacher that scores")
-        self.vocabulary_size = vocabulary_size
+        self.scorer.vocabulary_size = vocabulary_size
         lines, probes, down = [], [], []
         for alone in self.client.each_alone(patience_s=min(START_PATIENCE_S, self.client.patience_s)):
             with alone:
@@ -148,53 +155,87 @@ class ServerTeacher:
         for other in probes[1:]:
             if mean_difference(probes[0], other) > SAME_MODEL_NATS:
                 raise UserError(
-                    f"{self.prefix}base_url: the servers serve different models as {self.model}: the same tokens get other "
-                    "log-probabilities. Start all of them with the same weights."
+                    f"{self.client.key_prefix}base_url: the servers serve different models as {self.model}: the same "
+                    "tokens get other log-probabilities. Start all of them with the same weights."
                 )
         return lines
 
     def check_length(self, longest_tokens: int) -> None:
-        """Raises UserError where teacher prompt and completion of so many tokens together do not fit into the context."""
+        """Compare the most tokens of teacher prompt and completion together with the server's context.
+
+        Raises:
+            UserError: they do not fit.
+        """
+        context_tokens = self.scorer.context_tokens
         # The server generates at least one token after what it scores.
-        if self.context_tokens is not None and longest_tokens >= self.context_tokens:
+        if context_tokens is not None and longest_tokens >= context_tokens:
             raise UserError(
-                f"{self.client.name} serves {self.model} with a context of {self.context_tokens} tokens; the teacher's prompt "
-                f"and a completion can take {longest_tokens}, and one more is needed. Start it with --max-model-len "
-                f"{longest_tokens + 1}, or shorten the completions (rollout.max_completion_tokens) or what the teacher is shown."
+                f"{self.client.name} serves {self.model} with a context of {context_tokens} tokens; the teacher's "
+                f"prompt and a completion can take {longest_tokens}, and one more is needed. Start it with "
+                f"--max-model-len {longest_tokens + 1}, or shorten the completions (rollout.max_completion_tokens) or "
+                "what the teacher is shown."
             )
 
-    async def _check_one(self, client: Client, tokenizer: Any, longest_tokens: int | None) -> tuple[str, list[float]]:
+    async def _check_one(
+        self, client: Client, tokenizer: server_probe.Tokenizer | None, longest_tokens: int | None
+    ) -> tuple[str, list[float]]:
+        """What was found of one server, and the log-probabilities that it gives the probe's tokens."""
         served = await server_probe.find_model(client, self.model)
-        self.context_tokens = min(filter(None, [served.context_tokens, self.context_tokens]), default=None)
+        limits = [limit for limit in (served.context_tokens, self.scorer.context_tokens) if limit]
+        self.scorer.context_tokens = min(limits, default=None)
         if longest_tokens is not None:
             self.check_length(longest_tokens)
         line = f"{client.name} serves {self.model}, context {served.context_tokens or 'unknown'} tokens"
-        if self.mode == "write":
+        if self.mode == "write" or tokenizer is None:
             return line, []
         differences = await server_probe.tokenizer_differences(client, self.model, tokenizer)
         if differences:
             raise UserError(
-                f"{client.name} serves {self.model} with another tokenizer than the student's: {'; '.join(differences)}. "
-                f"Token-level distillation needs the same one. {self.prefix}mode=write needs no common tokenizer: the "
-                "server then writes demonstrations as text."
+                f"{client.name} serves {self.model} with another tokenizer than the student's: {'; '.join(differences)}"
+                f". Token-level distillation needs the same one. {client.key_prefix}mode=write needs no common "
+                "tokenizer: the server then writes demonstrations as text."
             )
-        probe = await server_probe.require_scoring(client, self.model, self.k)
-        return (
-            f"{line}, the student's tokenizer, {self.top_k if self.top_k is not None else 'all'} log-probabilities",
-            probe,
-        )
+        probe = await server_probe.require_scoring(client, self.model, self.scorer.k)
+        top_k = "all" if self.scorer.top_k is None else self.scorer.top_k
+        return f"{line}, the student's tokenizer, {top_k} log-probabilities", probe
+
+    @property
+    def context_tokens(self) -> int | None:
+        return self.scorer.context_tokens
 
     # Scoring.
 
+    def prepare(self, requests: Sequence[TeacherRequest]) -> None:
+        """Starts scoring, in this order, what has not been asked for yet, and returns at once.
+
+        The server works on the later ones while the student learns from the first. Raises as `score_async`.
+        """
+        for request in requests:
+            if request.answer is None:
+                distilled = request.keep.any(dim=1).tolist()
+                rows = [row for row, wanted in zip(request.sent(), distilled, strict=True) if wanted]
+                request.answer = self.score_async([prompt for prompt, _ in rows], [ids for _, ids in rows])
+
+    def say(self, request: TeacherRequest, student: nn.Module) -> TopTokens:
+        """What the server says of the distilled tokens; waits for it.
+
+        Raises:
+            ServerUnavailable, MalformedReply, UserError: as `Client.request` and `score_async`.
+        """
+        self.prepare([request])
+        assert request.answer is not None
+        keep = [row for row in request.keep.cpu() if row.any()]
+        return TopTokens.concatenated(request.answer.result(), keep).to(request.keep.device)
+
     def score(
         self, teacher_prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
-    ) -> list[Scored]:
+    ) -> list[TopTokens]:
         """What the teacher says of each completion after its prompt; waits for it. See `score_async`."""
         return self.score_async(teacher_prompt_ids, completion_ids).result()
 
     def score_async(
         self, teacher_prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
-    ) -> "concurrent.futures.Future[list[Scored]]":
+    ) -> "Future[list[TopTokens]]":
         """Start scoring and return at once.
 
         Args:
@@ -202,99 +243,16 @@ class ServerTeacher:
             completion_ids: the sampled ids, end-of-sequence included where it was sampled; may be empty.
 
         Returns:
-            A future of one `Scored` per completion.
+            A future of one `TopTokens` per completion.
 
         Raises:
             UserError: a row does not fit into the server's context.
         """
-        if len(teacher_prompt_ids) != len(completion_ids):
-            raise ValueError(f"{len(teacher_prompt_ids)} prompts for {len(completion_ids)} completions")
-        rows = []
-        for prompt, completion in zip(teacher_prompt_ids, completion_ids, strict=True):
-            if not prompt:
-                raise ValueError("a teacher prompt without tokens: nothing precedes the first token to be scored")
-            row = [int(token) for token in (*prompt, *completion)]
-            if self.context_tokens is not None and len(row) >= self.context_tokens and completion:
-                raise UserError(
-                    f"The teacher's prompt of {len(prompt)} tokens and the completion of {len(completion)} do not fit into "
-                    f"the {self.context_tokens} tokens of {self.client.name}'s context, of which one is generated. Start the "
-                    f"server with a longer --max-model-len, or shorten completions or the teacher's context."
-                )
-            rows.append((row, len(prompt)))
-        return self.client.submit(self._score(rows))
+        return self.client.submit(self._score(self.scorer.rows(teacher_prompt_ids, completion_ids)))
 
-    async def _score(self, rows: list[tuple[list[int], int]]) -> list[Scored]:
-        identity = await self._model_identity() if self._cache_folder is not None else None
-        results: list[Scored | None] = [None] * len(rows)
-        missing: list[tuple[int, bytes]] = []
-        for index, (row, first) in enumerate(rows):
-            if len(row) == first:
-                results[index] = Scored.empty(self.top_k or 0)
-                continue
-            key, stored = b"", None
-            if self._cache is not None:
-                key = cache_key(identity, "completions", scoring_body(self.model, [row], self.k), first)
-                stored = self._cache.get(key)
-            if stored is not None:
-                results[index] = Scored.unpack(stored)
-            else:
-                missing.append((index, key))
-        await all_of(self._score_batch(rows, batch, results) for batch in self._batches(rows, missing))
-        return [result for result in results if result is not None]
-
-    def _batches(
-        self, rows: list[tuple[list[int], int]], missing: list[tuple[int, bytes]]
-    ) -> list[list[tuple[int, bytes]]]:
-        """Rows that share a request: few enough that every connection has work, small enough for the server."""
-        most = max(1, math.ceil(len(missing) / self.client.max_concurrency))
-        batches: list[list[tuple[int, bytes]]] = []
-        tokens = 0
-        for item in missing:
-            length = len(rows[item[0]][0])
-            if not batches or len(batches[-1]) >= most or tokens + length > REQUEST_TOKENS:
-                batches.append([])
-                tokens = 0
-            batches[-1].append(item)
-            tokens += length
-        return batches
-
-    async def _score_batch(
-        self, rows: list[tuple[list[int], int]], batch: list[tuple[int, bytes]], results: list[Scored | None]
-    ) -> None:
-        sent = [rows[index] for index, _ in batch]
-
-        def decode(reply: Any) -> list[Positions]:
-            choices = choices_of(reply, len(sent))
-            return [
-                read_positions(choice, row, first, self.k) for choice, (row, first) in zip(choices, sent, strict=True)
-            ]
-
-        body = scoring_body(self.model, [row for row, _ in sent], self.k)
-        for (index, key), positions in zip(batch, await self._ask(body, decode), strict=True):
-            results[index] = scored = Scored.of(positions)
-            if (
-                self.vocabulary_size is not None
-                and scored.top_ids.numel()
-                and int(scored.top_ids.max()) >= self.vocabulary_size
-            ):
-                raise UserError(
-                    f"{self.client.name} gives a log-probability to token {int(scored.top_ids.max())}; the student's vocabulary "
-                    f"has {self.vocabulary_size}. The teacher must have the student's vocabulary, or {self.prefix}mode=write."
-                )
-            if self._cache is not None:
-                self._cache.put(key, scored.pack())
-
-    async def _ask(self, body: dict[str, Any], decode: Any) -> list[Positions]:
-        try:
-            return await self.client.request("POST", "completions", body, decode)
-        except RequestRefused as error:
-            limit = server_probe.named_limit(error.detail)
-            if limit is None:
-                raise
-            raise UserError(
-                f"{error}\n{self.prefix}top_k={self.top_k} is above the server's limit: write {self.prefix}top_k={limit} or "
-                f"less, or start it with a larger --max-logprobs."
-            ) from None
+    async def _score(self, rows: list[Row]) -> list[TopTokens]:
+        await self._open_cache()
+        return await self.scorer.score(rows)
 
     # Writing.
 
@@ -312,7 +270,7 @@ class ServerTeacher:
         prompts: Sequence[Prompt],
         golden: Sequence[Sequence[str]] | None = None,
         columns: Sequence[dict[str, Any]] | None = None,
-    ) -> "concurrent.futures.Future[list[Written]]":
+    ) -> "Future[list[Written]]":
         """Start writing and return at once.
 
         Args:
@@ -322,31 +280,29 @@ class ServerTeacher:
         """
         if golden is not None and len(golden) != len(prompts):
             raise ValueError(f"{len(golden)} golden responses for {len(prompts)} prompts")
-        shown = list(prompts)
-        if golden is not None and self.show_golden_response:
-            shown = [show_golden(p, g, self.golden_template) if g else p for p, g in zip(prompts, golden, strict=True)]
-        return self.client.submit(self._write(shown, columns))
+        prompts, template = list(prompts), self.golden_template
+        if golden is not None and template is not None:
+            prompts = [show_golden(p, g, template) if g else p for p, g in zip(prompts, golden, strict=True)]
+        return self.client.submit(self._write(prompts, columns))
 
     async def _write(self, prompts: list[Prompt], columns: Sequence[dict[str, Any]] | None) -> list[Written]:
-        identity = await self._model_identity() if self._cache_folder is not None else None
-        writer = Writer(
-            self.client, self.model, self._sampling, cache=self._cache, identity=identity, keep=self._keep,
-            keep_at_least=self._keep_at_least,
-        )  # fmt: skip
-        return await writer.write(prompts, columns)
+        await self._open_cache()
+        return await self.writer.write(prompts, columns)
 
-    async def _model_identity(self) -> str:
-        """What the cache knows the model by: what the server says of it and, when it scores, how it answers a probe.
+    async def _open_cache(self) -> None:
+        """Open the cache, once, for the model as the server has it now.
 
-        A model trained further and served under the same name and path is another one.
+        The cache knows the model by what the server says of it and, when it scores, by how it answers a probe: a model
+        trained further and served under the same name and path is another one.
         """
-        if self._identity is None:
-            assert self._cache_folder is not None
-            cache = ReplyCache(self._cache_folder)
-            served = await server_probe.find_model(self.client, self.model)
-            identity = served.identity
+        async with self._cache_opening:
+            if self._cache_folder is None or self.scorer.cache is not None:
+                return
+            identity, probe = (await server_probe.find_model(self.client, self.model)).identity, None
             if self.mode == "score":
                 probe = await server_probe.require_scoring(self.client, self.model, 0)
-                identity += f"|{cache.generation(served.identity, probe)}"
-            self._cache, self._identity = cache, identity
-        return self._identity
+            cache = ReplyCache(self._cache_folder)
+            if probe is not None:
+                identity += f"|{cache.generation(identity, probe)}"
+            self.scorer.identity = self.writer.identity = identity
+            self.scorer.cache = self.writer.cache = cache

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
+from selfdistill.losses import TopTokens
 from selfdistill.teachers.server import ServerTeacher
-from selfdistill.teachers.server.scored import Scored
 from tests.teachers.server.stub_server import VOCABULARY, StubServer
 
 Rows = list[list[int]]
@@ -31,20 +31,20 @@ def random_rows(count: int, seed: int = 0, longest: int = 12) -> tuple[Rows, Row
     return [row(1, longest) for _ in range(count)], [row(0, longest) for _ in range(count)]
 
 
-def expected(stub: StubServer, prompt: list[int], completion: list[int], k: int) -> Scored:
+def expected(stub: StubServer, prompt: list[int], completion: list[int], k: int) -> TopTokens:
     """The stub's model, applied here."""
     table = torch.tensor(stub.table, dtype=torch.float64)
     before = torch.tensor([prompt[-1], *completion], dtype=torch.long)[: len(completion)]
     logprobs = table[before].reshape(len(completion), VOCABULARY)
     top = logprobs.topk(k, dim=-1)
     own = logprobs.gather(1, torch.tensor(completion, dtype=torch.long).reshape(-1, 1)).squeeze(1)
-    return Scored(own.float(), top.indices, top.values.float())
+    return TopTokens(own.float(), top.indices, top.values.float())
 
 
-def same(scored: Scored, wanted: Scored) -> bool:
+def same(scored: TopTokens, wanted: TopTokens) -> bool:
     return (
-        torch.allclose(scored.logprobs, wanted.logprobs, atol=1e-6)
-        and scored.top_ids.shape == wanted.top_ids.shape
-        and torch.equal(scored.top_ids, wanted.top_ids)
-        and torch.allclose(scored.top_logprobs, wanted.top_logprobs, atol=1e-6)
+        torch.allclose(scored.sampled_logps, wanted.sampled_logps, atol=1e-6)
+        and scored.ids.shape == wanted.ids.shape
+        and torch.equal(scored.ids, wanted.ids)
+        and torch.allclose(scored.logps, wanted.logps, atol=1e-6)
     )

@@ -20,7 +20,7 @@ def test_the_check_passes_and_says_what_was_found() -> None:
         assert stub.url in line
         assert "256" in line
         assert "5 log-probabilities" in line
-        assert teacher.context_tokens == 256
+        assert teacher.scorer.context_tokens == 256
         teacher.close()
 
 
@@ -119,7 +119,7 @@ def test_a_context_that_is_too_short_is_found_before_training_and_while_it_runs(
 def test_tokens_the_student_does_not_have_are_refused() -> None:
     with StubServer() as stub:
         teacher = teacher_of(stub, top_k=None)
-        teacher.vocabulary_size = VOCABULARY - 1
+        teacher.scorer.vocabulary_size = VOCABULARY - 1
         with pytest.raises(UserError, match=r"token 39; the student's vocabulary has 39"):
             teacher.score([[1]], [[2]])
 

@@ -1,6 +1,7 @@
 """The client against a server that misbehaves in every way that is known of servers."""
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -18,7 +19,7 @@ from selfdistill.teachers.server.client import (
     ServerUnavailable,
     all_of,
 )
-from selfdistill.teachers.server.endpoints import parse_base_url, retry_after_s
+from selfdistill.teachers.server.endpoints import Server, parse_base_url, retry_after_s
 from selfdistill.teachers.server.reply_cache import ReplyCache, cache_key
 from tests.teachers.server.stub_server import Reply, Request, StubServer, refusal
 
@@ -275,6 +276,43 @@ def test_a_password_in_the_url_is_not_shown() -> None:
         with pytest.raises(ServerUnavailable) as error:
             client.run(ask(client, 1))
         assert "hush" not in str(error.value) + repr(client)
+
+
+def test_the_environments_proxy_is_used_but_never_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with StubServer() as proxy, StubServer() as stub:
+        monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/v1"))
+        proxy.answer = lambda request: Reply(body={"echo": request.body})
+        stub.answer = echo
+        with Client("http://far.invalid/v1", **QUICK) as far, Client(stub.url, **QUICK) as near:
+            assert far.run(ask(far, 1)) == 1
+            assert [request.path for request in proxy.requests] == ["http://far.invalid/v1/echo"]
+            assert near.run(ask(near, 2)) == 2
+            assert len(stub.requests) == len(proxy.requests) == 1
+        monkeypatch.setenv("no_proxy", "far.invalid")
+        assert Server(parse_base_url("http://far.invalid")).proxy is None
+
+
+def test_a_password_in_the_url_is_sent_instead_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+    with StubServer() as stub, Client(stub.url.replace("//", "//user:hush@"), **QUICK) as client:
+        stub.answer = echo
+        assert client.run(ask(client, 1)) == 1
+        assert stub.requests[0].headers["authorization"].startswith("Basic ")
+
+
+def test_closing_ends_the_thread_and_the_connections() -> None:
+    with StubServer() as stub:
+        stub.answer = echo
+        before = set(threading.enumerate())
+        with Client(stub.url) as client:
+            client.run(ask(client, 1))
+            threads = set(threading.enumerate()) - before
+            assert threads
+        for thread in threads:
+            thread.join(10)
+        assert not any(thread.is_alive() for thread in threads)
 
 
 def test_work_goes_on_while_the_caller_does_something_else() -> None:

@@ -7,7 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
+from trl.trainer.utils import pad
 
+from selfdistill.losses import TopTokens
+from selfdistill.teachers.interface import TeacherRequest
 from selfdistill.teachers.server import ServerTeacher
 from selfdistill.teachers.server.client import MalformedReply, ServerUnavailable
 from tests.teachers.server.served import Rows, expected, random_rows, same, teacher_of
@@ -22,18 +27,18 @@ def test_scores_are_the_models_whatever_k(top_k: int | None) -> None:
     with StubServer() as stub:
         teacher = teacher_of(stub, top_k=top_k)
         for prompt, completion, scored in zip(prompts, completions, teacher.score(prompts, completions), strict=True):
-            assert scored.logprobs.shape == (len(completion),)
+            assert scored.sampled_logps.shape == (len(completion),)
             if completion:
                 assert same(scored, expected(stub, prompt, completion, k))
             else:
-                assert scored.top_ids.shape == (0, top_k or 0)
+                assert scored.ids.shape == (0, top_k or 0)
         teacher.close()
 
 
 def test_only_empty_completions_ask_nothing() -> None:
     with StubServer() as stub:
         teacher = teacher_of(stub, top_k=3)
-        assert [len(scored.logprobs) for scored in teacher.score([[1], [2, 3]], [[], []])] == [0, 0]
+        assert [len(scored.sampled_logps) for scored in teacher.score([[1], [2, 3]], [[], []])] == [0, 0]
         assert teacher.score([], []) == []
         assert stub.requests == []
         teacher.close()
@@ -44,8 +49,8 @@ def test_minus_infinity_arrives_as_minus_infinity() -> None:
         stub.table[1] = [0.0] + [float("-inf")] * (VOCABULARY - 1)
         teacher = teacher_of(stub, top_k=3)
         scored = teacher.score([[1]], [[7]])[0]
-        assert scored.logprobs.tolist() == [float("-inf")]
-        assert scored.top_logprobs.tolist() == [[0.0, float("-inf"), float("-inf")]]
+        assert scored.sampled_logps.tolist() == [float("-inf")]
+        assert scored.logps.tolist() == [[0.0, float("-inf"), float("-inf")]]
         teacher.close()
 
 
@@ -76,6 +81,51 @@ def test_scoring_goes_on_while_the_student_is_busy() -> None:
         assert not future.done()
         assert same(future.result(timeout=30)[0], expected(stub, [1, 2], [3], 2))
         teacher.close()
+
+
+def request_of(prompts: list[list[int]], completions: list[list[int]], keep: list[list[bool]]) -> TeacherRequest:
+    """Padded as the trainer pads."""
+
+    def padded(rows: list, side: str) -> torch.Tensor:
+        return pad([torch.tensor(row) for row in rows], 0, padding_side=side)
+
+    return TeacherRequest(
+        padded(prompts, "left"),
+        padded([[1] * len(row) for row in prompts], "left"),
+        padded(completions, "right"),
+        padded([[1] * len(row) for row in completions], "right"),
+        padded(keep, "right").bool(),
+    )
+
+
+def test_a_request_carries_its_answer_and_is_sent_once() -> None:
+    """The later request is under way before anything is read, and its answer is right where the request is a copy."""
+    rows = [([[1, 2], [3]], [[5, 6, 7], [8, 9]]), ([[4]], [[10, 11]])]
+    keeps = [[[True, False, True], [False, True]], [[True, True]]]
+    with StubServer() as stub, teacher_of(stub, top_k=3, max_concurrency=1) as teacher:
+        requests = [request_of(*ids, keep) for ids, keep in zip(rows, keeps, strict=True)]
+        teacher.prepare(requests)
+        teacher.prepare(requests)
+        assert all(request.answer is not None for request in requests)
+        for request in (requests[1], copy.copy(requests[0])):
+            wanted = [expected(stub, prompt, completion, 3) for prompt, completion in request.sent()]
+            said = teacher.say(request, nn.Identity())
+            assert same(said, TopTokens.concatenated(wanted, list(request.keep)))
+            assert len(said.sampled_logps) == (3 if len(wanted) == 2 else 2)
+        assert [len(request.body["prompt"]) for request in stub.asked("completions")] == [2, 1]
+
+
+def test_what_was_not_prepared_is_asked_when_it_is_needed() -> None:
+    with StubServer() as stub, teacher_of(stub, top_k=3) as teacher:
+        said = teacher.say(request_of([[1]], [[2, 3]], [[True, True]]), nn.Identity())
+        assert same(said, expected(stub, [1], [2, 3], 3))
+
+
+def test_rows_without_a_distilled_token_are_not_sent() -> None:
+    with StubServer() as stub, teacher_of(stub, top_k=3) as teacher:
+        request = request_of([[1], [2]], [[2, 3], [4]], [[False, False], [True]])
+        assert same(teacher.say(request, nn.Identity()), expected(stub, [2], [4], 3))
+        assert [request.body["prompt"] for request in stub.asked("completions")] == [[[2, 4]]]
 
 
 def test_a_prompt_without_tokens_is_a_programming_error() -> None:
@@ -267,6 +317,14 @@ def test_the_cache_serves_rows_in_any_company_and_split_the_same_row_by_where_th
         teacher.close()
 
 
+def test_requests_that_begin_together_open_the_cache_once(tmp_path: Any) -> None:
+    with StubServer(latency_s=0.02) as stub, teacher_of(stub, top_k=2, cache=str(tmp_path)) as teacher:
+        for future in [teacher.score_async([[1, 2]], [[token]]) for token in range(8)]:
+            future.result(timeout=30)
+        assert len(stub.asked("models")) == 1
+        assert len(stub.asked("completions")) == 1 + 8, "one probe, and each row"
+
+
 def test_the_cache_does_not_answer_for_other_weights_or_another_k(tmp_path: Any) -> None:
     with StubServer() as first, StubServer(seed=1) as retrained:
         for stub, k in ((first, 2), (first, 3), (retrained, 3)):
@@ -279,7 +337,7 @@ def test_a_damaged_cache_entry_is_asked_for_again(tmp_path: Any) -> None:
     with StubServer() as stub:
         teacher = teacher_of(stub, top_k=2, cache=str(tmp_path))
         teacher.score([[1]], [[3]])
-        assert teacher._cache is not None
-        teacher._cache._database.execute("UPDATE replies SET value = x'0011'")
+        assert teacher.scorer.cache is not None
+        teacher.scorer.cache._database.execute("UPDATE replies SET value = x'0011'")
         assert same(teacher.score([[1]], [[3]])[0], expected(stub, [1], [3], 2))
         teacher.close()

@@ -6,6 +6,7 @@ import pytest
 
 from selfdistill.errors import UserError
 from selfdistill.teachers.server import ServerTeacher
+from selfdistill.teachers.server.writing import show_golden
 from tests.teachers.server.served import teacher_of
 from tests.teachers.server.stub_server import Reply, StubServer, chat_reply, refusal
 
@@ -29,6 +30,31 @@ def test_thinking_can_be_turned_off_and_is_removed_where_it_is_not() -> None:
         assert teacher.write(["a"]) == [["the answer"]]
         assert stub.requests[0].body["chat_template_kwargs"] == {"enable_thinking": False}
         teacher.close()
+
+
+def test_the_golden_response_stands_in_the_last_user_turn() -> None:
+    turns = [
+        {"role": "user", "content": "q1"},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "q2"},
+    ]
+    shown = show_golden(turns, ["g"], "{prompt} <- {demonstration}")
+    assert shown == [*turns[:2], {"role": "user", "content": "q2 <- g"}]
+    with pytest.raises(UserError, match=r"no user turn"):
+        show_golden(turns[1:2], ["g"], "{prompt} <- {demonstration}")
+
+
+def test_a_response_that_is_all_thinking_is_none() -> None:
+    with StubServer() as stub, teacher_of(stub, mode="write", samples=2) as teacher:
+        stub.write = lambda messages, i: ["<think>I wonder", "<think>2 + 2</think>4"][i]
+        (written,) = teacher.write_async(["a"]).result()
+        assert (written.kept, written.rejected) == (["4"], [("", "empty")])
+
+
+def test_a_reward_that_returns_nonsense_is_refused_by_name() -> None:
+    message = r"reward function keep, row 0: the score is str 'good'"
+    with StubServer() as stub, pytest.raises(UserError, match=message):
+        teacher_of(stub, mode="write", keep=lambda **given: ["good"]).write(["a"])
 
 
 def test_the_golden_response_is_shown_only_when_asked_for() -> None:

@@ -1,21 +1,18 @@
-"""A server that writes: responses to prompts through chat completions. Any tokenizer and any OpenAI-compatible server."""
+"""Responses that a server writes to prompts through chat completions; any OpenAI-compatible server, any tokenizer."""
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from selfdistill.errors import UserError
 from selfdistill.rollout import Message, Prompt
+from selfdistill.teachers.context import without_thinking
 from selfdistill.teachers.server.client import Client, ReplyError, all_of
 from selfdistill.teachers.server.reply_cache import ReplyCache, cache_key
+from selfdistill.teachers.templating import Template, fill_last_user_turn
 
-# Everything up to the end of the reasoning, also where the template has opened it and only its end is in the text.
-REASONING = re.compile(r"^.*</think>\s*", re.DOTALL)
 CUT_OFF, EMPTY, DISLIKED = "cut off at max_tokens", "empty", "not accepted by the reward"
-
-Reward = Callable[..., Sequence[Any]]
 
 
 @dataclass(frozen=True)
@@ -28,6 +25,9 @@ class Sampling:
         stop: texts at which a response ends.
         seed: makes a server's sampling repeatable where it supports that.
         chat_template_kwargs: passed to the chat template, such as `{enable_thinking: false}` (vLLM).
+
+    Raises:
+        UserError: a number is out of its range.
     """
 
     samples: int = 1
@@ -41,15 +41,15 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.samples < 1 or self.max_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
             raise UserError(
-                f"samples={self.samples}, max_tokens={self.max_tokens}, temperature={self.temperature}, top_p={self.top_p}: "
-                "samples and max_tokens must be at least 1, temperature at least 0, top_p above 0 and at most 1."
+                f"samples={self.samples}, max_tokens={self.max_tokens}, temperature={self.temperature}, "
+                f"top_p={self.top_p}: samples and max_tokens must be at least 1, temperature at least 0, top_p above 0 "
+                "and at most 1."
             )
 
     def body(self, model: str, messages: list[Message]) -> dict[str, Any]:
-        body: dict[str, Any] = {
-            "model": model, "messages": messages, "temperature": self.temperature, "top_p": self.top_p,
-            "max_tokens": self.max_tokens,
-        }  # fmt: skip
+        """The request body, without the number of responses and the seed."""
+        body: dict[str, Any] = {"model": model, "messages": messages, "temperature": self.temperature}
+        body |= {"top_p": self.top_p, "max_tokens": self.max_tokens}
         if self.stop:
             body["stop"] = list(self.stop)
         if self.chat_template_kwargs:
@@ -69,24 +69,10 @@ def show_golden(prompt: Prompt, golden: Sequence[str], template: str) -> Prompt:
     """The prompt with golden responses shown, joined by newlines; a conversation has them in its last user turn.
 
     Raises:
-        UserError: the template lacks `{prompt}` or `{demonstration}`.
+        UserError: the template is not one with {prompt} and {demonstration}, or there is no user turn.
     """
-    for name in ("{prompt}", "{demonstration}"):
-        if name not in template:
-            raise UserError(f"The template that shows the golden response lacks {name}; it is: {template!r}")
-
-    def fill(text: str) -> str:
-        parts = re.split(r"(\{prompt\}|\{demonstration\})", template)
-        return "".join({"{prompt}": text, "{demonstration}": "\n".join(golden)}.get(part, part) for part in parts)
-
-    if isinstance(prompt, str):
-        return fill(prompt)
-    last = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=None)
-    if last is None:
-        raise UserError("A conversation without a user's turn has no place to show a golden response.")
-    return [
-        {**message, "content": fill(message["content"])} if i == last else message for i, message in enumerate(prompt)
-    ]
+    slots = Template(template, key="golden_template", slots=("prompt", "demonstration"))
+    return fill_last_user_turn(prompt, slots, demonstration="\n".join(golden))
 
 
 class Writer:
@@ -97,35 +83,32 @@ class Writer:
         model: the served model's name.
         sampling: how it writes.
         cache: where answers are kept; None asks every time.
-        identity: what the cache knows the model by.
+        identity: what distinguishes the model in the cache; its name by default.
         keep: a reward; a response is kept when its score is at least `keep_at_least`. It is called as in training, with
             empty `completion_ids`, since the server's tokens are not the student's.
-        remove_reasoning: leave out everything up to `</think>`.
     """
 
     def __init__(
         self,
         client: Client,
         model: str,
-        sampling: Sampling | None = None,
+        sampling: Sampling,
         *,
         cache: ReplyCache | None = None,
         identity: str | None = None,
-        keep: Reward | None = None,
+        keep: Callable[..., Any] | None = None,
         keep_at_least: float = 1.0,
-        remove_reasoning: bool = True,
     ) -> None:
         self.client = client
         self.model = model
-        self.sampling = sampling if sampling is not None else Sampling()
+        self.sampling = sampling
         self.cache = cache
         self.identity = identity if identity is not None else model
         self.keep = keep
         self.keep_at_least = keep_at_least
-        self.remove_reasoning = remove_reasoning
 
     async def write_one(self, prompt: Prompt, columns: dict[str, Any] | None = None) -> Written:
-        """Responses to one prompt.
+        """Responses to one prompt, without their thinking.
 
         Args:
             prompt: a string, which becomes a user's turn, or a conversation.
@@ -138,9 +121,9 @@ class Writer:
         kept: list[str] = []
         rejected: list[tuple[str, str]] = []
         for text, complete in choices:
-            text = REASONING.sub("", text) if self.remove_reasoning else text
+            text = without_thinking(text, "<think>")
             reason = CUT_OFF if not complete else EMPTY if not text.strip() else None
-            if reason is None and self.keep is not None and not self._likes(prompt, text, columns or {}):
+            if reason is None and not self._is_liked(prompt, text, columns or {}):
                 reason = DISLIKED
             if reason is None:
                 kept.append(text)
@@ -167,13 +150,17 @@ class Writer:
             self.cache.put(key, json.dumps(choices).encode())
         return choices
 
-    def _likes(self, prompt: Prompt, text: str, columns: dict[str, Any]) -> bool:
+    def _is_liked(self, prompt: Prompt, text: str, columns: dict[str, Any]) -> bool:
+        """Whether the reward, if there is one, accepts a response."""
+        if self.keep is None:
+            return True
+        from selfdistill.rewards.result import normalise  # imports transformers, which most uses of a server don't need
+
         completion = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        assert self.keep is not None
         given = {name: [value] for name, value in columns.items()}
-        result = self.keep(prompts=[prompt], completions=[completion], completion_ids=[[]], **given)[0]
-        score = result.get("score") if isinstance(result, dict) else result
-        return score is not None and float(score) >= self.keep_at_least
+        result = self.keep(prompts=[prompt], completions=[completion], completion_ids=[[]], **given)
+        (score,), _ = normalise(result, "keep", 1)
+        return score is not None and score >= self.keep_at_least
 
 
 def _read_choices(reply: Any) -> list[tuple[str, bool]]:
