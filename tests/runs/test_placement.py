@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper as Grid
 from omegaconf import OmegaConf
 
 from selfdistill.runs.sweep import CheckSweep
@@ -134,13 +133,12 @@ class BasicSweeper:
     """Adaptive, whatever its name ends in."""
 
 
-class OwnGrid(Grid):
-    """A grid under another name."""
-
-
 @pytest.mark.parametrize("name", ["tests.runs.test_placement.BasicSweeper", "tests.runs.test_placement.OwnGrid"])
 def test_a_sweeper_is_a_grid_by_what_it_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper as Grid  # Hydra loads its plugins anew at times
+
     checked: list[str] = []
+    monkeypatch.setattr("tests.runs.test_placement.OwnGrid", type("OwnGrid", (Grid,), {}), raising=False)
     monkeypatch.setattr("selfdistill.runs.sweep.check_jobs", lambda config: checked.append(name))
     hydra = {"sweep": {"dir": "nowhere"}, "sweeper": {"_target_": name}}
     CheckSweep().on_multirun_start(OmegaConf.create({"check": False, "hydra": hydra}))
