@@ -40,7 +40,9 @@ class Launcher:
     """The preloaded process, seen from the tests."""
 
     def __init__(self) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+        # An earlier test's W&B names its service in the environment, and that service is not this one's.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_SERVICE")}
+        environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.launched"], cwd=ROOT, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,

@@ -64,7 +64,7 @@ def _machines() -> Iterator[tuple[str, str]]:
     return ((experiment, hardware) for experiment in options("experiment") for hardware in options("hardware"))
 
 
-@pytest.mark.parametrize(("experiment", "hardware"), _machines())
+@pytest.mark.parametrize(("experiment", "hardware"), list(_machines()))
 def test_every_experiment_fits_every_machine_and_model(
     experiment: str, hardware: str, models: dict[str, DictConfig]
 ) -> None:

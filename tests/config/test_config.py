@@ -79,7 +79,7 @@ def _numbers(kind: Any, path: str = "") -> Iterator[tuple[str, bool]]:
             yield f"{path}{field.name}", "limit" in field.metadata
 
 
-@pytest.mark.parametrize(("key", "limited"), _numbers(Run))
+@pytest.mark.parametrize(("key", "limited"), list(_numbers(Run)))
 def test_every_number_has_a_range(key: str, limited: bool) -> None:
     """These two are judged where the group `distillation` refers to them."""
     assert limited != (key in ("alpha", "policy_weight"))

@@ -22,7 +22,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from typing import TYPE_CHECKING
 
         from selfdistill.data import DataSplits, load_data
-        from selfdistill.models.export import Lora
+        from selfdistill.models.export.lora import Lora
         from selfdistill.teachers.context import Feedback
         from selfdistill.teachers.server import ServerTeacher
         from selfdistill.teachers.weights import Ema, Weights

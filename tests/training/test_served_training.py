@@ -58,7 +58,7 @@ def test_follows_the_run_with_the_same_teacher_at_hand(name: str, stub: StubServ
 def test_later_micro_batches_are_asked_about_while_the_first_is_learnt_from(stub: StubServer, tmp_path: Path) -> None:
     served = ServerTeacher(stub.url, "stub", context=Hint(), top_k=3, max_concurrency=1)
     trainer, _ = make(tmp_path, args={"max_steps": 2}, teacher=served, distillation=Distillation(policy_weight=0.0))
-    plain, under_way = trainer.distiller.loss, []
+    plain, under_way = trainer._distillation_loss, []
 
     def loss(*args: Any) -> Any:
         value = plain(*args)
@@ -68,7 +68,7 @@ def test_later_micro_batches_are_asked_about_while_the_first_is_learnt_from(stub
         under_way.append(len(stub.asked("completions")))
         return value
 
-    trainer.distiller.loss = loss
+    trainer._distillation_loss = loss
     trainer.train()
     served.close()
     # A step learns from two micro-batches. With both asked about at once, the second is before the first's loss is over.
