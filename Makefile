@@ -21,9 +21,9 @@ demo: $(BIN)/.installed
 	$(BIN)/python -m selfdistill.train experiment=grpo_supervised
 
 test: $(BIN)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --ignore tests/vllm
-	# in one process, which starts one server
+	# against a real vLLM where `make vllm` was run: in one process, which starts one server
 	$(BIN)/python -m pytest tests/vllm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --ignore tests/vllm
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .
