@@ -316,7 +316,8 @@ class SelfDistillTrainer(RolloutTrainer):
         tensors = {name: value for name, value in output.items() if isinstance(value, Tensor) and value.dim() > 0}
         rows_at_once = self.args.per_device_train_batch_size
         parts: list[tuple[Tensor, dict[str, Any]]] = []
-        for rows in mask.any(dim=1).nonzero().squeeze(1).split(rows_at_once):
+        active = mask.any(dim=1).nonzero().squeeze(1)
+        for rows in active.split(rows_at_once) if len(active) else ():
             part: dict[str, Any] = {name: value[rows] for name, value in tensors.items()}
             parts.append((rows, {**part, REQUEST: TeacherRequest.of(part)}))
         self.teacher.prepare([part[REQUEST] for _, part in parts])

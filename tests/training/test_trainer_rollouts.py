@@ -89,6 +89,18 @@ def test_signal_as_an_advantage(tmp_path: Path) -> None:
     assert logged(trainer, "grad_norm")[0] > 0
 
 
+def test_no_signal_is_no_advantage(tmp_path: Path) -> None:
+    """Early in a run a whole batch may be without a success that the teacher could be shown."""
+    settings = Distillation(signal="advantage", policy_weight=0.5)
+    trainer, batches = make(
+        tmp_path, lively(), {"max_steps": 1}, teacher=Teacher(context=Feedback()), distillation=settings,
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+    )  # fmt: skip
+    trainer.train()
+    assert not batches[0].advantages.any()
+    assert logged(trainer, "distill/active_fraction") == [0.0]
+
+
 def test_one_completion_per_prompt_without_a_reward(tmp_path: Path) -> None:
     args = {"num_generations": 1, "max_steps": 1}
     trainer, batches = make(tmp_path, lively(), args, teacher=Teacher(context=Hint(lambda i: True)))
