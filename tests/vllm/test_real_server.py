@@ -13,6 +13,7 @@ import torch
 from selfdistill import doctor, generate_data
 from selfdistill.data import load_data
 from selfdistill.errors import UserError
+from selfdistill.losses import TopTokens
 from selfdistill.machine.served_teacher import ServedTeacher, check_server
 from selfdistill.teachers.server import ServerTeacher
 from tests.command import command, composed
