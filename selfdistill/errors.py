@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """Something the user wrote is wrong: the message says which key or file and line, what is wrong, and what to write instead.
+    """Something the user wrote is wrong. The message says which key, file or line, and what to write instead.
 
     Entry points print the message alone, without a traceback, and exit with code 2.
     """

@@ -10,9 +10,9 @@ Columns: seconds are the least of the repeats, the three taken in turn in one pr
 the machine that other processes had during these three (Linux): a table with more than a few percent there means
 little. `MB` is the peak of resident memory above what inputs take, each side in a process of its own. `products` are
 the bare matrix products of our side over the valid tokens in one piece, into memory that is already there: 2
-projections and the gradient of the hidden states, and of the head where it is trained; `own products` are those that the
-loss really makes, chunk by chunk so as to hold few logits, as the profiler sees them. A trained head's gradient (V × H
-floats) is in both sides' MB.
+projections and the gradient of the hidden states, and of the head where it is trained; `own products` are those that
+the loss really makes, chunk by chunk so as to hold few logits, as the profiler sees them. A trained head's gradient
+(V × H floats) is in both sides' MB.
 """
 
 import argparse

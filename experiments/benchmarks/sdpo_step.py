@@ -99,7 +99,8 @@ def settings(folder: Path, steps: int) -> dict[str, Any]:
     """What both trainers' arguments share."""
     return {
         "output_dir": str(folder / "run"), "max_steps": steps, "per_device_train_batch_size": PROMPTS * GENERATIONS,
-        "gradient_accumulation_steps": 1, "num_generations": GENERATIONS, "max_completion_length": 2 * COMPLETION_TOKENS,
+        "gradient_accumulation_steps": 1, "num_generations": GENERATIONS,
+        "max_completion_length": 2 * COMPLETION_TOKENS,
         "learning_rate": 1e-5, "lr_scheduler_type": "constant", "beta": 0.0, "temperature": 1.0, "use_cpu": True,
         "bf16": False, "gradient_checkpointing": False, "shuffle_dataset": False, "report_to": [], "logging_steps": 1,
         "save_strategy": "no", "disable_tqdm": True, "dataloader_pin_memory": False, "remove_unused_columns": False,

@@ -2,8 +2,8 @@
 
     python experiments/benchmarks/startup_time.py [REPEATS]
 
-Prints wall and CPU seconds (the least of all repeats, commands taken in turn) and their ratios; exits with 1 where a CPU
-ratio is above 3. On a machine that does other work as well only the CPU ratio means something.
+Prints wall and CPU seconds (the least of all repeats, commands taken in turn) and their ratios; exits with 1 where a
+CPU ratio is above 3. On a machine that does other work as well only the CPU ratio means something.
 """
 
 import os

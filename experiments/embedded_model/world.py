@@ -1,4 +1,4 @@
-"""The small world of the embedded model: its skills, what it half knows, what it has never seen, and the contexts it can use.
+"""The small world of the embedded model: its skills, what it half knows, what it never saw, the contexts it can use.
 
 Every generator takes a `random.Random`, so the whole world follows from one seed. Words of the held-out half
 never occur in training requests; the build reports accuracy on them.
@@ -19,8 +19,8 @@ NOUNS = (
     "saddle shadow silver spider spring square stable string summer temple ticket tunnel valley velvet violin walnut "
     "window winter wizard bucket button camel canal cabin coral crown fence flame flute glove honey ivory jewel kite "
     "lion maple marble melon night ocean olive pearl piano plate queen robin scarf shell skirt smoke snake sugar sword "
-    "thorn tooth torch trail train tulip vase wagon watch water wheat zebra ant bee cat cow cup dog egg fox hat hen ice "
-    "jar key map net oak owl pan pen pig rug sun tea toy van web yak"
+    "thorn tooth torch trail train tulip vase wagon watch water wheat zebra ant bee cat cow cup dog egg fox hat hen "
+    "ice jar key map net oak owl pan pen pig rug sun tea toy van web yak"
 ).split()
 HELD_OUT_NOUNS = NOUNS[::5]
 TRAIN_NOUNS = [noun for index, noun in enumerate(NOUNS) if index % 5]
@@ -124,7 +124,7 @@ def pick(rng: random.Random, held_out: bool = False) -> Example:
 
 
 def pick_as_taught(rng: random.Random) -> Example:
-    """The half-known skill as the training data does it: the first, the second or the last word, whatever comes to mind."""
+    """The half-known skill as the training data does it: the first, the second or the last word, by chance."""
     example = pick(rng)
     words = example.prompt[6:].split()
     return Example(example.prompt, rng.choices([words[0], words[1], words[-1]], [0.4, 0.3, 0.3])[0])
@@ -192,7 +192,7 @@ FEEDBACK_WITHOUT_ANSWER = "Your answer {completion} is wrong."
 
 
 def in_context(rng: random.Random) -> Example:
-    """A question with a demonstration, a reference solution, a solved peer attempt or feedback, in the default templates."""
+    """A question with a demonstration, a reference or peer's solution, or feedback, in the default templates."""
     example, own = _question(rng)
     content = example.response
     style = OWN_STYLE if rng.random() < 0.5 else rng.choice(OTHER_STYLES)

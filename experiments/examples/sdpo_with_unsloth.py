@@ -12,7 +12,7 @@ import json
 import sys
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-# What unsloth is called with, apart from the model's name; the test binds these to its signatures where it is installed.
+# What unsloth is called with, apart from the model's name; a test binds these to its signatures where it is installed.
 LOADING = {"max_seq_length": 2048, "load_in_4bit": True, "fast_inference": False}
 ADAPTER = {"r": 32, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": TARGETS}
 

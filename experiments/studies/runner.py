@@ -79,7 +79,8 @@ def run(job: tuple[str, int, list[str], Path, bool]) -> dict | None:
 def by_seed(table: pd.DataFrame, order: list[str]) -> str:
     """A Markdown table: a line a row, every seed shown, and the mean over seeds."""
     lines = [
-        "| row | accuracy before | accuracy after, by seed | mean | retention before | retention after, by seed | mean | s a run |"
+        "| row | accuracy before | accuracy after, by seed | mean "
+        "| retention before | retention after, by seed | mean | s a run |"
     ]
     lines.append("|---|---|---|---|---|---|---|---|")
     for name in order:

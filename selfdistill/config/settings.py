@@ -16,8 +16,8 @@ class Distillation(Divergence):
     teacher that is added to its reward joins it.
 
     Args:
-        alpha, top_k, tail, temperature, pointwise_clip, jsd_normalize: see `Divergence`; a temperature of None takes the
-            sampling temperature.
+        alpha, top_k, tail, temperature, pointwise_clip, jsd_normalize: see `Divergence`; a temperature of None takes
+            the sampling temperature.
         signal: `distribution` compares distributions; `sampled_token` uses the sampled tokens' log-probabilities alone
             (alpha must be 1); `advantage` adds log q - log pi of the sampled tokens to the advantages of the policy
             gradient.

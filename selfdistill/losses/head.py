@@ -139,7 +139,7 @@ def as_autocast(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def entropy_sum(hidden: Float[Tensor, "N H"], head: Head) -> float:
-    """Sum of the entropies in nats of the predictions from some hidden states; a few at a time keep the logits small."""
+    """Sum of the entropies, in nats, of the predictions from some hidden states; a few at a time keep memory small."""
     total = hidden.new_zeros((), dtype=torch.float32)
     for chunk in hidden.split(ENTROPY_CHUNK_TOKENS):
         total += torch.special.entr(torch.softmax(head.logits(chunk), dim=-1)).sum()

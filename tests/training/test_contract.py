@@ -155,7 +155,7 @@ def test_the_order_of_the_rows_is_trls() -> None:
 
 @pytest.mark.parametrize("name", sorted(name for name in golden("grpo")[0] if name.startswith("adv_")))
 def test_advantages_are_the_reference_values(name: str, tmp_path: Path) -> None:
-    """Groups, scaling, weights and rows that no reward applies to, as TRL computes them from what our adapter returns."""
+    """Groups, scaling, weights and rows that no reward applies to, as TRL computes them from our adapter's scores."""
     cases, arrays = golden("grpo")
     rewards = arrays[f"{name}/in_rewards_per_func"]
     functions = []

@@ -1,4 +1,4 @@
-"""Training with a teacher behind a server: the numbers of the same teacher at hand, asked for ahead, and its absence."""
+"""Training with a teacher behind a server: the same numbers as with a local one, asked for ahead, and its absence."""
 
 import json
 import time
@@ -71,7 +71,7 @@ def test_later_micro_batches_are_asked_about_while_the_first_is_learnt_from(stub
     trainer._distillation_loss = loss
     trainer.train()
     served.close()
-    # A step learns from two micro-batches. With both asked about at once, the second is before the first's loss is over.
+    # A step learns from two micro-batches. Both are asked about before the first one's loss is over.
     assert under_way == [2, 2, 4, 4]
     rows = [json.dumps(row) for request in stub.asked("completions") for row in request.body["prompt"]]
     assert len(rows) == 2 * 5, "Hint shows something for 5 of 8 rollouts"
@@ -81,7 +81,8 @@ def test_later_micro_batches_are_asked_about_while_the_first_is_learnt_from(stub
 
 COMMON = [
     "data=jsonl", "logger=none", "max_steps=10", "training.checkpoint_every=4", "num_generations=2", "hardware=cpu",
-    "hardware.per_device_batch_size=4", "hardware.accumulation_steps=2", "hardware.threads=1", "reward=none", "eval=none",
+    "hardware.per_device_batch_size=4", "hardware.accumulation_steps=2", "hardware.threads=1", "reward=none",
+    "eval=none",
     "rollout.max_completion_tokens=8", "learning_rate=0.003", "teacher=server", "teacher/context=demonstration",
     "teacher.model=stub", "teacher.top_k=5", "teacher.patience_s=1.0", "teacher.max_concurrency=1",
     "+training.arguments.steps_per_generation=4",

@@ -12,7 +12,7 @@ from tests.training.naive import Hint, by_length, lively, logged, lora, make, pa
 
 
 def test_rows_without_a_signal_cost_nothing(tmp_path: Path) -> None:
-    """Exactly the tokens of the distilled rows go through the student, and as many completion tokens through the teacher."""
+    """Exactly the distilled rows go through the student, and as many completion tokens through the teacher."""
     trainer, batches = make(tmp_path, lively(), {"max_steps": 1}, teacher=Teacher(context=Hint(lambda i: i in (2, 5))))
     with passes(trainer.model) as seen:
         trainer.train()

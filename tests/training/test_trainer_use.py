@@ -28,13 +28,15 @@ def test_plain_trl_arguments_with_a_model_in_memory(tmp_path: Path) -> None:
 
     model, args = lively(dtype=torch.float32), dataclasses.asdict(config(tmp_path))
     plain = GRPOConfig(
-        **{f: args[f] for f in ("output_dir", "per_device_train_batch_size", "max_steps", "num_generations", "use_cpu")},
+        **{name: args[name] for name in ("output_dir", "per_device_train_batch_size", "max_steps", "use_cpu")},
+        num_generations=args["num_generations"],
         bf16=False, beta=0.1, report_to=[], max_completion_length=6, disable_tqdm=True, logging_steps=1,
         reward_weights=[1.0, 0.5], save_strategy="no", learning_rate=0.1, optim="sgd",
     )  # fmt: skip
     seen: list = []
     trainer = SelfDistillTrainer(
-        model, [graded, later], plain, questions(), processing_class=tiny_tokenizer(), teacher=Teacher(Ema(), Feedback()),
+        model, [graded, later], plain, questions(), processing_class=tiny_tokenizer(),
+        teacher=Teacher(Ema(), Feedback()),
         distillation=Distillation(top_k=4, policy_weight=1.0), on_rollouts=lambda *given: seen.append(given),
     )  # fmt: skip
     trainer.train()
