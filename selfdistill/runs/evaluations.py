@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from torch.nn import Module
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from selfdistill.evaluation.evaluator import Evaluator, forgetting
@@ -36,7 +37,7 @@ class Evaluations(TrainerCallback):
         self.every, self.before, self.tell = every, before, tell
         self._latest: tuple[int, dict[str, float]] | None = None
 
-    def at(self, step: int, model: Any) -> dict[str, float]:
+    def at(self, step: int, model: Module) -> dict[str, float]:
         """The metrics of the model after `step`, which is evaluated once."""
         if self._latest is None or self._latest[0] != step:
             with self.record.busy("evaluating"):
@@ -49,13 +50,6 @@ class Evaluations(TrainerCallback):
             self._latest = step, metrics
         return self._latest[1]
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **_: Any,
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         if self.every and state.global_step % self.every == 0:
-            self.tell(self.at(state.global_step, model))
+            self.tell(self.at(state.global_step, event["model"]))

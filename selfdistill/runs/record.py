@@ -148,7 +148,7 @@ class Record(NoRecord):
         if end.refused and not self._begun:
             self.folder.discard()
         else:
-            self.folder.finish(end.status, error=end.traceback)
+            self.folder.finish(end.status, end.traceback)
         self.logger.finish(failed=True)
 
     def close(self) -> None:

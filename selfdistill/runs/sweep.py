@@ -106,9 +106,7 @@ def job(cfg: DictConfig) -> Iterator[Job]:
         yield this
         return
     if cfg.group is None:
-        from selfdistill.runs.loggers import multirun_group
-
-        cfg.group = multirun_group()
+        cfg.group = "-".join(Path(hydra_config.sweep.dir).parts[-2:])
     status, message = "failed", None
     try:
         yield this
