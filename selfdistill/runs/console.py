@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from selfdistill.config.batch import Batch
 from selfdistill.config.secrets import Redactor
 
 
@@ -32,9 +33,7 @@ class Plan:
         train_rows: rows of the training data.
         eval_rows: rows of the evaluation data.
         max_steps: optimiser steps.
-        completions_per_device: completions that one process handles in one forward pass of the training.
-        accumulation: forward and backward passes of one optimiser step.
-        processes: processes that train.
+        batch: how the completions of one step are spread.
         num_generations: completions of one prompt, G.
         adapter: for example "LoRA, rank 32"; empty for full training.
         teacher: for example "ema 0.99, sees a demonstration"; empty without one.
@@ -48,18 +47,11 @@ class Plan:
     train_rows: int
     eval_rows: int
     max_steps: int
-    completions_per_device: int
-    accumulation: int
-    processes: int
+    batch: Batch
     num_generations: int
     adapter: str = ""
     teacher: str = ""
     memory_gib: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def completions(self) -> int:
-        """Completions of one optimiser step."""
-        return self.completions_per_device * self.accumulation * self.processes
 
 
 def make_console(**options: Any) -> Console:
@@ -78,18 +70,18 @@ def plan_table(plan: Plan) -> Group:
     """Model, parameters, batch arithmetic and memory, one a line."""
     share = plan.trained / max(plan.parameters, 1)  # sharded parameters can look empty
     method = plan.adapter or ("all weights" if plan.trained == plan.parameters else "some weights")
-    arithmetic = f"{plan.completions_per_device} completions x {plan.accumulation} accumulated"
-    if plan.processes > 1:
-        arithmetic += f" x {plan.processes} processes"
-    prompts = plan.completions / plan.num_generations
-    total, passes = plan.max_steps * plan.completions, plan.max_steps * prompts / plan.train_rows
+    batch, prompts = plan.batch, plan.batch.completions / plan.num_generations
+    arithmetic = f"{batch.per_device} completions x {batch.accumulation_steps} accumulated"
+    if batch.processes > 1:
+        arithmetic += f" x {batch.processes} processes"
+    total, passes = plan.max_steps * batch.completions, plan.max_steps * prompts / plan.train_rows
     facts: dict[str, str | Text] = {
         "model": plan.model,
         "parameters": f"{count(plan.parameters)}, {count(plan.trained)} trained ({share:.1%}; {method})",
         "device": plan.device,
         "teacher": plan.teacher,
         "data": f"{plan.train_rows:,} rows to train on, {plan.eval_rows:,} held out",
-        "a step": f"{arithmetic} = {plan.completions}: {prompts:g} prompts x {plan.num_generations} generations",
+        "a step": f"{arithmetic} = {batch.completions}: {prompts:g} prompts x {plan.num_generations} generations",
         "the run": f"{plan.max_steps:,} steps = {total:,} completions = {passes:.2f} passes over the data",
         "memory": memory_line(plan.memory_gib) if plan.memory_gib else "",
     }

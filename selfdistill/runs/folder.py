@@ -100,7 +100,7 @@ class RunFolder:
         """
         redactor = Redactor(config)
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:60] or "run"
-        root = path.absolute().parent if path is not None else Path(root)
+        root = path.absolute().parent if path is not None else root
         made_roots = [folder for folder in (root, *root.parents) if not folder.exists()]
         try:
             if path is not None and path.exists() and any(path.iterdir()):
@@ -128,7 +128,6 @@ class RunFolder:
         Raises:
             UserError: the path is no run's folder, or another process is writing to it.
         """
-        path = Path(path)
         if not path.is_dir():
             raise UserError(f"{path} is no run's folder: there is no such folder.")
         missing = [name for name in ("config.yaml", "summary.json") if not (path / name).is_file()]

@@ -24,7 +24,7 @@ def show_plan(cfg: DictConfig, run: Run) -> None:
 
 def plan_of(run: Run, parts: Parts) -> console.Plan:
     """The plan of a run whose parts are there."""
-    trainer, batch = parts.trainer, batch_of(run)
+    trainer = parts.trainer
     model: torch.nn.Module = trainer.accelerator.unwrap_model(trainer.model)
     parameters = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained = sum(count for count, is_trained in parameters if is_trained)
@@ -36,9 +36,7 @@ def plan_of(run: Run, parts: Parts) -> console.Plan:
         train_rows=len(parts.data.train),
         eval_rows=len(parts.data.eval) if parts.data.eval is not None else 0,
         max_steps=trainer.args.max_steps,
-        completions_per_device=batch.per_device,
-        accumulation=batch.accumulation_steps,
-        processes=trainer.accelerator.num_processes,
+        batch=batch_of(run),
         num_generations=run.num_generations,
         adapter=f"LoRA, rank {run.model.lora.r}" if run.model.tuning == "lora" else "",
         teacher="" if trainer.teacher is None else str(trainer.teacher),

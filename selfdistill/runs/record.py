@@ -71,7 +71,6 @@ class Record(NoRecord):
         super().__init__(folder)
         self.cfg, self.run, self.logger = cfg, run, logger
         self.screen = console.make_console()
-        self._places: dict[str, str | Path | None] = {"run": folder.path}
         self._begun = self._prompts_written = run.resume is not None
         self._monitor: MonitorCallback | None = None
         self._rows: list[dict[str, Any]] = []
@@ -122,26 +121,26 @@ class Record(NoRecord):
         status: Status = "interrupted" if interrupted else "finished"
         if self._monitor is not None and self._monitor.stopped_by is not None:
             status = "stopped"
-        self._places["model"] = self.folder.path / MODEL
+        places: dict[str, str | Path | None] = {"run": self.folder.path, "model": self.folder.path / MODEL}
         parts.tokenizer.save_pretrained(self.folder.path / MODEL)
         if before is not None and after is not None:
             self.folder.update_summary(eval={"before": before, "after": after})
             self.logger.summary(after)
             self.screen.print(console.change_table(_short(before), _short(after)))
         if parts.exporter is not None and status == "finished" and not self.run.dry_run:
-            self._places["export"] = parts.exporter.run(
+            places["export"] = parts.exporter.run(
                 parts.trainer.model,
                 parts.tokenizer,
                 self.folder.path / "export" / parts.exporter.name,
                 parts.data.eval[:8]["prompt"],
             )
         self.folder.finish(status, step=step)
-        self._places |= {"status": status, "log": self.logger.location}
+        places |= {"status": status, "log": self.logger.location}
         if status == "interrupted":
             self.screen.print(
                 f"interrupted at step {step}; continue with: python -m selfdistill.train resume={self.folder.path}"
             )
-        self.screen.print(console.where_table(self._places))
+        self.screen.print(console.where_table(places))
 
     def end_early(self, end: EarlyEnd) -> None:
         # A new run that is refused before it has begun (no such model, a malformed file) leaves no folder.

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from selfdistill.config import COMPOSITION_ERRORS, check, explain, fail
 from selfdistill.config.targets import check_targets
 from selfdistill.errors import UserError
+from selfdistill.runs.folder import RunFolder
 
 JOBS = "jobs.jsonl"
 GOOD = ("finished", "stopped", "checked")
@@ -29,7 +30,7 @@ GOOD = ("finished", "stopped", "checked")
 class Job:
     """One run of this process; `folder` is its RunFolder as soon as there is one."""
 
-    folder: Any = None
+    folder: RunFolder | None = None
 
 
 class CheckSweep(Callback):
@@ -137,8 +138,8 @@ def _write(this: Job, folder: Path, status: str, message: str | None) -> str:
     if this.folder is not None and not this.folder.path.exists():
         status = "refused"  # before it began
     elif this.folder is not None:
-        status = this.folder.summary.get("status", status)
-        after = (this.folder.summary.get("eval") or {}).get("after") or {}
+        status = this.folder.summary["status"]
+        after = this.folder.summary.get("eval", {}).get("after", {})
         line |= {"run": str(this.folder.path), "accuracy": after.get("eval/accuracy")}
     line |= {"status": status, "message": message}
     with (folder / JOBS).open("a", encoding="utf-8") as file:
