@@ -44,7 +44,7 @@ def run(cfg: DictConfig) -> float | None:
             job.folder = this.folder
             parts = build(checked, this.folder.path)
             this.begin(parts)
-            session.train(parts, this)
+            this.train(parts)
             this.end(parts)
         return this.final_accuracy
     return None

@@ -1,6 +1,6 @@
-"""What happens beside the training loop: the record, completions now and then, the alarms, the progress bar.
+"""What happens beside the training loop: the record, sampled completions, the alarms, the progress bar.
 
-All of these belong to the main process, but for `MainDecides`, which every process has where there are several.
+Only the main process has these callbacks, except for `MainDecides`, which every process has where several train.
 """
 
 import time
@@ -79,7 +79,7 @@ class RecordCallback(TrainerCallback):
 
 
 class CompletionsCallback(TrainerCallback):
-    """Keeps and shows completions now and then.
+    """Keeps and shows completions every so many steps.
 
     Args:
         record: gives the folder and the logger; it comes before this callback.
@@ -213,7 +213,7 @@ class MainDecides(TrainerCallback):
 
 
 class ProgressCallback(TrainerCallback):
-    """A bar with reward, KL, divergence and the time that is left; without a terminal, a plain line now and then.
+    """A bar with the latest metrics and the time that is left; without a terminal, a plain line every few seconds.
 
     Args:
         console: shared with everything else that prints while the bar is up.

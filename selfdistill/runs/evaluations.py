@@ -1,4 +1,4 @@
-"""The evaluations of a run: of the start, now and then, and of the end."""
+"""The evaluations of a run: before the training, during it, and after it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,14 +13,14 @@ from selfdistill.runs.record import NoRecord
 class Evaluations(TrainerCallback):
     """Evaluates the model, compares it with the start, and enters the metrics into the record.
 
-    Every process evaluates, all of them the same rows with the same weights, so that each knows the outcome: a model
-    that is sharded over the processes can be asked by all of them only, and no process waits for the main one in a
-    collective operation, which would give up during a long evaluation.
+    Every process evaluates the same rows with the same weights, and so each knows the outcome: a model that is sharded
+    runs only in all processes together, and none of them waits for the main one in a collective operation, which would
+    give up during a long evaluation.
 
     Args:
-        every: optimizer steps between two evaluations of the training; 0: none.
+        every: optimizer steps between two evaluations during the training; 0: none.
         before: metrics of the start, where a resumed run has them already.
-        tell: called with the metrics of each evaluation of the training.
+        tell: called with the metrics of each evaluation during the training.
     """
 
     def __init__(

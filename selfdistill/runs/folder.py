@@ -3,7 +3,7 @@
     config.yaml        the composed configuration, resolved, secrets masked
     metrics.jsonl      one JSON object a logged step
     completions.jsonl  sampled completions with reward, feedback and advantage
-    prompts.md         what student and teacher really saw at step 0
+    prompts.md         the prompts of student and teacher at step 0, as they went into the models
     bad_rows.jsonl     rows of the data that were skipped, and why
     summary.json       status, wall time, peak memory, versions, evaluation; replaced as a whole
     error.txt          the traceback of a failed run
@@ -126,7 +126,7 @@ class RunFolder:
         When the folder is opened for writing, a last line that a kill left incomplete is cut off.
 
         Raises:
-            UserError: the path is no run's folder, or another process is writing to it.
+            UserError: the path is not a run's folder, or another process is writing to it.
         """
         if not path.is_dir():
             raise UserError(f"{path} is no run's folder: there is no such folder.")
@@ -195,19 +195,11 @@ class RunFolder:
             self._completions.append({"step": step, **row})
 
     def truncate_metrics(self, step: int) -> int:
-        """Drop metrics and completions of steps after `step`, as a resume from a checkpoint repeats them.
-
-        Returns:
-            the number of lines dropped.
-        """
+        """Drop metrics and completions of steps after `step`, which a resumed run repeats; returns how many lines."""
         return self._metrics.truncate(step) + self._completions.truncate(step)
 
     def write_prompts(self, samples: Sequence[PromptSample]) -> bool:
-        """Write prompts.md, and whether the teacher scored the very ids that the student sampled.
-
-        Returns:
-            True if all ids agree.
-        """
+        """Write prompts.md; returns whether the teacher scored the very ids that the student sampled."""
         parts = ["# What student and teacher saw at step 0\n"]
         agree = True
         for index, sample in enumerate(samples):
@@ -254,7 +246,7 @@ class RunFolder:
         self._close()
 
     def discard(self) -> None:
-        """Remove the folder that `create` made, and those made around it: the run was refused before it began."""
+        """Remove the folder that `create` made, and its parents that were made with it, of a run that was refused."""
         self._close()
         shutil.rmtree(self.path)
         with suppress(OSError):  # another run is in it by now
@@ -323,7 +315,7 @@ def _load_config(path: Path) -> DictConfig:
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(config, DictConfig):
-        raise UserError(f"{path} is no configuration: it holds a list.")
+        raise UserError(f"{path} is not a configuration: it holds a list.")
     return config
 
 

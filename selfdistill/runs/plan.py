@@ -15,7 +15,7 @@ from selfdistill.training.build import Parts
 
 def show_plan(cfg: DictConfig, run: Run) -> None:
     """Prints the composed tree and a memory estimate; nothing is loaded or written."""
-    # Nothing connects the processes that a launcher has started yet; it tells each of them its number.
+    # The processes that a launcher has started are not connected yet; RANK is the number that it gave to each.
     screen = console.make_console(quiet=int(os.environ.get("RANK", 0)) > 0)
     console.print_all(screen, console.config_tree(cfg))
     screen.print("memory:", console.memory_line(estimate(run), run.hardware.memory_gib))
@@ -23,7 +23,7 @@ def show_plan(cfg: DictConfig, run: Run) -> None:
 
 
 def plan_of(run: Run, parts: Parts) -> console.Plan:
-    """The plan of a run whose parts are there."""
+    """The plan of a run whose parts are built."""
     trainer = parts.trainer
     model: torch.nn.Module = trainer.accelerator.unwrap_model(trainer.model)
     parameters = [(p.numel(), p.requires_grad) for p in model.parameters()]

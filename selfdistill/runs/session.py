@@ -99,32 +99,33 @@ class Session:
             parts.trainer.note(name, value)
         self.record.rollouts(parts, rollouts)
 
+    def train(self, parts: Parts) -> None:
+        """Trains from the start, or from the newest whole checkpoint of a resumed run."""
+        trainer = parts.trainer
+        checkpoint = newest_checkpoint(self.folder.path) if self.run.resume else None
+        begun = StepBegun(trainer)
+        use_callbacks(trainer, [begun, CompleteCallback()])  # the latter stays the last one
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except ServerUnavailable:
+            # No weight has changed since the step began: a checkpoint of that moment lets a resumed run repeat the
+            # step. Before the first step there is nothing to save, since a resumed run starts with its seed again. Of
+            # several processes one may have lost the server while the others have not, and a checkpoint takes all.
+            begun.restore()
+            if trainer.state.global_step and self.processes.count == 1:
+                trainer.save_checkpoint()
+            raise
+
     def end(self, parts: Parts) -> None:
         """Saves the model, evaluates and exports it."""
-        trainer, interrupted, before, after = parts.trainer, self.interruption.requested, None, None
+        trainer, interrupted = parts.trainer, self.interruption.requested
         trainer.save_model(str(self.folder.path / MODEL))
+        evaluations: dict[str, dict[str, float]] = {}
         if self._evaluations is not None and not interrupted:
             after = self._evaluations.at(trainer.state.global_step, trainer.model)
-            before, self.final_accuracy = self._evaluations.before, after.get("eval/accuracy")
-        self.record.end(parts, interrupted=interrupted, before=before, after=after)
-
-
-def train(parts: Parts, session: Session) -> None:
-    """Trains from the start, or from the newest whole checkpoint of a resumed run."""
-    trainer = parts.trainer
-    checkpoint = newest_checkpoint(session.folder.path) if session.run.resume else None
-    begun = StepBegun(trainer)
-    use_callbacks(trainer, [begun, CompleteCallback()])  # the latter stays the last one
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except ServerUnavailable:
-        # No weight has changed since the step began: a checkpoint of that moment lets a resumed run repeat the step.
-        # Before the first step there is nothing to save, since a resumed run starts with its seed again. Of several
-        # processes one may have lost the server while the others have not, and a checkpoint takes all of them.
-        begun.restore()
-        if trainer.state.global_step and session.processes.count == 1:
-            trainer.save_checkpoint()
-        raise
+            evaluations = {"before": self._evaluations.before or after, "after": after}
+            self.final_accuracy = after.get("eval/accuracy")
+        self.record.end(parts, evaluations, interrupted=interrupted)
 
 
 @contextmanager
@@ -153,8 +154,8 @@ def recorded(cfg: DictConfig, run: config.Run, hydra_config: DictConfig) -> Iter
             end = processes.announce(_early_end(error, processes, interruption))
             if record is not None:
                 record.end_early(end)
-            processes.written(end)
-            if end.process != processes.index:  # it has said why
+            processes.acknowledge(end)
+            if end.process != processes.index:  # the other process says why
                 raise SystemExit(end.exit_code) from None
             if (message := _message(error, record, end)) is not None:
                 raise message from error

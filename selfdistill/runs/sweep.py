@@ -65,7 +65,7 @@ class CheckSweep(Callback):
             raise SystemExit(0)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """The table of the jobs, and exit code 1 where one of them failed."""
+        """Prints the table of the jobs; the exit code is 1 where one of them failed."""
         if not print_jobs(Path(config.hydra.sweep.dir).absolute()):
             raise SystemExit(1)
 
@@ -80,7 +80,7 @@ def check_jobs(config: DictConfig) -> list[list[str]]:
     """The overrides of every job of a grid, once all are composed and checked.
 
     Raises:
-        UserError: the first job that cannot be meant.
+        UserError: the first job whose configuration is refused.
     """
     from hydra import compose
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -100,7 +100,7 @@ def check_jobs(config: DictConfig) -> list[list[str]]:
 
 @contextmanager
 def job(cfg: DictConfig) -> Iterator[Job]:
-    """Around one run. Within a sweep a failure ends this job alone, and is written down."""
+    """The context of one run. Within a sweep a failure ends this job alone, and stands in the sweep's table."""
     this = Job()
     hydra_config = HydraConfig.get()
     if hydra_config.mode != RunMode.MULTIRUN:
@@ -148,7 +148,7 @@ def _write(this: Job, folder: Path, status: str, message: str | None) -> str:
 
 
 def print_jobs(folder: Path) -> bool:
-    """The table of a sweep's jobs so far, and whether all of them went well."""
+    """Prints the table of a sweep's jobs so far; returns whether all of them went well."""
     file = folder / JOBS
     if not file.exists():
         return True

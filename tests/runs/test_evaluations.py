@@ -81,7 +81,7 @@ def test_the_record_of_other_processes_writes_nothing(tmp_path: Path) -> None:
     with record.busy("evaluating"):
         record.evaluation(0, {"eval/accuracy": 1.0})
     record.rollouts(parts, Rollouts([], [], []))
-    record.end(parts, interrupted=False, before=None, after=None)
+    record.end(parts, {}, interrupted=False)
     record.end_early(EarlyEnd("failed", 2))
     record.close()
     assert {path: path.read_bytes() for path in run.path.iterdir()} == before
