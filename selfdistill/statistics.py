@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from statistics import fmean, pstdev
 
 
 def repetition(ids: Sequence[int], n: int = 4) -> float:
@@ -30,9 +31,8 @@ def reward_spread(scores: Sequence[float | None], num_generations: int) -> float
     for start in range(0, len(scores), num_generations):
         group = [s for s in scores[start : start + num_generations] if s is not None and not math.isnan(s)]
         if group:
-            mean = sum(group) / len(group)
-            deviations.append(math.sqrt(sum((score - mean) ** 2 for score in group) / len(group)))
-    return sum(deviations) / len(deviations) if deviations else None
+            deviations.append(pstdev(group))
+    return fmean(deviations) if deviations else None
 
 
 def completion_metrics(completion_ids: Sequence[Sequence[int]]) -> dict[str, float]:

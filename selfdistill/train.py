@@ -10,6 +10,8 @@
 --multirun, -m   one run for each combination of the values that are given with commas
 """
 
+from typing import Any
+
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -21,14 +23,14 @@ from selfdistill.runs import sweep
 
 def run(cfg: DictConfig) -> float | None:
     """One run from its composed configuration; returns the final held-out accuracy, which a sweeper may maximise."""
-    hydra_config = HydraConfig.get()
+    hydra_config: Any = HydraConfig.get()  # a DictConfig, though Hydra declares a dataclass
     overrides = sweep.overrides_of(hydra_config)
     with sweep.job(cfg) as job:
         checked = config.check(cfg, overrides)
 
         # Nothing heavy is imported before the configuration has passed.
         from selfdistill.config.targets import check_targets
-        from selfdistill.runs import session
+        from selfdistill.runs import plan, session
         from selfdistill.training.arguments import ARGUMENTS
         from selfdistill.training.build import build
 
@@ -36,13 +38,13 @@ def run(cfg: DictConfig) -> float | None:
             cfg, checked = session.resumed_config(cfg, overrides)
         check_targets(checked, ARGUMENTS)
         if checked.check:
-            session.show_plan(cfg, checked)
+            plan.show_plan(cfg, checked)
             return None
         with session.recorded(cfg, checked, hydra_config) as this:
             job.folder = this.folder
             parts = build(checked, this.folder.path)
             this.begin(parts)
-            session.train(parts, this)
+            this.train(parts)
             this.end(parts)
         return this.final_accuracy
     return None

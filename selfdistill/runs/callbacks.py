@@ -1,25 +1,19 @@
-"""What happens beside the training loop: the record, completions now and then, the alarms, the progress bar.
+"""What happens beside the training loop: the record, sampled completions, the alarms, the progress bar.
 
-All of these belong to the main process, but for `MainDecides`, which every process has where there are several.
+Only the main process has these callbacks, except for `MainDecides`, which every process has where several train.
 """
 
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
-from transformers import (
-    PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers import ProgressCallback as TransformersProgressCallback
 
 from selfdistill.evaluation.monitors import Alarm, Monitors, standard_names
@@ -27,13 +21,18 @@ from selfdistill.runs.console import duration, samples_table
 from selfdistill.runs.folder import RunFolder
 from selfdistill.runs.loggers.base import RunLogger
 
+Metrics = Mapping[str, Any]
 Rows = Sequence[Mapping[str, Any]]
 
 # How often summary.json is renewed during the training: the summary of a killed run is at most this old.
-_HEARTBEAT_S = 10.0
+HEARTBEAT_S = 10.0
+# Logged with the totals of the training, which belong to no step.
+TOTALS = "train_runtime"
+# The metrics of the progress line, the first three that there are, and what they are called there.
+SHOWN = {"reward": "reward", "kl": "KL", "distill/divergence": "divergence", "loss": "loss"}
 
 
-def use_callbacks(trainer: Any, callbacks: Sequence[TrainerCallback]) -> None:
+def use_callbacks(trainer: Trainer, callbacks: Sequence[TrainerCallback]) -> None:
     """Give a trainer these callbacks, in this order, instead of transformers' own progress bar and printer."""
     trainer.remove_callback(TransformersProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -56,23 +55,15 @@ class RecordCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.run.truncate_metrics(state.global_step)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        if not logs:
-            return
-        if "train_runtime" in logs:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        logs: Metrics = event["logs"]
+        if TOTALS in logs:
             totals = {name: value for name, value in logs.items() if name.startswith("train_") or name == "total_flos"}
             self.run.update_summary(train=totals)
             return
         metrics = standard_names(logs)
         self.run.log_metrics(state.global_step, metrics)
-        if time.monotonic() - self._summarised > _HEARTBEAT_S:
+        if time.monotonic() - self._summarised > HEARTBEAT_S:
             self._summarised = time.monotonic()
             self.run.update_summary(step=state.global_step)
         self.show(lambda: self.logger.log(state.global_step, {**metrics, "time/wall_s": self.run.wall_s}))
@@ -88,15 +79,15 @@ class RecordCallback(TrainerCallback):
 
 
 class CompletionsCallback(TrainerCallback):
-    """Keeps and shows completions now and then.
+    """Keeps and shows completions every so many steps.
 
     Args:
         record: gives the folder and the logger; it comes before this callback.
         console: where the table is printed.
         rows: returns the latest step's completions: mappings with prompt, completion, reward, feedback, advantage.
-        every_steps: steps between; 0 keeps none. The first logged step always counts.
+        every_steps: steps between. The first logged step always counts.
         keep: completions kept each time.
-        show: completions printed each time; 0 prints none.
+        show: completions printed each time.
     """
 
     def __init__(
@@ -110,22 +101,17 @@ class CompletionsCallback(TrainerCallback):
     ) -> None:
         self.record, self.console, self.rows = record, console, rows
         self.every_steps, self.keep, self.show = every_steps, keep, show
-        self._last_step: int | None = None
+        self._period: int | None = None
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        step = state.global_step
-        if self.every_steps < 1 or step == 0 or step == self._last_step:
+        step, period = state.global_step, state.global_step // self.every_steps
+        rows = self.rows()[: self.keep]
+        if step == 0 or period == self._period or not rows:
             return
-        if self._last_step is not None and step // self.every_steps == self._last_step // self.every_steps:
-            return
-        rows = list(self.rows())[: self.keep]
-        if not rows:
-            return
-        self._last_step = step
+        self._period = period
         self.record.run.log_completions(step, rows)
         self.record.show(lambda: self.record.logger.table("completions", [{"step": step, **row} for row in rows]))
-        if self.show > 0:
-            self.console.print(samples_table(step, rows[: self.show]))
+        self.console.print(samples_table(step, rows[: self.show]))
 
 
 class MonitorCallback(TrainerCallback):
@@ -158,20 +144,12 @@ class MonitorCallback(TrainerCallback):
             if line["step"] <= state.global_step:
                 self.monitors.observe(line)
                 self._is_best(line["step"], line)
-        alarms = self.run.summary.get("alarms", [])
-        repeated = [alarm for alarm in alarms if alarm["step"] > state.global_step]
-        if repeated:
-            self.run.update_summary(alarms=[alarm for alarm in alarms if alarm not in repeated])
+        if alarms := self.run.summary.get("alarms"):
+            self.run.update_summary(alarms=[alarm for alarm in alarms if alarm["step"] <= state.global_step])
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        if not logs or "train_runtime" in logs:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        logs: Metrics = event["logs"]
+        if TOTALS in logs:
             return
         step = state.global_step
         for alarm in self.monitors.observe({**logs, "step": step}):
@@ -180,15 +158,8 @@ class MonitorCallback(TrainerCallback):
             control.should_save = True
             state.best_global_step, state.best_metric = step, self._best
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: Mapping[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        self.on_log(args, state, control, logs=metrics)
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        self.on_log(args, state, control, logs=event["metrics"])
 
     def _forget(self) -> None:
         self._best: float | None = None
@@ -242,19 +213,12 @@ class MainDecides(TrainerCallback):
 
 
 class ProgressCallback(TrainerCallback):
-    """A bar with reward, KL, divergence and the time that is left; without a terminal, a plain line now and then.
+    """A bar with the latest metrics and the time that is left; without a terminal, a plain line every few seconds.
 
     Args:
         console: shared with everything else that prints while the bar is up.
         every_s: seconds between two plain lines.
     """
-
-    _SHOWN: ClassVar[dict[str, str]] = {
-        "reward": "reward",
-        "kl": "KL",
-        "distill/divergence": "divergence",
-        "loss": "loss",
-    }
 
     def __init__(self, console: Console, every_s: float = 15.0) -> None:
         self.console, self.every_s = console, every_s
@@ -284,32 +248,24 @@ class ProgressCallback(TrainerCallback):
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        if not logs or "train_runtime" in logs:
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+        logs: Metrics = event["logs"]
+        if TOTALS in logs:
             return
-        self._latest.update({name: value for name, value in logs.items() if value is not None})
-        values = self._values()
+        self._latest |= {name: value for name, value in logs.items() if value is not None}
+        shown = [(label, self._latest.get(name)) for name, label in SHOWN.items()]
+        values = [f"{label} {value:.3g}" for label, value in shown if isinstance(value, int | float)][:3]
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step, values="  ".join(values))
             return
-        now = time.monotonic()
-        is_last = state.global_step >= state.max_steps
-        if now - self._printed < self.every_s and not is_last:
+        now, steps_left = time.monotonic(), state.max_steps - state.global_step
+        if now - self._printed < self.every_s and steps_left > 0:
             return
         self._printed = now
         done = state.global_step - self._first_step
-        left = []
-        if done > 0 and not is_last:
-            left = [f"{duration((now - self._began) / done * (state.max_steps - state.global_step))} left"]
-        line = "  ".join([f"step {state.global_step}/{state.max_steps}", *values, *left])
-        self.console.print(Text(line), soft_wrap=True)
+        if done > 0 and steps_left > 0:
+            values.append(f"{duration((now - self._began) / done * steps_left)} left")
+        self.console.print(Text("  ".join([f"step {state.global_step}/{state.max_steps}", *values])), soft_wrap=True)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.close()
@@ -319,7 +275,3 @@ class ProgressCallback(TrainerCallback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-    def _values(self) -> list[str]:
-        shown = [(label, self._latest.get(name)) for name, label in self._SHOWN.items()]
-        return [f"{label} {value:.3g}" for label, value in shown if isinstance(value, int | float)][:3]

@@ -3,6 +3,7 @@
 Every function returns something that rich prints; all of it reads well as plain text in 80 columns.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from selfdistill.config.batch import Batch
 from selfdistill.config.secrets import Redactor
 
 
@@ -31,9 +33,7 @@ class Plan:
         train_rows: rows of the training data.
         eval_rows: rows of the evaluation data.
         max_steps: optimiser steps.
-        completions_per_device: completions that one process handles in one forward pass of the training.
-        accumulation: forward and backward passes of one optimiser step.
-        processes: processes that train.
+        batch: how the completions of one step are spread.
         num_generations: completions of one prompt, G.
         adapter: for example "LoRA, rank 32"; empty for full training.
         teacher: for example "ema 0.99, sees a demonstration"; empty without one.
@@ -47,18 +47,11 @@ class Plan:
     train_rows: int
     eval_rows: int
     max_steps: int
-    completions_per_device: int
-    accumulation: int
-    processes: int
+    batch: Batch
     num_generations: int
     adapter: str = ""
     teacher: str = ""
     memory_gib: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def completions(self) -> int:
-        """Completions of one optimiser step."""
-        return self.completions_per_device * self.accumulation * self.processes
 
 
 def make_console(**options: Any) -> Console:
@@ -75,28 +68,24 @@ def config_tree(config: DictConfig) -> Tree:
 
 def plan_table(plan: Plan) -> Group:
     """Model, parameters, batch arithmetic and memory, one a line."""
-    table = _facts()
-    table.add_row("model", Text(plan.model))
-    share = plan.trained / plan.parameters if plan.parameters else 0.0
-    method = plan.adapter or "all weights" if plan.trained == plan.parameters else plan.adapter or "some weights"
-    table.add_row("parameters", f"{count(plan.parameters)}, {count(plan.trained)} trained ({share:.1%}; {method})")
-    table.add_row("device", Text(plan.device))
-    if plan.teacher:
-        table.add_row("teacher", Text(plan.teacher))
-    table.add_row("data", f"{plan.train_rows:,} rows to train on, {plan.eval_rows:,} held out")
-    arithmetic = f"{plan.completions_per_device} completions x {plan.accumulation} accumulated"
-    if plan.processes > 1:
-        arithmetic += f" x {plan.processes} processes"
-    prompts = plan.completions / plan.num_generations
-    table.add_row(
-        "a step", f"{arithmetic} = {plan.completions}: {prompts:g} prompts x {plan.num_generations} generations"
-    )
-    epochs = plan.max_steps * prompts / plan.train_rows if plan.train_rows else 0.0
-    total = plan.max_steps * plan.completions
-    table.add_row("the run", f"{plan.max_steps:,} steps = {total:,} completions = {epochs:.2f} passes over the data")
-    if plan.memory_gib:
-        table.add_row("memory", memory_line(plan.memory_gib))
-    return _titled("plan", table)
+    share = plan.trained / max(plan.parameters, 1)  # sharded parameters can look empty
+    method = plan.adapter or ("all weights" if plan.trained == plan.parameters else "some weights")
+    batch, prompts = plan.batch, plan.batch.completions / plan.num_generations
+    arithmetic = f"{batch.per_device} completions x {batch.accumulation_steps} accumulated"
+    if batch.processes > 1:
+        arithmetic += f" x {batch.processes} processes"
+    total, passes = plan.max_steps * batch.completions, plan.max_steps * prompts / plan.train_rows
+    facts: dict[str, str | Text] = {
+        "model": plan.model,
+        "parameters": f"{count(plan.parameters)}, {count(plan.trained)} trained ({share:.1%}; {method})",
+        "device": plan.device,
+        "teacher": plan.teacher,
+        "data": f"{plan.train_rows:,} rows to train on, {plan.eval_rows:,} held out",
+        "a step": f"{arithmetic} = {batch.completions}: {prompts:g} prompts x {plan.num_generations} generations",
+        "the run": f"{plan.max_steps:,} steps = {total:,} completions = {passes:.2f} passes over the data",
+        "memory": memory_line(plan.memory_gib) if plan.memory_gib else "",
+    }
+    return _facts("plan", facts)
 
 
 def memory_line(memory_gib: Mapping[str, float], available_gib: float | None = None) -> Text:
@@ -119,9 +108,7 @@ def change_table(before: Mapping[str, float | None], after: Mapping[str, float |
             More is better, except of names with "forgetting", "loss" or "perplexity".
         after: the same after it; a metric that is missing on one side shows "-".
     """
-    table = Table(
-        box=box.SIMPLE_HEAD, title="before and after", title_justify="left", title_style="bold", pad_edge=False
-    )
+    table = _titled("before and after")
     table.add_column("metric")
     for column in ("before", "after", "change"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -141,8 +128,7 @@ def samples_table(step: int, rows: Sequence[Mapping[str, Any]], characters: int 
         characters: longest text of a cell; longer prompts lose their beginning, longer completions their middle.
     """
     has_feedback = any(row.get("feedback") for row in rows)
-    table = Table(box=box.SIMPLE_HEAD, title=f"completions at step {step}", leading=1, pad_edge=False)
-    table.title_justify, table.title_style = "left", "bold"
+    table = _titled(f"completions at step {step}", leading=1)
     table.add_column("prompt", ratio=3, overflow="fold")
     table.add_column("completion", ratio=4, overflow="fold")
     if has_feedback:
@@ -160,11 +146,7 @@ def samples_table(step: int, rows: Sequence[Mapping[str, Any]], characters: int 
 
 def where_table(places: Mapping[str, str | Path | None]) -> Group:
     """Where everything lies; what is None or an empty text is left out. Paths are shown from the current folder."""
-    table = _facts()
-    for name, place in places.items():
-        if place:
-            table.add_row(name, Text(_from_here(place), overflow="fold"))
-    return _titled("where everything lies", table)
+    return _facts("where everything lies", {name: _from_here(place) for name, place in places.items() if place})
 
 
 def count(number: int) -> str:
@@ -208,25 +190,25 @@ def _add_branches(tree: Tree, values: Mapping[str, Any]) -> None:
 
 
 def _yaml_value(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
     if isinstance(value, str):
         return value if value and value == value.strip() and "\n" not in value else repr(value)
-    return str(value)
+    return json.dumps(value, ensure_ascii=False)
 
 
-def _facts() -> Table:
+def _facts(title: str, facts: Mapping[str, str | Text]) -> Group:
+    """Names and values, one pair a line; what is empty is left out."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    return table
-
-
-def _titled(title: str, table: Table) -> Group:
+    for name, fact in facts.items():
+        if fact:
+            table.add_row(name, fact if isinstance(fact, Text) else Text(fact))
     # A title of the table itself would be wrapped at the table's width.
     return Group(Text(title, style="bold"), table)
+
+
+def _titled(title: str, **options: Any) -> Table:
+    return Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold", pad_edge=False, **options)
 
 
 def _number(value: float | None) -> str:
@@ -267,9 +249,6 @@ def _ends(text: str, characters: int) -> str:
 
 
 def _from_here(place: str | Path) -> str:
-    if not isinstance(place, Path):
-        return place
-    try:
+    if isinstance(place, Path) and place.absolute().is_relative_to(Path.cwd()):
         return str(place.absolute().relative_to(Path.cwd()))
-    except ValueError:
-        return str(place)
+    return str(place)

@@ -1,8 +1,9 @@
-"""The evaluations of a run: of the start, now and then, and of the end."""
+"""The evaluations of a run: before the training, during it, and after it."""
 
 from collections.abc import Callable
 from typing import Any
 
+from torch.nn import Module
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from selfdistill.evaluation.evaluator import Evaluator, forgetting
@@ -12,14 +13,14 @@ from selfdistill.runs.record import NoRecord
 class Evaluations(TrainerCallback):
     """Evaluates the model, compares it with the start, and enters the metrics into the record.
 
-    Every process evaluates, all of them the same rows with the same weights, so that each knows the outcome: a model
-    that is sharded over the processes can be asked by all of them only, and no process waits for the main one in a
-    collective operation, which would give up during a long evaluation.
+    Every process evaluates the same rows with the same weights, and so each knows the outcome: a model that is sharded
+    runs only in all processes together, and none of them waits for the main one in a collective operation, which would
+    give up during a long evaluation.
 
     Args:
-        every: optimizer steps between two evaluations of the training; 0: none.
+        every: optimizer steps between two evaluations during the training; 0: none.
         before: metrics of the start, where a resumed run has them already.
-        tell: called with the metrics of each evaluation of the training.
+        tell: called with the metrics of each evaluation during the training.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Evaluations(TrainerCallback):
         self.every, self.before, self.tell = every, before, tell
         self._latest: tuple[int, dict[str, float]] | None = None
 
-    def at(self, step: int, model: Any) -> dict[str, float]:
+    def at(self, step: int, model: Module) -> dict[str, float]:
         """The metrics of the model after `step`, which is evaluated once."""
         if self._latest is None or self._latest[0] != step:
             with self.record.busy("evaluating"):
@@ -49,13 +50,6 @@ class Evaluations(TrainerCallback):
             self._latest = step, metrics
         return self._latest[1]
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **_: Any,
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         if self.every and state.global_step % self.every == 0:
-            self.tell(self.at(state.global_step, model))
+            self.tell(self.at(state.global_step, event["model"]))

@@ -3,7 +3,7 @@
     config.yaml        the composed configuration, resolved, secrets masked
     metrics.jsonl      one JSON object a logged step
     completions.jsonl  sampled completions with reward, feedback and advantage
-    prompts.md         what student and teacher really saw at step 0
+    prompts.md         the prompts of student and teacher at step 0, as they went into the models
     bad_rows.jsonl     rows of the data that were skipped, and why
     summary.json       status, wall time, peak memory, versions, evaluation; replaced as a whole
     error.txt          the traceback of a failed run
@@ -23,8 +23,8 @@ import socket
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -42,7 +42,6 @@ from selfdistill.machine.memory import peak_memory_gib, reset_peak_memory
 from selfdistill.runs.step_log import StepLog, jsonable
 
 Status = Literal["running", "finished", "failed", "interrupted", "stopped"]
-OVER: tuple[Status, ...] = ("finished", "failed", "interrupted", "stopped")
 
 _PACKAGES = ("selfdistill", "torch", "transformers", "trl", "peft", "datasets", "vllm", "unsloth")
 
@@ -61,9 +60,9 @@ class PromptSample:
 
     student: str
     completion: str
-    completion_ids: Sequence[int]
+    completion_ids: list[int]
     teacher: str | None = None
-    teacher_completion_ids: Sequence[int] | None = None
+    teacher_completion_ids: list[int] | None = None
 
 
 class RunFolder:
@@ -101,8 +100,7 @@ class RunFolder:
         """
         redactor = Redactor(config)
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:60] or "run"
-        started = datetime.now(UTC)
-        root = path.absolute().parent if path is not None else Path(root)
+        root = path.absolute().parent if path is not None else root
         made_roots = [folder for folder in (root, *root.parents) if not folder.exists()]
         try:
             if path is not None and path.exists() and any(path.iterdir()):
@@ -110,14 +108,13 @@ class RunFolder:
                 raise UserError(f"{path} {holds}: name another folder, or continue a run with resume=FOLDER.")
             root.mkdir(parents=True, exist_ok=True)
             if path is None:
-                path = _new_folder(root, f"{started:%Y%m%d-%H%M%S}-{name}")
+                path = _new_folder(root, f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}")
             path.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"No run's folder can be made in {root}: {error.strerror or error}.") from error
         lock = _lock(path)
         write_atomically(path / "config.yaml", redactor.yaml())
-        summary = {"run_id": path.name, "status": "running", "started": started.isoformat(timespec="seconds")}
-        run = cls(path, summary, lock, redactor)
+        run = cls(path, {"run_id": path.name, "status": "running", "started": _now()}, lock, redactor)
         run._made_roots = made_roots
         run._begin()
         return run
@@ -129,14 +126,14 @@ class RunFolder:
         When the folder is opened for writing, a last line that a kill left incomplete is cut off.
 
         Raises:
-            UserError: the path is no run's folder, or another process is writing to it.
+            UserError: the path is not a run's folder, or another process is writing to it.
         """
-        path = Path(path)
         if not path.is_dir():
             raise UserError(f"{path} is no run's folder: there is no such folder.")
         missing = [name for name in ("config.yaml", "summary.json") if not (path / name).is_file()]
         if missing:
-            raise UserError(f"{path} is no run's folder: {' and '.join(missing)} {_is(missing)} missing.")
+            are = "is" if len(missing) == 1 else "are"
+            raise UserError(f"{path} is no run's folder: {' and '.join(missing)} {are} missing.")
         summary = _load_summary(path / "summary.json")
         lock = _lock(path) if write else None
         run = cls(path, summary, lock, Redactor(_load_config(path / "config.yaml")))
@@ -144,14 +141,13 @@ class RunFolder:
             error_file = path / "error.txt"
             if error_file.exists():
                 error_file.replace(path / "error-before-resume.txt")
-            resumed = [*summary.get("resumed", []), datetime.now(UTC).isoformat(timespec="seconds")]
-            run._begin(resumed=resumed)
+            run._begin(resumed=[*summary.get("resumed", []), _now()])
         return run
 
     @property
     def is_running(self) -> bool:
         """Whether the run is not over yet: its summary does not say so, and its process still holds the lock."""
-        if self._summary.get("status") in OVER:
+        if self._summary.get("status", "running") != "running":
             return False
         try:
             with (self.path / ".lock").open("rb") as lock:
@@ -199,38 +195,27 @@ class RunFolder:
             self._completions.append({"step": step, **row})
 
     def truncate_metrics(self, step: int) -> int:
-        """Drop metrics and completions of steps after `step`, as a resume from a checkpoint repeats them.
-
-        Returns:
-            the number of lines dropped.
-        """
+        """Drop metrics and completions of steps after `step`, which a resumed run repeats; returns how many lines."""
         return self._metrics.truncate(step) + self._completions.truncate(step)
 
     def write_prompts(self, samples: Sequence[PromptSample]) -> bool:
-        """Write prompts.md, and whether the teacher scored the very ids that the student sampled.
-
-        Returns:
-            True if all ids agree.
-        """
+        """Write prompts.md; returns whether the teacher scored the very ids that the student sampled."""
         parts = ["# What student and teacher saw at step 0\n"]
         agree = True
         for index, sample in enumerate(samples):
-            parts.append(f"## Rollout {index}\n\n### The student's prompt\n\n{_fenced(sample.student)}")
-            if sample.teacher is None:
-                parts.append("### The teacher's prompt\n\nNone: this rollout carries no teacher's signal.\n")
-            else:
-                parts.append(f"### The teacher's prompt\n\n{_fenced(sample.teacher)}")
-            parts.append(f"### The completion\n\n{_fenced(sample.completion)}")
-            ids = list(sample.completion_ids)
-            verdict = f"{len(ids)} token ids: {' '.join(map(str, ids))}"
-            if sample.teacher_completion_ids is not None:
-                scored = list(sample.teacher_completion_ids)
-                same = scored == ids
-                agree = agree and same
-                verdict += "\n\nThe teacher scored " + (
-                    "the same token ids." if same else f"OTHER token ids: {' '.join(map(str, scored))}"
-                )
-            parts.append(verdict + "\n")
+            ids, scored = sample.completion_ids, sample.teacher_completion_ids
+            no_teacher = "None: this rollout carries no teacher's signal.\n"
+            parts += [
+                f"## Rollout {index}\n\n### The student's prompt\n\n{_fenced(sample.student)}",
+                f"### The teacher's prompt\n\n{no_teacher if sample.teacher is None else _fenced(sample.teacher)}",
+                f"### The completion\n\n{_fenced(sample.completion)}",
+                f"{len(ids)} token ids: {' '.join(map(str, ids))}\n",
+            ]
+            if scored == ids:
+                parts.append("The teacher scored the same token ids.\n")
+            elif scored is not None:
+                agree = False
+                parts.append(f"The teacher scored OTHER token ids: {' '.join(map(str, scored))}\n")
         write_atomically(self.path / "prompts.md", "\n".join(parts))
         return agree
 
@@ -250,35 +235,31 @@ class RunFolder:
         self._summary.update(jsonable(values))
         write_atomically(self.path / "summary.json", json.dumps(self._summary, indent=2, ensure_ascii=False) + "\n")
 
-    def finish(self, status: Status, error: BaseException | str | None = None, **values: Any) -> None:
-        """Write the last summary, with `error` (an exception or its traceback) also error.txt, and unlock the folder.
+    def finish(self, status: Status, traceback: str | None = None, **values: Any) -> None:
+        """Write the last summary, and the traceback of a failed run to error.txt, and unlock the folder.
 
         The wall time is not counted any further; `update_summary` still works, for what is added later (an export).
         """
-        if error is not None:
-            text = error if isinstance(error, str) else "".join(traceback.format_exception(error))
-            write_atomically(self.path / "error.txt", self._redactor.text(text))
-        ended = datetime.now(UTC).isoformat(timespec="seconds")
-        self.update_summary(status=status, ended=ended, **values)
+        if traceback is not None:
+            write_atomically(self.path / "error.txt", self._redactor.text(traceback))
+        self.update_summary(status=status, ended=_now(), **values)
+        self._close()
+
+    def discard(self) -> None:
+        """Remove the folder that `create` made, and its parents that were made with it, of a run that was refused."""
+        self._close()
+        shutil.rmtree(self.path)
+        with suppress(OSError):  # another run is in it by now
+            for root in self._made_roots:
+                root.rmdir()
+
+    def _close(self) -> None:
         self._metrics.close()
         self._completions.close()
         if self._lock is not None:
             self._wall_before_s = self.wall_s
             self._lock.close()
             self._lock = None
-
-    def discard(self) -> None:
-        """Remove the folder that `create` made, and those made around it: the run was refused before it began."""
-        self._metrics.close()
-        self._completions.close()
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
-            shutil.rmtree(self.path)
-            for root in self._made_roots:
-                if any(root.iterdir()):
-                    break
-                root.rmdir()
 
     def _begin(self, **values: Any) -> None:
         reset_peak_memory()
@@ -299,11 +280,9 @@ def _new_folder(root: Path, stem: str) -> Path:
     # mkdir fails if the folder is there, whoever made it: that is what keeps two processes apart.
     while True:
         path = root / f"{stem}-{secrets.token_hex(2)}"
-        try:
+        with suppress(FileExistsError):
             path.mkdir()
-        except FileExistsError:
-            continue
-        return path
+            return path
 
 
 def _lock(path: Path) -> IO[bytes]:
@@ -336,7 +315,7 @@ def _load_config(path: Path) -> DictConfig:
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     if not isinstance(config, DictConfig):
-        raise UserError(f"{path} is no configuration: it holds a list.")
+        raise UserError(f"{path} is not a configuration: it holds a list.")
     return config
 
 
@@ -346,17 +325,15 @@ def _fenced(text: str) -> str:
     return f"{fence}text\n{text}\n{fence}\n"
 
 
-def _is(names: Sequence[str]) -> str:
-    return "is" if len(names) == 1 else "are"
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 

@@ -3,7 +3,8 @@
 import os
 import signal
 import threading
-from types import FrameType, TracebackType
+from contextlib import ExitStack
+from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -27,7 +28,7 @@ class Interruption(TrainerCallback):
         self._number = 0  # of the signal that has come
         self._training = self._stopping = False
         self._interrupts = 0
-        self._before: dict[signal.Signals, Any] = {}
+        self._restore_handlers = ExitStack()
 
     @property
     def requested(self) -> bool:
@@ -43,15 +44,11 @@ class Interruption(TrainerCallback):
         # Python delivers signals to the main thread, and lets only that one set handlers.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
+                self._restore_handlers.callback(signal.signal, number, signal.signal(number, self._handle))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
+    def __exit__(self, *_: object) -> None:
+        self._restore_handlers.close()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._training = True
@@ -71,7 +68,7 @@ class Interruption(TrainerCallback):
         if self._interrupts > 2:
             os._exit(130)
         if self._stopping and self._interrupts < 2:
-            return  # what the training leaves is being saved; a launcher passes on a signal that has come already
+            return  # the checkpoint is being saved; a launcher passes on a signal that has come already
         first = not self.requested
         self._number = self._number or number
         if not self._training or (self._interrupts > 1 and number == signal.SIGINT):
@@ -84,7 +81,7 @@ class Interruption(TrainerCallback):
 
 
 def _greatest_of_all_processes(number: int, args: TrainingArguments) -> int:
-    """The greatest of the numbers that the processes have which train together."""
+    """The greatest number among the processes that train together."""
     if args.world_size < 2:
         return number
     import torch

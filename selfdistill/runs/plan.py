@@ -15,7 +15,7 @@ from selfdistill.training.build import Parts
 
 def show_plan(cfg: DictConfig, run: Run) -> None:
     """Prints the composed tree and a memory estimate; nothing is loaded or written."""
-    # Nothing connects the processes that a launcher has started yet; it tells each of them its number.
+    # The processes that a launcher has started are not connected yet; RANK is the number that it gave to each.
     screen = console.make_console(quiet=int(os.environ.get("RANK", 0)) > 0)
     console.print_all(screen, console.config_tree(cfg))
     screen.print("memory:", console.memory_line(estimate(run), run.hardware.memory_gib))
@@ -23,8 +23,8 @@ def show_plan(cfg: DictConfig, run: Run) -> None:
 
 
 def plan_of(run: Run, parts: Parts) -> console.Plan:
-    """The plan of a run whose parts are there."""
-    trainer, batch = parts.trainer, batch_of(run)
+    """The plan of a run whose parts are built."""
+    trainer = parts.trainer
     model: torch.nn.Module = trainer.accelerator.unwrap_model(trainer.model)
     parameters = [(p.numel(), p.requires_grad) for p in model.parameters()]
     trained = sum(count for count, is_trained in parameters if is_trained)
@@ -36,9 +36,7 @@ def plan_of(run: Run, parts: Parts) -> console.Plan:
         train_rows=len(parts.data.train),
         eval_rows=len(parts.data.eval) if parts.data.eval is not None else 0,
         max_steps=trainer.args.max_steps,
-        completions_per_device=batch.per_device,
-        accumulation=batch.accumulation_steps,
-        processes=trainer.accelerator.num_processes,
+        batch=batch_of(run),
         num_generations=run.num_generations,
         adapter=f"LoRA, rank {run.model.lora.r}" if run.model.tuning == "lora" else "",
         teacher="" if trainer.teacher is None else str(trainer.teacher),

@@ -56,7 +56,7 @@ class Processes:
         timeout_s: after which a collective operation gives up.
 
     Attributes:
-        on_early_end: called in a thread before this process ends because another one has.
+        on_early_end: called, in a thread, before this process ends because another one did.
     """
 
     def __init__(self, *, cpu: bool, backend: str | None = None, timeout_s: int = 1800) -> None:
@@ -96,8 +96,8 @@ class Processes:
         self._stop_watching()
         return _read(self._store.compare_set("end", "", json.dumps(asdict(end))))
 
-    def written(self, end: EarlyEnd) -> None:
-        """The main process has written the end down; the others wait until it has."""
+    def acknowledge(self, end: EarlyEnd) -> None:
+        """Called once the end is recorded: the main process says so, and the process that failed waits for that."""
         if self.is_main and self.count > 1:
             self._store.set("written", "")
         elif self.count > 1 and end.process == self.index:
@@ -117,11 +117,11 @@ class Processes:
                 end = _read(self._store.get("end"))
             except torch.distributed.DistError as error:
                 end = EarlyEnd(
-                    "failed", 1, traceback=f"The process that all others know each other by is gone: {error}\n"
+                    "failed", 1, traceback=f"The process through which all others found each other is gone: {error}\n"
                 )
             try:
                 self.on_early_end(end)
-                self.written(end)
+                self.acknowledge(end)
             finally:
                 sys.stdout.flush()
                 os._exit(end.exit_code)

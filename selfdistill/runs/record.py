@@ -26,7 +26,7 @@ MODEL = "model"
 
 
 class NoRecord:
-    """The record of the processes beside the main one: nothing is written, shown or logged.
+    """The record of every process but the main one: nothing is written, shown or logged.
 
     Attributes:
         folder: the run's folder, open for reading.
@@ -36,32 +36,34 @@ class NoRecord:
         self.folder = folder
 
     def begin(self, parts: Parts) -> None:
-        """The plan, and what the data had to leave out."""
+        """Shows the configuration and the plan, and lists the rows of the data that were skipped."""
 
     def callbacks(self, parts: Parts) -> list[TrainerCallback]:
-        """What records the training."""
+        """The callbacks that record the training."""
         return []
 
     def busy(self, word: str) -> AbstractContextManager[object]:
-        """Shows what goes on for as long as the context lasts."""
+        """Shows a word while the context lasts."""
         return nullcontext()
 
     def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """What an evaluation found; that of step 0 is what later ones are compared with."""
+        """Enters the metrics of an evaluation; later ones are compared with that of step 0."""
 
     def rollouts(self, parts: Parts, rollouts: Rollouts) -> None:
-        """The completions of a step, of all processes."""
+        """Keeps a step's completions, of all processes; the first ones are written to prompts.md."""
 
-    def end(
-        self, parts: Parts, *, interrupted: bool, before: dict[str, float] | None, after: dict[str, float] | None
-    ) -> None:
-        """The model is saved: exports it, and says where everything lies."""
+    def end(self, parts: Parts, evaluations: dict[str, dict[str, float]], *, interrupted: bool) -> None:
+        """Exports the saved model, and says where everything lies.
+
+        Args:
+            evaluations: metrics `before` and `after` the training; empty where the end was not evaluated.
+        """
 
     def end_early(self, end: EarlyEnd) -> None:
-        """The run failed, or was interrupted before or after the training."""
+        """Closes a run that failed, or that was interrupted before or after the training."""
 
     def close(self) -> None:
-        """The run is over, in good order."""
+        """Closes a run that ended in good order."""
 
 
 class Record(NoRecord):
@@ -71,7 +73,6 @@ class Record(NoRecord):
         super().__init__(folder)
         self.cfg, self.run, self.logger = cfg, run, logger
         self.screen = console.make_console()
-        self._places: dict[str, str | Path | None] = {"run": folder.path}
         self._begun = self._prompts_written = run.resume is not None
         self._monitor: MonitorCallback | None = None
         self._rows: list[dict[str, Any]] = []
@@ -90,14 +91,11 @@ class Record(NoRecord):
 
     def callbacks(self, parts: Parts) -> list[TrainerCallback]:
         record = RecordCallback(self.folder, self.logger)
-        if parts.monitors is not None:
-            self._monitor = MonitorCallback(parts.monitors, self.folder, self.screen)
-        return [
-            record,
-            *([self._monitor] if self._monitor else []),
-            CompletionsCallback(record, self.screen, lambda: self._rows),
-            ProgressCallback(self.screen),
-        ]
+        completions = CompletionsCallback(record, self.screen, lambda: self._rows)
+        if parts.monitors is None:
+            return [record, completions, ProgressCallback(self.screen)]
+        self._monitor = MonitorCallback(parts.monitors, self.folder, self.screen)
+        return [record, self._monitor, completions, ProgressCallback(self.screen)]
 
     def busy(self, word: str) -> AbstractContextManager[object]:
         return self.screen.status(word) if self.screen.is_terminal else nullcontext()
@@ -115,40 +113,38 @@ class Record(NoRecord):
             if not self.folder.write_prompts(prompt_samples(parts.tokenizer, rollouts)):
                 raise RuntimeError(f"student and teacher score different tokens: see {self.folder.path / 'prompts.md'}")
 
-    def end(
-        self, parts: Parts, *, interrupted: bool, before: dict[str, float] | None, after: dict[str, float] | None
-    ) -> None:
+    def end(self, parts: Parts, evaluations: dict[str, dict[str, float]], *, interrupted: bool) -> None:
         step = parts.trainer.state.global_step
         status: Status = "interrupted" if interrupted else "finished"
         if self._monitor is not None and self._monitor.stopped_by is not None:
             status = "stopped"
-        self._places["model"] = self.folder.path / MODEL
+        places: dict[str, str | Path | None] = {"run": self.folder.path, "model": self.folder.path / MODEL}
         parts.tokenizer.save_pretrained(self.folder.path / MODEL)
-        if before is not None and after is not None:
-            self.folder.update_summary(eval={"before": before, "after": after})
-            self.logger.summary(after)
-            self.screen.print(console.change_table(_short(before), _short(after)))
+        if evaluations:
+            self.folder.update_summary(eval=evaluations)
+            self.logger.summary(evaluations["after"])
+            self.screen.print(console.change_table(_short(evaluations["before"]), _short(evaluations["after"])))
         if parts.exporter is not None and status == "finished" and not self.run.dry_run:
-            self._places["export"] = parts.exporter.run(
+            places["export"] = parts.exporter.run(
                 parts.trainer.model,
                 parts.tokenizer,
                 self.folder.path / "export" / parts.exporter.name,
                 parts.data.eval[:8]["prompt"],
             )
         self.folder.finish(status, step=step)
-        self._places |= {"status": status, "log": self.logger.location}
+        places |= {"status": status, "log": self.logger.location}
         if status == "interrupted":
             self.screen.print(
                 f"interrupted at step {step}; continue with: python -m selfdistill.train resume={self.folder.path}"
             )
-        self.screen.print(console.where_table(self._places))
+        self.screen.print(console.where_table(places))
 
     def end_early(self, end: EarlyEnd) -> None:
         # A new run that is refused before it has begun (no such model, a malformed file) leaves no folder.
         if end.refused and not self._begun:
             self.folder.discard()
         else:
-            self.folder.finish(end.status, error=end.traceback)
+            self.folder.finish(end.status, end.traceback)
         self.logger.finish(failed=True)
 
     def close(self) -> None:

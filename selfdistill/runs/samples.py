@@ -11,12 +11,11 @@ from selfdistill.statistics import completion_metrics, reward_spread
 PROMPT_SAMPLES = 4
 
 
-def rollout_metrics(rollouts: Rollouts, *, rewarded: bool) -> dict[str, float]:
+def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
     """How repetitive and how varied the completions are, and how far the rewards of one prompt differ."""
-    metrics: dict[str, float | None] = dict(completion_metrics(rollouts.completion_ids))
-    if rewarded:
-        metrics["monitor/reward_spread"] = reward_spread(rollouts.scores, rollouts.num_generations)
-    return {name: value for name, value in metrics.items() if value is not None}
+    metrics = completion_metrics(rollouts.completion_ids)
+    spread = reward_spread(rollouts.scores, rollouts.num_generations)
+    return metrics if spread is None else {**metrics, "monitor/reward_spread": spread}
 
 
 def completion_rows(rollouts: Rollouts) -> list[dict[str, Any]]:
@@ -32,19 +31,19 @@ def prompt_samples(tokenizer: PreTrainedTokenizerBase, rollouts: Rollouts) -> li
     Where the teacher has no signal for any of these, the first rollout for which it has one is added.
     """
     chosen = list(range(0, len(rollouts), max(1, rollouts.num_generations))[:PROMPT_SAMPLES])
-    taught = [i for i, sent in enumerate(rollouts.sent_to_teacher) if sent is not None]
-    if taught and not set(taught) & set(chosen):
-        chosen.append(taught[0])
+    taught = {i: sent for i, sent in enumerate(rollouts.sent_to_teacher) if sent is not None}
+    if taught and not taught.keys() & chosen:
+        chosen.append(min(taught))
     samples = []
     for i in chosen:
-        sent = rollouts.sent_to_teacher[i] if i in taught else None
+        teacher_prompt, scored = taught.get(i, (None, None))
         samples.append(
             PromptSample(
                 student=str(tokenizer.decode(rollouts.prompt_ids[i])),
                 completion=str(tokenizer.decode(rollouts.completion_ids[i])),
-                completion_ids=list(rollouts.completion_ids[i]),
-                teacher=str(tokenizer.decode(sent[0])) if sent else None,
-                teacher_completion_ids=sent[1] if sent else None,
+                completion_ids=rollouts.completion_ids[i],
+                teacher=None if teacher_prompt is None else str(tokenizer.decode(teacher_prompt)),
+                teacher_completion_ids=scored,
             )
         )
     return samples

@@ -6,6 +6,7 @@ What the main process alone does is in `record`; how the end of one process ends
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from selfdistill.runs.folder import RunFolder
 from selfdistill.runs.interruption import Interruption
 from selfdistill.runs.loggers import NoLogger
 from selfdistill.runs.placement import new_run
-from selfdistill.runs.plan import show_plan
 from selfdistill.runs.processes import EarlyEnd, Processes
 from selfdistill.runs.record import MODEL, NoRecord, Record
 from selfdistill.runs.samples import rollout_metrics
@@ -29,9 +29,6 @@ from selfdistill.teachers.server.client import ServerUnavailable
 from selfdistill.training.arguments import use_cuda
 from selfdistill.training.build import Parts
 from selfdistill.training.checkpoints import CompleteCallback, StepBegun, newest_checkpoint
-from selfdistill.training.trainer import SelfDistillTrainer
-
-__all__ = ["Session", "recorded", "resumed_config", "show_plan", "train"]
 
 
 def resumed_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, config.Run]:
@@ -86,7 +83,7 @@ class Session:
                 self.record,
                 every=self.run.eval["every"],
                 before=self.folder.summary.get("eval", {}).get("before") if self.run.resume else None,
-                tell=lambda metrics: _tell_callbacks(trainer, metrics),
+                tell=trainer.report_evaluation,
             )
             if self._evaluations.before is None:
                 self._evaluations.at(0, trainer.model)
@@ -95,39 +92,44 @@ class Session:
         if self.processes.count > 1:
             callbacks.append(MainDecides())
         use_callbacks(trainer, callbacks)
-        _listen_to_rollouts(parts, self.record)
+        trainer.on_rollouts = partial(self._look_at_rollouts, parts)
+
+    def _look_at_rollouts(self, parts: Parts, rollouts: Rollouts, _: Mapping[str, Any]) -> None:
+        for name, value in rollout_metrics(rollouts).items():
+            parts.trainer.note(name, value)
+        self.record.rollouts(parts, rollouts)
+
+    def train(self, parts: Parts) -> None:
+        """Trains from the start, or from the newest whole checkpoint of a resumed run."""
+        trainer = parts.trainer
+        checkpoint = newest_checkpoint(self.folder.path) if self.run.resume else None
+        begun = StepBegun(trainer)
+        use_callbacks(trainer, [begun, CompleteCallback()])  # the latter stays the last one
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except ServerUnavailable:
+            # No weight has changed since the step began: a checkpoint of that moment lets a resumed run repeat the
+            # step. Before the first step there is nothing to save, since a resumed run starts with its seed again. Of
+            # several processes one may have lost the server while the others have not, and a checkpoint takes all.
+            begun.restore()
+            if trainer.state.global_step and self.processes.count == 1:
+                trainer.save_checkpoint()
+            raise
 
     def end(self, parts: Parts) -> None:
         """Saves the model, evaluates and exports it."""
-        trainer, interrupted, after = parts.trainer, self.interruption.requested, None
+        trainer, interrupted = parts.trainer, self.interruption.requested
         trainer.save_model(str(self.folder.path / MODEL))
+        evaluations: dict[str, dict[str, float]] = {}
         if self._evaluations is not None and not interrupted:
             after = self._evaluations.at(trainer.state.global_step, trainer.model)
+            evaluations = {"before": self._evaluations.before or after, "after": after}
             self.final_accuracy = after.get("eval/accuracy")
-        before = self._evaluations.before if self._evaluations is not None else None
-        self.record.end(parts, interrupted=interrupted, before=before, after=after)
-
-
-def train(parts: Parts, session: Session) -> None:
-    """Trains from the start, or from the newest whole checkpoint of a resumed run."""
-    trainer = parts.trainer
-    checkpoint = newest_checkpoint(session.folder.path) if session.run.resume else None
-    begun = StepBegun(trainer)
-    use_callbacks(trainer, [begun, CompleteCallback()])  # the latter stays the last one
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except ServerUnavailable:
-        # No weight has changed since the step began: a checkpoint of that moment lets a resumed run repeat the step.
-        # Before the first step there is nothing to save, since a resumed run starts with its seed again. Of several
-        # processes one may have lost the server while the others have not, and a checkpoint takes all of them.
-        begun.restore()
-        if trainer.state.global_step and session.processes.count == 1:
-            _save_checkpoint(trainer)
-        raise
+        self.record.end(parts, evaluations, interrupted=interrupted)
 
 
 @contextmanager
-def recorded(cfg: DictConfig, run: config.Run, hydra_config: Any) -> Iterator[Session]:
+def recorded(cfg: DictConfig, run: config.Run, hydra_config: DictConfig) -> Iterator[Session]:
     """The run's processes, folder and logger, closed in every case: finished, stopped, interrupted or failed.
 
     Raises:
@@ -152,8 +154,8 @@ def recorded(cfg: DictConfig, run: config.Run, hydra_config: Any) -> Iterator[Se
             end = processes.announce(_early_end(error, processes, interruption))
             if record is not None:
                 record.end_early(end)
-            processes.written(end)
-            if end.process != processes.index:  # it has said why
+            processes.acknowledge(end)
+            if end.process != processes.index:  # the other process says why
                 raise SystemExit(end.exit_code) from None
             if (message := _message(error, record, end)) is not None:
                 raise message from error
@@ -164,14 +166,11 @@ def recorded(cfg: DictConfig, run: config.Run, hydra_config: Any) -> Iterator[Se
             raise SystemExit(interruption.exit_code)
 
 
-def _open_record(cfg: DictConfig, run: config.Run, hydra_config: Any, processes: Processes) -> NoRecord:
+def _open_record(cfg: DictConfig, run: config.Run, hydra_config: DictConfig, processes: Processes) -> NoRecord:
     if not processes.is_main:
         return NoRecord(RunFolder.open(Path(processes.share("")), write=False))
     logger = make(run.logger, "logger") or NoLogger()
-    if run.resume:
-        folder = RunFolder.open(Path(run.resume))
-    else:
-        folder = new_run(cfg, run, hydra_config)
+    folder = RunFolder.open(Path(run.resume)) if run.resume else new_run(cfg, run, hydra_config)
     processes.share(str(folder.path))
     return Record(cfg, run, folder, logger)
 
@@ -206,27 +205,3 @@ def _message(error: BaseException, record: NoRecord | None, end: EarlyEnd) -> Ba
         f"the run failed: {type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno}). The traceback is "
         f"in {record.folder.path / 'error.txt'}; continue from the last checkpoint with resume={record.folder.path}"
     )
-
-
-# ---- where the trainer is reached into ----
-
-
-def _listen_to_rollouts(parts: Parts, record: NoRecord) -> None:
-    trainer = parts.trainer
-
-    def keep(rollouts: Rollouts, _: Mapping[str, Any]) -> None:
-        for name, value in rollout_metrics(rollouts, rewarded=bool(trainer.rewards)).items():
-            trainer.note(name, value)
-        record.rollouts(parts, rollouts)
-
-    trainer.on_rollouts = keep
-
-
-def _tell_callbacks(trainer: SelfDistillTrainer, metrics: dict[str, float]) -> None:
-    """The monitors hear of an evaluation: by its accuracy the best checkpoint is chosen."""
-    trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
-
-
-def _save_checkpoint(trainer: SelfDistillTrainer) -> None:
-    trainer._save_checkpoint(trainer.model, trial=None)
-    trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)

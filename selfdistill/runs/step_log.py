@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from selfdistill.errors import UserError
-from selfdistill.files import write_atomically
 
 
 def jsonable(value: Any) -> Any:
@@ -49,19 +48,16 @@ class StepLog:
         """All whole lines; an incomplete last line is left out."""
         if not self.path.exists():
             return []
-        lines = self.path.read_bytes().split(b"\n")
-        records = []
-        for number, line in enumerate(lines, start=1):
-            record = _parse(line)
-            if record is not None:
-                records.append(record)
-            elif any(_parse(later) is not None for later in lines[number:]):
-                raise UserError(f"{self.path}, line {number}: this is not a JSON object.")
-        return records
+        records = [_parse(line) for line in self.path.read_bytes().split(b"\n")]
+        while records and records[-1] is None:
+            records.pop()
+        if None in records:
+            raise UserError(f"{self.path}, line {records.index(None) + 1}: this is not a JSON object.")
+        return [record for record in records if record is not None]
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a line."""
-        self._write_at(self._end(), jsonable(record))
+        self._write_at(self._open_file().seek(0, os.SEEK_END), jsonable(record))
 
     def merge(self, step: int, values: Mapping[str, Any]) -> None:
         """Add values to the last line if it is that of `step`, otherwise add a line."""
@@ -73,13 +69,12 @@ class StepLog:
     def truncate(self, step: int) -> int:
         """Drop lines of later steps; returns how many."""
         records = self.read()
-        kept = [record for record in records if record["step"] <= step]
-        if len(kept) < len(records):
-            self.close()
-            write_atomically(self.path, b"".join(_encode(record) for record in kept))
-            self._file = self.path.open("r+b", buffering=0)
+        kept = sum(record["step"] <= step for record in records)
+        if kept < len(records):
+            lines = self.path.read_bytes().splitlines(keepends=True)
+            self._open_file().truncate(sum(map(len, lines[:kept])))
             self._repair()
-        return len(records) - len(kept)
+        return len(records) - kept
 
     def close(self) -> None:
         """Close the file; nothing is lost without it."""
@@ -91,9 +86,6 @@ class StepLog:
         if self._file is None:
             raise ValueError(f"{self.path} is not open for writing.")
         return self._file
-
-    def _end(self) -> int:
-        return self._open_file().seek(0, os.SEEK_END)
 
     def _write_at(self, start: int, record: dict[str, Any]) -> None:
         file = self._open_file()
@@ -108,16 +100,14 @@ class StepLog:
         """Cut off what follows the last whole line, and remember that line."""
         file = self._open_file()
         content = self.path.read_bytes()
-        end = len(content)
         self._last, self._last_start = None, 0
-        while end > 0:
-            stripped = content[:end].removesuffix(b"\n")
-            start = stripped.rfind(b"\n") + 1
-            record = _parse(stripped[start:])
+        while content:
+            start = content.removesuffix(b"\n").rfind(b"\n") + 1
+            record = _parse(content[start:])
             if record is not None:
                 self._write_at(start, record)
                 return
-            end = start
+            content = content[:start]
         file.truncate(0)
 
 

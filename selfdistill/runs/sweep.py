@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from selfdistill.config import COMPOSITION_ERRORS, check, explain, fail
 from selfdistill.config.targets import check_targets
 from selfdistill.errors import UserError
+from selfdistill.runs.folder import RunFolder
 
 JOBS = "jobs.jsonl"
 GOOD = ("finished", "stopped", "checked")
@@ -29,7 +30,7 @@ GOOD = ("finished", "stopped", "checked")
 class Job:
     """One run of this process; `folder` is its RunFolder as soon as there is one."""
 
-    folder: Any = None
+    folder: RunFolder | None = None
 
 
 class CheckSweep(Callback):
@@ -64,7 +65,7 @@ class CheckSweep(Callback):
             raise SystemExit(0)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """The table of the jobs, and exit code 1 where one of them failed."""
+        """Prints the table of the jobs; the exit code is 1 where one of them failed."""
         if not print_jobs(Path(config.hydra.sweep.dir).absolute()):
             raise SystemExit(1)
 
@@ -79,7 +80,7 @@ def check_jobs(config: DictConfig) -> list[list[str]]:
     """The overrides of every job of a grid, once all are composed and checked.
 
     Raises:
-        UserError: the first job that cannot be meant.
+        UserError: the first job whose configuration is refused.
     """
     from hydra import compose
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -99,16 +100,14 @@ def check_jobs(config: DictConfig) -> list[list[str]]:
 
 @contextmanager
 def job(cfg: DictConfig) -> Iterator[Job]:
-    """Around one run. Within a sweep a failure ends this job alone, and is written down."""
+    """The context of one run. Within a sweep a failure ends this job alone, and stands in the sweep's table."""
     this = Job()
     hydra_config = HydraConfig.get()
     if hydra_config.mode != RunMode.MULTIRUN:
         yield this
         return
     if cfg.group is None:
-        from selfdistill.runs.loggers import multirun_group
-
-        cfg.group = multirun_group()
+        cfg.group = "-".join(Path(hydra_config.sweep.dir).parts[-2:])
     status, message = "failed", None
     try:
         yield this
@@ -139,8 +138,8 @@ def _write(this: Job, folder: Path, status: str, message: str | None) -> str:
     if this.folder is not None and not this.folder.path.exists():
         status = "refused"  # before it began
     elif this.folder is not None:
-        status = this.folder.summary.get("status", status)
-        after = (this.folder.summary.get("eval") or {}).get("after") or {}
+        status = this.folder.summary["status"]
+        after = this.folder.summary.get("eval", {}).get("after", {})
         line |= {"run": str(this.folder.path), "accuracy": after.get("eval/accuracy")}
     line |= {"status": status, "message": message}
     with (folder / JOBS).open("a", encoding="utf-8") as file:
@@ -149,7 +148,7 @@ def _write(this: Job, folder: Path, status: str, message: str | None) -> str:
 
 
 def print_jobs(folder: Path) -> bool:
-    """The table of a sweep's jobs so far, and whether all of them went well."""
+    """Prints the table of a sweep's jobs so far; returns whether all of them went well."""
     file = folder / JOBS
     if not file.exists():
         return True

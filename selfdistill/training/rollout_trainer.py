@@ -190,7 +190,16 @@ class RolloutTrainer(GRPOTrainer):
             metrics[name] = [value]
         super().log(logs, start_time)
 
+    def report_evaluation(self, metrics: dict[str, float]) -> None:
+        """Tells the callbacks of an evaluation that was made outside of TRL's loop, as they are told of TRL's own."""
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+
     # ---- checkpoints ----
+
+    def save_checkpoint(self) -> None:
+        """Saves a checkpoint now, as the training does at its own times."""
+        self._save_checkpoint(self.model, trial=None)
+        self.callback_handler.on_save(self.args, self.state, self.control)
 
     def unused_rollouts(self) -> list[dict[str, Tensor]] | None:
         """The micro-batches that were sampled together and not all learned from yet, without what can be made again."""

@@ -5,6 +5,7 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from selfdistill.config.batch import Batch
 from selfdistill.runs.console import (
     Plan,
     change_table,
@@ -21,7 +22,7 @@ from selfdistill.runs.console import (
 
 PLAN = Plan(
     model="tiny", device="cpu", parameters=860_000, trained=43_000, train_rows=400, eval_rows=100, max_steps=300,
-    completions_per_device=8, accumulation=4, processes=2, num_generations=4, adapter="LoRA, rank 32",
+    batch=Batch(8, 4, 2), num_generations=4, adapter="LoRA, rank 32",
     memory_gib={"weights": 0.25, "optimizer": 1.0},
 )  # fmt: skip
 
@@ -62,7 +63,7 @@ def test_the_plan_s_arithmetic():
     assert "8 completions x 4 accumulated x 2 processes = 64: 16 prompts x 4" in text
     assert "300 steps = 19,200 completions = 12.00 passes over the data" in text
     assert "about 1.2 GiB and activations (weights 256 MiB, optimizer 1.0 GiB)" in text
-    assert PLAN.completions == 64
+    assert PLAN.batch.completions == 64
 
 
 def test_changes_are_signed_and_coloured_by_what_is_better():

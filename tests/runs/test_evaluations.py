@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
+from torch.nn import Module
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from selfdistill.evaluation.evaluator import Evaluation, Evaluator
@@ -43,17 +44,17 @@ def evaluations(
 
 def end_step(callback: Evaluations, step: int, folder: Path) -> None:
     arguments = TrainingArguments(output_dir=str(folder), report_to=[], use_cpu=True)
-    callback.on_step_end(arguments, TrainerState(global_step=step), TrainerControl())
+    callback.on_step_end(arguments, TrainerState(global_step=step), TrainerControl(), model=Module())
 
 
 def test_a_step_is_evaluated_once_and_compared_with_the_start(tmp_path: Path) -> None:
     evaluator, record, told = Declining(), Remembering(), []
     callback = evaluations(evaluator, record, every=2, tell=told.append)
-    start = callback.at(0, None)
+    start = callback.at(0, Module())
     assert start["eval/forgetting"] == 0.0
     for step in range(1, 5):
         end_step(callback, step, tmp_path)
-    end = callback.at(4, None)
+    end = callback.at(4, Module())
     assert evaluator.calls == 3
     assert [step for step, _ in record.entries] == [0, 2, 4]
     assert told == [metrics for _, metrics in record.entries[1:]]
@@ -68,7 +69,7 @@ def test_a_resumed_run_is_compared_with_its_own_start(tmp_path: Path) -> None:
     callback = evaluations(evaluator, record, every=0, before=before)
     end_step(callback, 6, tmp_path)
     assert evaluator.calls == 0
-    assert callback.at(6, None)["eval/forgetting"] == pytest.approx(0.25)
+    assert callback.at(6, Module())["eval/forgetting"] == pytest.approx(0.25)
 
 
 def test_the_record_of_other_processes_writes_nothing(tmp_path: Path) -> None:
@@ -80,7 +81,7 @@ def test_the_record_of_other_processes_writes_nothing(tmp_path: Path) -> None:
     with record.busy("evaluating"):
         record.evaluation(0, {"eval/accuracy": 1.0})
     record.rollouts(parts, Rollouts([], [], []))
-    record.end(parts, interrupted=False, before=None, after=None)
+    record.end(parts, {}, interrupted=False)
     record.end_early(EarlyEnd("failed", 2))
     record.close()
     assert {path: path.read_bytes() for path in run.path.iterdir()} == before

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -183,8 +184,8 @@ def test_a_failure_leaves_its_traceback_and_a_resume_puts_it_aside(tmp_path):
     run = RunFolder.create(tmp_path, "r", CONFIG)
     try:
         raise RuntimeError("the cause")
-    except RuntimeError as error:
-        run.finish("failed", error=error)
+    except RuntimeError:
+        run.finish("failed", traceback=traceback.format_exc())
     assert run.summary["status"] == "failed"
     text = (run.path / "error.txt").read_text()
     assert text.startswith("Traceback")
@@ -305,7 +306,7 @@ def test_secrets_reach_no_file(tmp_path, monkeypatch):
     config = OmegaConf.create({"teacher": {"api_key": "sk-written-out"}, "other": {"hub_token": "${oc.env:MY_KEY}"}})
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "x", "teacher.api_key=sk-written-out", "+password=pw"])
     run = RunFolder.create(tmp_path, "r", config)
-    run.finish("failed", error=RuntimeError("server refused sk-written-out"))
+    run.finish("failed", traceback="RuntimeError: server refused sk-written-out")
     for file in run.path.iterdir():
         content = file.read_text()
         assert "sk-written-out" not in content, file

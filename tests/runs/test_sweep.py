@@ -61,7 +61,8 @@ def test_runs_have_their_own_ids_and_share_a_group(sweep: tuple[Path, Outcome]) 
     assert {run.name for run in runs} == {path.name for path in (folder / "outputs").iterdir()} - {"multirun"}
     configurations = [OmegaConf.load(folder / run / "config.yaml") for run in runs]
     (group,) = {cfg.group for cfg in configurations}
-    assert group.startswith("multirun-")
+    (sweep_folder,) = (folder / "outputs" / "multirun").iterdir()
+    assert group == f"multirun-{sweep_folder.name}"
     assert json.loads((folder / runs[1] / "summary.json").read_text())["status"] == "finished"
 
 

@@ -1,9 +1,8 @@
-"""What every logger does, and the one that does nothing."""
+"""What every logger does."""
 
-import math
+import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -12,9 +11,13 @@ from selfdistill.runs.folder import RunFolder
 from selfdistill.runs.step_log import jsonable
 
 
-@runtime_checkable
-class RunLogger(Protocol):
+class RunLogger:
     """Shows a run. The order of calls is start, then log, table and summary, then finish, in every case."""
+
+    @property
+    def location(self) -> str | None:
+        """Where to look, or the command that shows it; None if there is nothing to see."""
+        return None
 
     def start(self, run: RunFolder, config: DictConfig) -> None:
         """Begin, or continue the run of the same id; the configuration is recorded flat, its secrets masked."""
@@ -31,30 +34,45 @@ class RunLogger(Protocol):
     def finish(self, failed: bool = False) -> None:
         """Write out what is left; never raises, may be called twice or without start."""
 
-    @property
-    def location(self) -> str | None:
-        """Where to look, or the command that shows it; None if there is nothing to see."""
 
-
-class NoLogger:
+class NoLogger(RunLogger):
     """Leaves the record to the run's folder."""
 
-    location: str | None = None
 
-    def start(self, run: RunFolder, config: DictConfig) -> None:
-        pass
+class LibraryLogger(RunLogger):
+    """A logger on a library that has an object for a run, with a method `log`; `start` puts it in place."""
+
+    _run: Any = None
+    _step = 0
+
+    @property
+    def active(self) -> Any:
+        """The library's object for this run."""
+        if self._run is None:
+            raise ValueError("The logger was not started.")
+        return self._run
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        pass
+        self._step = step
+        self.active.log(finite(metrics), step=step)
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        pass
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        pass
+        self.active.log({name: self._table(*columns_of(rows))}, step=self._step)
 
     def finish(self, failed: bool = False) -> None:
-        pass
+        if self._run is None:
+            return
+        try:
+            self._finish(failed)
+        except Exception as error:  # noqa: BLE001 - the end of a run must not fail here
+            warnings.warn(f"{type(self).__name__} did not finish cleanly: {error}", stacklevel=2)
+
+    def _table(self, columns: list[str], data: list[list[Any]]) -> Any:
+        """The library's object for a table."""
+        raise NotImplementedError
+
+    def _finish(self, failed: bool) -> None:
+        self._run.finish()
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -73,8 +91,7 @@ def flat_config(config: DictConfig) -> dict[str, Any]:
 
 def finite(metrics: Mapping[str, Any]) -> dict[str, int | float]:
     """The metrics that are finite numbers, as plain ones."""
-    plain = {name: jsonable(value) for name, value in metrics.items()}
-    return {name: value for name, value in plain.items() if isinstance(value, int | float) and math.isfinite(value)}
+    return {name: value for name, value in jsonable(metrics).items() if isinstance(value, int | float)}
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
@@ -82,13 +99,3 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[
     records = [flat(jsonable(row)) for row in rows]
     columns = list(dict.fromkeys(name for record in records for name in record))
     return columns, [[record.get(name) for name in columns] for record in records]
-
-
-def multirun_group() -> str | None:
-    """One name for all jobs of a Hydra multirun, from its folder; None outside of a multirun."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
-        return None
-    return "-".join(Path(HydraConfig.get().sweep.dir).parts[-2:])

@@ -4,6 +4,7 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,10 +12,11 @@ from omegaconf import DictConfig
 
 from selfdistill.errors import UserError
 from selfdistill.runs.folder import RunFolder
-from selfdistill.runs.loggers.base import columns_of, finite, flat, flat_config
+from selfdistill.runs.loggers.base import LibraryLogger, flat, flat_config
 
 
-class WandbLogger:
+@dataclass(eq=False)
+class WandbLogger(LibraryLogger):
     """Logs to W&B: online where an API key is set, otherwise to a file in the run's folder that `wandb sync` uploads.
 
     It never asks for anything. A run goes offline where the server cannot be reached or refuses the key. A resumed run
@@ -34,26 +36,20 @@ class WandbLogger:
         UserError: an unknown mode, or mode online without an API key.
     """
 
-    def __init__(
-        self,
-        project: str = "selfdistill",
-        group: str | None = None,
-        name: str | None = None,
-        tags: Sequence[str] = (),
-        mode: str | None = None,
-        entity: str | None = None,
-        init_timeout_s: float = 30.0,
-        finish_timeout_s: float = 300.0,
-    ) -> None:
-        if mode not in (None, "online", "offline", "disabled"):
-            raise UserError(f"logger.mode is {mode!r}; write online, offline, disabled or null.")
-        self.project, self.entity, self.group, self.name = project, entity, group, name
-        self.tags = list(tags)
-        self.mode = mode
-        self.init_timeout_s, self.finish_timeout_s = init_timeout_s, finish_timeout_s
-        self._run: Any = None
-        self._step = 0
-        self._folder = Path()
+    _folder = Path()
+
+    project: str = "selfdistill"
+    group: str | None = None
+    name: str | None = None
+    tags: Sequence[str] = ()
+    mode: str | None = None
+    entity: str | None = None
+    init_timeout_s: float = 30.0
+    finish_timeout_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in (None, "online", "offline", "disabled"):
+            raise UserError(f"logger.mode is {self.mode!r}; write online, offline, disabled or null.")
 
     @property
     def location(self) -> str | None:
@@ -79,40 +75,23 @@ class WandbLogger:
             wandb.teardown()
             self._run = self._init(run, config, "offline")
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        self._step = step
-        self._active().log(finite(metrics), step=step)
+    def summary(self, values: Mapping[str, Any]) -> None:
+        self.active.summary.update(flat(values))
 
-    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    def _table(self, columns: list[str], data: list[list[Any]]) -> Any:
         import wandb
 
-        columns, data = columns_of(rows)
-        self._active().log({name: wandb.Table(columns=[*columns], data=data)}, step=self._step)
+        return wandb.Table(columns=[*columns], data=data)
 
-    def summary(self, values: Mapping[str, Any]) -> None:
-        self._active().summary.update(flat(values))
-
-    def finish(self, failed: bool = False) -> None:
-        if self._run is None:
-            return
-        try:
-            self._run.finish(exit_code=int(failed))
-        except Exception as error:  # noqa: BLE001 - the end of a run must not fail here
-            warnings.warn(f"W&B did not finish cleanly; its file is complete up to here: {error}", stacklevel=2)
-
-    def _active(self) -> Any:
-        if self._run is None:
-            raise ValueError("The logger was not started.")
-        return self._run
+    def _finish(self, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
     def _mode(self) -> Literal["online", "offline", "disabled"]:
-        mode = self.mode or os.environ.get("WANDB_MODE", "").lower() or None
-        if mode == "disabled":
-            return "disabled"
-        if mode in ("offline", "dryrun"):
-            return "offline"
         import wandb
 
+        mode = self.mode or os.environ.get("WANDB_MODE", "").lower()
+        if mode in ("disabled", "offline", "dryrun"):
+            return "disabled" if mode == "disabled" else "offline"
         try:
             if wandb.login(prompt=False, verify=True):
                 return "online"
@@ -134,19 +113,17 @@ class WandbLogger:
             console="off",
             init_timeout=self.init_timeout_s,
             finish_timeout=self.finish_timeout_s,
-            # W&B records the command line as it is.
-            x_disable_meta=run.hides(sys.argv),
+            x_disable_meta=run.hides(sys.argv),  # the metadata would hold the command line as it is
         )
         return wandb.init(
             project=self.project,
             entity=self.entity,
             group=self.group,
             name=self.name or run.run_id,
-            tags=self.tags or None,
+            tags=list(self.tags) or None,
             id=run.run_id,
             resume="allow",
-            # Another run of this process is left alone.
-            reinit="create_new",
+            reinit="create_new",  # another run of this process is left alone
             mode=mode,
             dir=str(run.path),
             config=flat_config(config),

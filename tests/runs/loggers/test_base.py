@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from selfdistill.runs.folder import RunFolder
-from selfdistill.runs.loggers.base import columns_of, finite, flat, multirun_group
+from selfdistill.runs.loggers.base import columns_of, finite, flat
 
 
 def test_flat():
@@ -27,23 +27,6 @@ def test_columns():
     columns, data = columns_of([{"a": 1, "b": {"x": 2}}, {"c": float("nan"), "a": 3}])
     assert columns == ["a", "b.x", "c"]
     assert data == [[1, 2, None], [3, None, None]]
-
-
-def test_jobs_of_a_multirun_share_a_group(tmp_path):
-    (tmp_path / "app.py").write_text(
-        "import hydra\nfrom selfdistill.runs.loggers.base import multirun_group\n"
-        "@hydra.main(version_base='1.3', config_path=None)\ndef main(config):\n    print('group', multirun_group())\n"
-        "main()\n"
-    )
-    root = Path(__file__).parents[3]
-    sweep = ["--multirun", "+x=1,2", "hydra.sweep.dir=sweeps/2026-11-21/06-15-02"]
-    command = [sys.executable, str(tmp_path / "app.py"), *sweep]
-    for arguments, expected in ((command, ["group 2026-11-21-06-15-02"] * 2), (command[:2], ["group None"])):
-        done = subprocess.run(
-            arguments, capture_output=True, text=True, check=True, cwd=tmp_path, env={"PYTHONPATH": str(root)}
-        )
-        assert [line for line in done.stdout.splitlines() if line.startswith("group")] == expected
-    assert multirun_group() is None
 
 
 def test_trackio(tmp_path):
