@@ -10,10 +10,10 @@ from functools import cache
 from typing import Any, cast, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from selfdistill.config.batch import batch_of
-from selfdistill.config.messages import WITHOUT, explain, unknown_key
+from selfdistill.config.messages import WITHOUT, explain
 from selfdistill.config.schema import Run
 from selfdistill.config.targets import check_trust, declares, targets
 from selfdistill.config.values import mismatch
@@ -59,8 +59,6 @@ def _typed(cfg: DictConfig) -> DictConfig:
             raise UserError(f"{path} is a group of keys and cannot be one value: write {path}.{first}=… and so on.")
     try:
         return cast(DictConfig, OmegaConf.merge(_schema(Run), cfg))
-    except ConfigKeyError as error:
-        raise UserError(unknown_key(str(error.full_key), error)) from None
     except OmegaConfBaseException as error:
         raise UserError(_wrong_type(cfg, error)) from None
 
@@ -103,7 +101,7 @@ def _resolved(typed: DictConfig, cfg: DictConfig) -> dict[str, Any]:
         key = error.full_key or ""
         above, _, name = key.rpartition(".")
         if OmegaConf.is_missing(OmegaConf.select(cfg, above) if above else cfg, name):
-            raise UserError(f"{key} is missing: write {key}=… on the command line.") from None
+            raise UserError(explain(error)) from None
         instead = f"; to do without write {key}={WITHOUT[key]}" if key in WITHOUT else ""
         raise UserError(f"{key} was removed, but a run needs it{instead}.") from None
     except InterpolationKeyError as error:

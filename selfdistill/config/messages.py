@@ -5,7 +5,7 @@ import sys
 
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from selfdistill.config.schema import Run
@@ -32,6 +32,10 @@ def explain(error: BaseException) -> str:
         return _yaml(error)
     if isinstance(error, OverrideParseException):
         return _syntax(error)
+    if isinstance(error, ConfigKeyError):
+        return unknown_key(str(error.full_key), error)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} is missing: write {error.full_key}=… on the command line."
     text = str(error)
     if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         options = [option for option in re.findall(r"^\t(\S+)$", text, flags=re.M) if not option.startswith("_")]
@@ -69,12 +73,10 @@ def unknown_key(key: str, error: BaseException) -> str:
     above, _, last = key.rpartition(".")
     cause = _cause(error)
     parent = cause.parent_node if isinstance(cause, OmegaConfBaseException) else None
-    if not above or not isinstance(parent, DictConfig):
-        known = (
-            [name for name in parent if name != "hydra"] if isinstance(parent, DictConfig) else Run.__dataclass_fields__
-        )
-        return f"{key} is not a key: {closest(last, known)}"
-    return f"{key} is not a key: {closest(last, parent) if len(parent) else f'{above} has no keys here.'}"
+    known = [
+        name for name in (parent if isinstance(parent, DictConfig) else Run.__dataclass_fields__) if name != "hydra"
+    ]
+    return f"{key} is not a key: {closest(last, known) if known else f'{above} has no keys here.'}"
 
 
 def _syntax(error: OverrideParseException) -> str:

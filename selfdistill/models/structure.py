@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -26,7 +27,7 @@ def head_of(model: nn.Module) -> Head:
     inner = inner_model(model)
     module = inner.get_output_embeddings()
     weight = module.weight
-    if hasattr(module, "get_delta_weight") and not module.disable_adapters:
+    if isinstance(module, BaseTunerLayer) and not module.disable_adapters:
         weight = weight + sum(module.get_delta_weight(name) for name in module.active_adapters)
     return Head(weight, getattr(module, "bias", None), *scale_and_soft_cap(inner.config.get_text_config()))
 
@@ -48,15 +49,11 @@ def captured_hidden(model: nn.Module) -> Iterator[list[Tensor]]:
     A hook, so that the pass may go through any wrapper: distributed training sees an ordinary call.
     """
     collected: list[Tensor] = []
-    hook = (
-        inner_model(model)
-        .get_decoder()
-        .register_forward_hook(
-            lambda module, inputs, output: collected.append(
-                output[0] if isinstance(output, tuple) else output.last_hidden_state
-            )
-        )
-    )
+
+    def collect(module: nn.Module, inputs: object, output: Any) -> None:
+        collected.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+
+    hook = inner_model(model).get_decoder().register_forward_hook(collect)
     try:
         yield collected
     finally:
@@ -134,11 +131,8 @@ def has_dropout(model: nn.Module) -> bool:
 
 def is_reference(model: nn.Module) -> bool:
     """Whether a PEFT model runs as its own reference: adapters off, or TRL's frozen copy of the adapter on."""
-    return any(
-        getattr(module, "disable_adapters", False) is True or getattr(module, "active_adapters", None) == ["ref"]
-        for module in model.modules()
-        if hasattr(module, "get_delta_weight")
-    )
+    layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    return any(layer.disable_adapters or layer.active_adapters == ["ref"] for layer in layers)
 
 
 def limited_logits(model: nn.Module, positions: int) -> dict[str, int]:
