@@ -1,7 +1,8 @@
-"""What may be configured, and what is said of a configuration that cannot be meant. Imports nothing heavy.
+"""What may be configured, and what the user is told about a mistake. Imports nothing heavy.
 
-Unknown keys (also those added with `+`), types, ranges, choices and combinations are refused here before torch is
-imported; the signatures behind `_target_`s are bound by `selfdistill.config.targets` afterwards, before weights load.
+Unknown keys (also those added with `+`), wrong types, ranges, choices and combinations are refused before torch is
+imported. Afterwards, before weights load, `selfdistill.config.targets` compares the arguments of every `_target_` with
+its signature.
 """
 
 from collections.abc import Mapping

@@ -65,7 +65,7 @@ def typed(schema: type[Settings], cfg: DictConfig) -> Settings:
 
 
 def built(cfg: DictConfig, key: str) -> Any:
-    """What the `_target_`s of a group stand for, once they are trusted and their arguments fit; None where it is null.
+    """Builds a group, once its `_target_`s are trusted and their arguments fit; None where the group is null.
 
     Raises:
         UserError: a `_target_` that is not trusted or does not exist, or an argument that it refuses.

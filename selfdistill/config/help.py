@@ -24,9 +24,9 @@ flags
 
 
 def command_line(arguments: Sequence[str], file: Path, usage: str, *, sweeps: bool = False) -> list[str]:
-    """The arguments as Hydra takes them: `--check` as a key, flags before keys. Prints the help where it is asked for.
+    """The arguments as Hydra takes them: `--check` as a key, flags before keys. `--help` prints our help and ends.
 
-    Hydra's own help copies its whole repository of configurations for every group that it lists, which takes a second.
+    It replaces Hydra's, which copies all configurations for every group that it lists and so takes a second.
 
     Args:
         file: the command's primary configuration.

@@ -5,7 +5,7 @@ import sys
 
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from selfdistill.config.schema import Run
@@ -36,6 +36,8 @@ def explain(error: BaseException) -> str:
         return unknown_key(str(error.full_key), error)
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} is missing: write {error.full_key}=… on the command line."
+    if isinstance(error, InterpolationKeyError):
+        return f"{error.full_key} refers to a key that does not exist: {str(error).splitlines()[0]}."
     text = str(error)
     if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         options = [option for option in re.findall(r"^\t(\S+)$", text, flags=re.M) if not option.startswith("_")]
@@ -48,16 +50,14 @@ def explain(error: BaseException) -> str:
     if match := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
         return f"+{match[1]}: the key is there already; write {match[1]}=VALUE without the plus sign."
     if match := re.search(r"Could not delete from config\. '([^']+)' does not exist", text):
-        return (
-            f"~{match[1]}: there is no such key to remove; {closest(match[1].split('.')[0], Run.__dataclass_fields__)}"
-        )
+        meant = closest(match[1].split(".")[0], Run.__dataclass_fields__)
+        return f"~{match[1]}: there is no such key to remove; {meant}"
     if match := re.search(r"Ambiguous value for argument '(([^'=]+)=([^']*))'", text):
         one_list = f"{match[2]}=[{match[3]}]"
         return f"{match[1]}: several values are a sweep, which needs --multirun; for one list write {one_list}."
     if match := re.search(r"Multiple values for (\S+)\. To override a value use 'override \S+ (\S+)'", text):
-        return (
-            f"+{match[1]}={match[2]}: this group is chosen already; write {match[1]}={match[2]} without the plus sign."
-        )
+        chosen = f"{match[1]}={match[2]}"
+        return f"+{chosen}: this group is chosen already; write {chosen} without the plus sign."
     return _general(error)
 
 

@@ -36,7 +36,9 @@ class Redactor:
         resolved = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
         raw = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
         masked = self._mask(resolved, raw)
-        self.config: dict[str, Any] = _each_text(masked, self.text)
+        self.config: dict[str, Any] = _each_text(
+            masked, lambda text: text if isinstance(text, _Interpolation) else self.text(text)
+        )
 
     def yaml(self) -> str:
         """The masked configuration as YAML that OmegaConf reads back to the same values."""
@@ -77,16 +79,20 @@ class Redactor:
 
 def escaped(value: Any) -> Any:
     """Resolved text may hold `${`, which must not be resolved again when the file is read."""
-    return _each_text(value, lambda text: re.sub(r"(\\*)\$\{", r"\1\1\\${", text))
+
+    def escape(text: str) -> str:
+        return str(text) if isinstance(text, _Interpolation) else re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+    return _each_text(value, escape)
 
 
 def _each_text(value: Any, change: Callable[[str], str]) -> Any:
-    """Plain mappings and lists with every text in them changed, apart from interpolations."""
+    """Plain mappings and lists with every text in them changed."""
     if isinstance(value, dict):
         return {key: _each_text(item, change) for key, item in value.items()}
     if isinstance(value, list):
         return [_each_text(item, change) for item in value]
-    return change(value) if isinstance(value, str) and not isinstance(value, _Interpolation) else value
+    return change(value) if isinstance(value, str) else value
 
 
 def is_secret_key(key: str) -> bool:

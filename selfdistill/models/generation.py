@@ -1,4 +1,4 @@
-"""Answers of a model and the logits behind them; its mode, its settings and the random state stay as they were."""
+"""A model's answers, and the logits of given completions."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,7 +37,8 @@ def generate(
     """Completions as token ids, in the order of the prompts, the end token included where it was emitted.
 
     Prompts are padded on the left and grouped by length. Neither the model's own generation settings (top-p,
-    repetition penalty, …) nor its `use_cache` take part: temperature 0 is the plain argmax.
+    repetition penalty, …) nor its `use_cache` take part: temperature 0 is the plain argmax. The model's mode, its
+    settings and the random state are left as they were.
 
     Raises:
         ValueError: a prompt without tokens.

@@ -1,4 +1,4 @@
-"""Loading: with transformers or unsloth, in full, with LoRA, or in 4 bit; and the embedded model."""
+"""Loads models with transformers or unsloth, optionally in 4 bit or with a saved adapter, and the embedded model."""
 
 import inspect
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Where a causal language model keeps what the losses need: its backbone and its output head."""
+"""Access to the parts of a causal language model that the losses need: its hidden states and its output head."""
 
 import inspect
 import sys
@@ -27,13 +27,16 @@ def head_of(model: nn.Module) -> Head:
     inner = inner_model(model)
     module = inner.get_output_embeddings()
     weight = module.weight
-    if isinstance(module, BaseTunerLayer) and not module.disable_adapters:
+    if hasattr(module, "get_delta_weight") and not module.disable_adapters:  # PEFT's layers share no type that has it
         weight = weight + sum(module.get_delta_weight(name) for name in module.active_adapters)
     return Head(weight, getattr(module, "bias", None), *scale_and_soft_cap(inner.config.get_text_config()))
 
 
 def scale_and_soft_cap(config: PretrainedConfig) -> tuple[float, float | None]:
-    """What some architectures do with their logits: Granite divides them, Cohere multiplies them, Gemma caps them."""
+    """The factor and the soft cap that some architectures apply to their logits.
+
+    Granite divides them, Cohere multiplies them, Gemma caps them.
+    """
     scale = 1.0
     if divisor := getattr(config, "logits_scaling", None):
         scale = 1.0 / divisor
