@@ -1,32 +1,25 @@
-"""What may be configured, and what is said of a configuration that cannot be meant. Imports nothing heavy.
+"""What may be configured, and what the user is told about a mistake. Imports nothing heavy.
 
-Unknown keys (also those added with `+`), types, ranges, choices and combinations are refused here before torch is
-imported; the signatures behind `_target_`s are bound by `selfdistill.config.targets` afterwards, before weights load.
+Unknown keys (also those added with `+`), wrong types, ranges, choices and combinations are refused before torch is
+imported. Afterwards, before weights load, `selfdistill.config.targets` compares the arguments of every `_target_` with
+its signature.
 """
 
-from typing import Any
+from collections.abc import Mapping
 
 from selfdistill.config.checks import check
-from selfdistill.config.help import command_line
 from selfdistill.config.messages import COMPOSITION_ERRORS, explain, fail
 from selfdistill.config.schema import Run
 
-__all__ = [
-    "COMPOSITION_ERRORS",
-    "Run",
-    "check",
-    "command_line",
-    "explain",
-    "fail",
-    "run_name",
-]
+__all__ = ["COMPOSITION_ERRORS", "Run", "check", "explain", "fail", "run_name"]
 
 
-def run_name(run: Run, choices: Any = None) -> str:
-    """What a run is called: its own name, the experiment, or the reward and teacher it is made of."""
-    if run.name:
-        return run.name
-    chosen = {key: value for key, value in dict(choices or {}).items() if value not in (None, "null", "none")}
-    return str(
-        chosen.get("experiment") or "-".join(str(chosen[k]) for k in ("reward", "teacher") if k in chosen) or "run"
-    )
+def run_name(run: Run, choices: Mapping[str, str | None]) -> str:
+    """What a run is called: its own name, the experiment, or the reward and teacher it is made of.
+
+    Args:
+        choices: the option that was chosen of each group.
+    """
+    chosen = {group: option for group, option in choices.items() if option not in (None, "null", "none")}
+    parts = [str(chosen[group]) for group in ("reward", "teacher") if group in chosen]
+    return run.name or chosen.get("experiment") or "-".join(parts) or "run"

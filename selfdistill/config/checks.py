@@ -10,10 +10,10 @@ from functools import cache
 from typing import Any, cast, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from selfdistill.config.batch import batch_of
-from selfdistill.config.messages import WITHOUT, explain, unknown_key
+from selfdistill.config.messages import WITHOUT, explain
 from selfdistill.config.schema import Run
 from selfdistill.config.targets import check_trust, declares, targets
 from selfdistill.config.values import mismatch
@@ -26,10 +26,10 @@ def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> Run:
 
     Args:
         cfg: as Hydra composed it, or as a run's config.yaml has it.
-        overrides: the command line's, so that a setting that was given but that nothing reads is noticed.
+        overrides: those of the command line, so that a setting that was given but that nothing reads is noticed.
 
     Raises:
-        UserError: the first thing in the configuration that cannot be meant.
+        UserError: the first mistake in the configuration.
     """
     typed = _typed(cfg)
     values = _resolved(typed, cfg)
@@ -41,8 +41,7 @@ def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> Run:
             )
     for key, node in targets(values):
         check_trust(key, node["_target_"], values["trusted_prefixes"])
-    for path, kind in (("", Run), *_groups(Run)):
-        _check_limits(cfg, values, path, kind)
+    _check_limits(cfg, Run, values)
     run = cast(Run, OmegaConf.to_object(typed))
     _check_read(run, cfg, {override.lstrip("+~").split("=")[0] for override in overrides})
     _check_signal(run)
@@ -59,8 +58,6 @@ def _typed(cfg: DictConfig) -> DictConfig:
             raise UserError(f"{path} is a group of keys and cannot be one value: write {path}.{first}=… and so on.")
     try:
         return cast(DictConfig, OmegaConf.merge(_schema(Run), cfg))
-    except ConfigKeyError as error:
-        raise UserError(unknown_key(str(error.full_key), error)) from None
     except OmegaConfBaseException as error:
         raise UserError(_wrong_type(cfg, error)) from None
 
@@ -102,35 +99,31 @@ def _resolved(typed: DictConfig, cfg: DictConfig) -> dict[str, Any]:
     except MissingMandatoryValue as error:
         key = error.full_key or ""
         above, _, name = key.rpartition(".")
-        if OmegaConf.is_missing(OmegaConf.select(cfg, above) if above else cfg, name):
-            raise UserError(f"{key} is missing: write {key}=… on the command line.") from None
+        if OmegaConf.is_missing(OmegaConf.select(cfg, above), name):
+            raise UserError(explain(error)) from None
         instead = f"; to do without write {key}={WITHOUT[key]}" if key in WITHOUT else ""
         raise UserError(f"{key} was removed, but a run needs it{instead}.") from None
-    except InterpolationKeyError as error:
-        raise UserError(
-            f"{error.full_key} refers to a key that does not exist: {str(error).splitlines()[0]}."
-        ) from None
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from None
 
 
-def _check_limits(cfg: DictConfig, values: dict[str, Any], path: str, kind: type) -> None:
-    for name in path.split(".") if path else ():
-        values = values[name]
-    check_limits(kind, values, lambda name: _written(cfg, f"{path}.{name}" if path else name))
+def _check_limits(cfg: DictConfig, kind: type, values: dict[str, Any], path: str = "") -> None:
+    check_limits(kind, values, lambda name: _written(cfg, f"{path}{name}"))
+    for name, hint in get_type_hints(kind).items():
+        if is_dataclass(hint):
+            _check_limits(cfg, cast(type, hint), values[name], f"{path}{name}.")
 
 
 def _written(cfg: DictConfig, key: str) -> str:
     """KEY=VALUE as it was written: of a value that only refers to another key, that key and its value."""
     above, _, name = key.rpartition(".")
-    raw = OmegaConf.to_container(OmegaConf.select(cfg, above) if above else cfg, resolve=False)
-    value = cast(dict[str, Any], raw)[name]
+    value = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.select(cfg, above), resolve=False))[name]
     source = re.fullmatch(r"\$\{([\w.]+)\}", str(value))
     return _written(cfg, source[1]) if source else f"{key}={value}"
 
 
 def _check_read(run: Run, cfg: DictConfig, overridden: set[str]) -> None:
-    """A setting that was given and that nothing in the composition reads: a sweep over it would compare equal runs."""
+    """Refuses a setting that was given and that nothing reads: a sweep over it would compare equal runs."""
 
     def refuse(unread: bool, reason: str, *keys: str) -> None:
         for key in sorted(overridden) if unread else ():
@@ -171,7 +164,7 @@ def _context_follows(cfg: DictConfig, key: str) -> bool:
 
 
 def _check_signal(run: Run) -> None:
-    """Something to learn from, and what each source of signal needs beside it."""
+    """Refuses a run that has nothing to learn from, or whose source of signal lacks what it needs."""
     teaches, rewarded, rollout, d = run.teacher is not None, run.reward is not None, run.rollout, run.distillation
     if not (teaches or rewarded or rollout.cross_entropy_weight > 0):
         raise UserError(

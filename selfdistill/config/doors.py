@@ -7,17 +7,15 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from selfdistill.config.help import command_line
 from selfdistill.config.messages import COMPOSITION_ERRORS, explain, fail
-from selfdistill.config.suggestions import closest
 from selfdistill.config.targets import bind, check_trust, make, targets
 from selfdistill.errors import UserError
 
@@ -60,20 +58,14 @@ def typed(schema: type[Settings], cfg: DictConfig) -> Settings:
     Raises:
         UserError: a key that was added and is unknown, a value that is missing or of the wrong type.
     """
-    names = [field.name for field in fields(schema)]  # type: ignore[arg-type]
-    for key in cfg:
-        if key not in names:
-            raise UserError(f"{key} is not a key: {closest(str(key), names)}")
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg))  # type: ignore[return-value]
-    except MissingMandatoryValue as error:
-        raise UserError(f"{error.full_key} is missing: write {error.full_key}=… on the command line.") from None
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from None
 
 
 def built(cfg: DictConfig, key: str) -> Any:
-    """What the `_target_`s of a group stand for, once they are trusted and their arguments fit; None where it is null.
+    """Builds a group, once its `_target_`s are trusted and their arguments fit; None where the group is null.
 
     Raises:
         UserError: a `_target_` that is not trusted or does not exist, or an argument that it refuses.

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,9 +24,9 @@ flags
 
 
 def command_line(arguments: Sequence[str], file: Path, usage: str, *, sweeps: bool = False) -> list[str]:
-    """The arguments as Hydra takes them: `--check` as a key, flags before keys. Prints the help where it is asked for.
+    """The arguments as Hydra takes them: `--check` as a key, flags before keys. `--help` prints our help and ends.
 
-    Hydra's own help copies its whole repository of configurations for every group that it lists, which takes a second.
+    It replaces Hydra's, which copies all configurations for every group that it lists and so takes a second.
 
     Args:
         file: the command's primary configuration.
@@ -39,9 +40,8 @@ def command_line(arguments: Sequence[str], file: Path, usage: str, *, sweeps: bo
     arguments = ["check=true" if argument == "--check" else argument for argument in arguments]
     for group in _groups(file):
         if f"{group}=null" in arguments:
-            if group not in WITHOUT:
-                raise UserError(f"{group}=null: choose one of its options, or leave it out.")
-            raise UserError(f"{group}=null: to do without write {group}={WITHOUT[group]}.")
+            without = f"to do without write {group}={WITHOUT[group]}" if group in WITHOUT else None
+            raise UserError(f"{group}=null: {without or 'choose one of its options, or leave it out'}.")
     keys = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
     arguments = [*(a for a in arguments if a not in keys), *keys]
     parser = get_args_parser()
@@ -78,13 +78,8 @@ def help_text(file: Path, usage: str) -> str:
     text = file.read_text(encoding="utf-8")
     keys = re.sub(r"\A(?:#.*\n)+|^(?:defaults|hydra):.*\n(?:[ -].*\n)*", "", text, flags=re.MULTILINE).strip()
     groups = [_group(file.parent / group, group) for group in _groups(file)]
-    parts = [
-        usage.strip(),
-        FLAGS,
-        *(["groups (GROUP=OPTION)", *groups] if groups else []),
-        f"keys (KEY=VALUE)\n\n{keys}",
-    ]
-    return "\n\n".join(parts)
+    listed = ["groups (GROUP=OPTION)", *groups] if groups else []
+    return "\n\n".join([usage.strip(), FLAGS, *listed, f"keys (KEY=VALUE)\n\n{keys}"])
 
 
 def _groups(file: Path) -> list[str]:
@@ -95,23 +90,13 @@ def _groups(file: Path) -> list[str]:
 
 
 def _group(folder: Path, name: str) -> str:
-    files = [file for file in _sorted(folder) if file.name.endswith(".yaml") and _public(file)]
-    lines = [f"  {file.name.removesuffix('.yaml'):<20} {_first_sentence(file)}" for file in files]
-    inner = [
-        _group(inside, f"{name}/{inside.name}") for inside in _sorted(folder) if inside.is_dir() and _public(inside)
-    ]
-    return "\n".join([f"{name}=", *lines, *(f"\n{group}" for group in inner)])
+    entries = [entry for entry in sorted(folder.iterdir()) if not entry.name.startswith(("_", "."))]
+    lines = [f"  {entry.stem:<20} {_first_sentence(entry)}" for entry in entries if entry.suffix == ".yaml"]
+    inner = [f"\n{_group(entry, f'{name}/{entry.name}')}" for entry in entries if entry.is_dir()]
+    return "\n".join([f"{name}=", *lines, *inner])
 
 
 def _first_sentence(file: Path) -> str:
-    head = re.match(r"(?:#.*\n)*", file.read_text(encoding="utf-8"))
-    comments = [line.lstrip("# ") for line in head[0].splitlines() if not line.startswith("# @package")] if head else []
+    head = takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
+    comments = [line.lstrip("# ") for line in head if not line.startswith("# @package")]
     return re.split(r"(?<=[.])\s", " ".join(comments))[0]
-
-
-def _sorted(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir(), key=lambda entry: entry.name)
-
-
-def _public(entry: Path) -> bool:
-    return not entry.name.startswith(("_", "."))

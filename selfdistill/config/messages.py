@@ -5,7 +5,7 @@ import sys
 
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from selfdistill.config.schema import Run
@@ -32,6 +32,12 @@ def explain(error: BaseException) -> str:
         return _yaml(error)
     if isinstance(error, OverrideParseException):
         return _syntax(error)
+    if isinstance(error, ConfigKeyError):
+        return unknown_key(str(error.full_key), error)
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} is missing: write {error.full_key}=… on the command line."
+    if isinstance(error, InterpolationKeyError):
+        return f"{error.full_key} refers to a key that does not exist: {str(error).splitlines()[0]}."
     text = str(error)
     if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         options = [option for option in re.findall(r"^\t(\S+)$", text, flags=re.M) if not option.startswith("_")]
@@ -44,16 +50,14 @@ def explain(error: BaseException) -> str:
     if match := re.search(r"Could not append to config\. An item is already at '([^']+)'", text):
         return f"+{match[1]}: the key is there already; write {match[1]}=VALUE without the plus sign."
     if match := re.search(r"Could not delete from config\. '([^']+)' does not exist", text):
-        return (
-            f"~{match[1]}: there is no such key to remove; {closest(match[1].split('.')[0], Run.__dataclass_fields__)}"
-        )
+        meant = closest(match[1].split(".")[0], Run.__dataclass_fields__)
+        return f"~{match[1]}: there is no such key to remove; {meant}"
     if match := re.search(r"Ambiguous value for argument '(([^'=]+)=([^']*))'", text):
         one_list = f"{match[2]}=[{match[3]}]"
         return f"{match[1]}: several values are a sweep, which needs --multirun; for one list write {one_list}."
     if match := re.search(r"Multiple values for (\S+)\. To override a value use 'override \S+ (\S+)'", text):
-        return (
-            f"+{match[1]}={match[2]}: this group is chosen already; write {match[1]}={match[2]} without the plus sign."
-        )
+        chosen = f"{match[1]}={match[2]}"
+        return f"+{chosen}: this group is chosen already; write {chosen} without the plus sign."
     return _general(error)
 
 
@@ -69,12 +73,10 @@ def unknown_key(key: str, error: BaseException) -> str:
     above, _, last = key.rpartition(".")
     cause = _cause(error)
     parent = cause.parent_node if isinstance(cause, OmegaConfBaseException) else None
-    if not above or not isinstance(parent, DictConfig):
-        known = (
-            [name for name in parent if name != "hydra"] if isinstance(parent, DictConfig) else Run.__dataclass_fields__
-        )
-        return f"{key} is not a key: {closest(last, known)}"
-    return f"{key} is not a key: {closest(last, parent) if len(parent) else f'{above} has no keys here.'}"
+    known = [
+        name for name in (parent if isinstance(parent, DictConfig) else Run.__dataclass_fields__) if name != "hydra"
+    ]
+    return f"{key} is not a key: {closest(last, known) if known else f'{above} has no keys here.'}"
 
 
 def _syntax(error: OverrideParseException) -> str:

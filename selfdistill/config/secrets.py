@@ -1,7 +1,7 @@
 """Keeps API keys and passwords out of the files that a run leaves behind."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -36,7 +36,9 @@ class Redactor:
         resolved = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
         raw = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
         masked = self._mask(resolved, raw)
-        self.config: dict[str, Any] = self._everywhere(masked)
+        self.config: dict[str, Any] = _each_text(
+            masked, lambda text: text if isinstance(text, _Interpolation) else self.text(text)
+        )
 
     def yaml(self) -> str:
         """The masked configuration as YAML that OmegaConf reads back to the same values."""
@@ -74,23 +76,23 @@ class Redactor:
         from_environment = isinstance(raw, str) and raw.startswith("${oc.env:") and raw.count("${") == 1
         return _Interpolation(self.text(raw)) if from_environment else MASK
 
-    def _everywhere(self, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: self._everywhere(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self._everywhere(item) for item in value]
-        return self.text(value) if isinstance(value, str) and not isinstance(value, _Interpolation) else value
-
 
 def escaped(value: Any) -> Any:
     """Resolved text may hold `${`, which must not be resolved again when the file is read."""
+
+    def escape(text: str) -> str:
+        return str(text) if isinstance(text, _Interpolation) else re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
+
+    return _each_text(value, escape)
+
+
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """Plain mappings and lists with every text in them changed."""
     if isinstance(value, dict):
-        return {key: escaped(item) for key, item in value.items()}
+        return {key: _each_text(item, change) for key, item in value.items()}
     if isinstance(value, list):
-        return [escaped(item) for item in value]
-    if isinstance(value, _Interpolation):
-        return str(value)
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+        return [_each_text(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def is_secret_key(key: str) -> bool:

@@ -16,8 +16,8 @@ class Distillation(Divergence):
     teacher that is added to its reward joins it.
 
     Args:
-        alpha, top_k, tail, temperature, pointwise_clip, jsd_normalize: see `Divergence`; a temperature of None takes
-            the sampling temperature.
+        alpha, top_k, tail, temperature, pointwise_clip, jsd_normalize: see `Divergence`; where the temperature is None,
+            the sampling temperature is taken.
         signal: `distribution` compares distributions; `sampled_token` uses the sampled tokens' log-probabilities alone
             (alpha must be 1); `advantage` adds log q - log pi of the sampled tokens to the advantages of the policy
             gradient.
@@ -26,8 +26,8 @@ class Distillation(Divergence):
         aggregation: token_mean, seq_mean_token_mean, seq_mean_token_sum or seq_mean_token_sum_norm (sum over tokens /
             (rows * max_completion_length)); each over all rows of an optimizer step.
         count_inactive_rows: whether rows without a signal count in the denominator, as in the references.
-        weight: of this term; 0 leaves it out.
-        policy_weight: of the policy gradient; 0 leaves it out.
+        weight: weight of the distillation in the loss; 0 leaves it out.
+        policy_weight: weight of the policy gradient in the loss; 0 leaves it out.
         route: `all` distils every row with a signal; `failures` distils rows that score below `success_threshold`
             and leaves the others to the policy gradient.
         success_threshold: the score from which a rollout is a success.

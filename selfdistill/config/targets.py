@@ -1,4 +1,4 @@
-"""Whatever a `_target_` names: whether it may be built, whether its arguments fit, and building it."""
+"""Finds what a `_target_` names, checks that it may be built and that its arguments fit, and builds it."""
 
 import importlib
 import inspect
@@ -48,13 +48,13 @@ def check_trust(key: str, target: Any, prefixes: Iterable[str]) -> None:
 
 
 def check_targets(run: Run, trainer_arguments: Collection[str]) -> None:
-    """Finds everything that the run will build and binds its arguments, without calling anything.
+    """Checks the arguments of everything that the run will build, without building anything.
 
     Args:
         trainer_arguments: what `training.arguments` may hold.
 
     Raises:
-        UserError: the key, what is wrong with it, and the closest argument there is.
+        UserError: an argument that is unknown, missing or of the wrong type.
     """
     for key, node in targets(asdict(run)):
         bind(key, node)
@@ -67,44 +67,38 @@ def check_targets(run: Run, trainer_arguments: Collection[str]) -> None:
 
 
 def find(key: str, name: str) -> Callable[..., Any]:
-    """What a dotted name stands for: the longest part that is a module, then attributes.
+    """What a dotted name stands for, found as Hydra finds it: attribute by attribute, modules imported on the way.
 
     Raises:
         UserError: there is no such thing, or it cannot be called.
     """
-    parts = name.split(".")
     found: Any = None
-    missing = ""
-    for count in range(1, len(parts) + 1):
-        module = ".".join(parts[:count])
+    parts = name.split(".")
+    for count, part in enumerate(parts, start=1):
+        if hasattr(found, part):
+            found = getattr(found, part)
+            continue
+        module, above = ".".join(parts[:count]), found
         try:
             found = importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if not f"{module}.".startswith(f"{error.name}."):
-                raise UserError(f"{key}._target_={name}: {module} cannot be imported: {error}.") from None
-            missing = parts[count - 1]
-            break
         except Exception as error:  # whatever a user's module raises
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"{key}._target_={name}: {module} cannot be imported: {reason}") from None
-    if found is None:
-        raise UserError(
-            f"{key}._target_={name}: there is no module {missing} here. "
-            "Is its folder on PYTHONPATH, or is it installed?"
-        )
-    for part in parts[count - 1 :] if missing else ():
-        if not hasattr(found, part):
-            public = [n for n in dir(found) if not n.startswith("_")]
-            inside = getattr(found, "__name__", found)
-            raise UserError(f"{key}._target_={name}: {inside} has no {part}; {closest(part, public)}")
-        found = getattr(found, part)
+            if not isinstance(error, ModuleNotFoundError):
+                reason = f"{module} cannot be imported: {type(error).__name__}: {error}"
+            elif not f"{module}.".startswith(f"{error.name}."):
+                reason = f"{module} cannot be imported: {error}."
+            elif above is None:
+                reason = f"there is no module {part} here. Is its folder on PYTHONPATH, or is it installed?"
+            else:
+                known = closest(part, [n for n in dir(above) if not n.startswith("_")])
+                reason = f"{getattr(above, '__name__', above)} has no {part}; {known}"
+            raise UserError(f"{key}._target_={name}: {reason}") from None
     if not callable(found):
         raise UserError(f"{key}._target_={name} is no class or function: name one that is in it.")
     return found
 
 
 def declares(key: str, node: Any, attribute: str) -> bool:
-    """Whether the class that a `_target_` names sets this attribute; functions and other classes need not know it."""
+    """Whether what a `_target_` names has this attribute and it is true; a function or a user's class may lack it."""
     if not isinstance(node, Mapping) or "_target_" not in node:
         return False
     return bool(getattr(find(key, node["_target_"]), attribute, False))

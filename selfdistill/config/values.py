@@ -1,4 +1,4 @@
-"""What a value may be by the type that an annotation names."""
+"""Whether a value fits a type annotation, and what to write where it does not."""
 
 import types
 import typing

@@ -1,1 +1,1 @@
-"""What a model can do, and alarms about what it is becoming."""
+"""Evaluation of a model on held-out rows, and monitors that warn when a run collapses or learns nothing."""

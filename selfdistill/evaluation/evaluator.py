@@ -3,58 +3,22 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from statistics import fmean
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase
 
 from selfdistill.data.rows import BadRow, Fields, RowReader
 from selfdistill.data.sources import open_source
 from selfdistill.errors import UserError
+from selfdistill.limits import check_limits, number
 from selfdistill.models.generation import generate, tokenize
 from selfdistill.rewards.result import normalise
-from selfdistill.rollout import Prompt
 
 Row = Mapping[str, Any]
 Scorer = Callable[..., list[Any]]
 RETENTION = "eval/retention/"  # before the name of a suite
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One answered row. `suite` is None for the new task, `score` is None where the scorer could not judge the row."""
-
-    suite: str | None
-    prompt: Prompt
-    prompt_ids: list[int]
-    completion: str
-    completion_ids: list[int]
-    answer: str | None
-    score: float | None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The outcome of one evaluation.
-
-    Attributes:
-        accuracy: mean score over the task's rows that could be scored; None without task rows.
-        retention: mean score of each old skill.
-        mean_retention: mean over the suites, each with the same weight; None without suites.
-        samples: every answered row, in the order of the rows: the task first, then the suites.
-    """
-
-    accuracy: float | None
-    retention: dict[str, float]
-    mean_retention: float | None
-    samples: list[Sample] = field(repr=False)
-
-    def metrics(self) -> dict[str, float]:
-        """Names and values to log; what could not be measured is left out."""
-        named = {"eval/accuracy": self.accuracy}
-        named |= {f"{RETENTION}{suite}": value for suite, value in self.retention.items()}
-        named["eval/retention"] = self.mean_retention
-        return {name: value for name, value in named.items() if value is not None}
 
 
 def forgetting(before: Mapping[str, float], after: Mapping[str, float]) -> float | None:
@@ -76,7 +40,41 @@ def forgetting(before: Mapping[str, float], after: Mapping[str, float]) -> float
     if earlier.keys() != later.keys():
         raise ValueError(f"different suites: {sorted(earlier)} before, {sorted(later)} after")
     drops = [max(0.0, earlier[suite] - later[suite]) for suite in earlier]
-    return sum(drops) / len(drops) if drops else None
+    return fmean(drops) if drops else None
+
+
+@dataclass
+class EvalSettings:
+    """The configuration group `eval`.
+
+    Attributes:
+        scorer: judges the task; a reward function, called with prompts, completions, completion_ids and the rows' other
+            columns; returns a float, None (not scorable) or {"score": …} for each row.
+        retention_scorer: judges the old skills.
+        every: evaluate every so many optimizer steps; 0: only before and after training.
+        max_rows: rows of the task at most, the first of its evaluation split.
+        max_new_tokens: longest answer, in tokens.
+        batch_size: rows generated at a time.
+        temperature: 0 takes the likeliest token at each position; otherwise the answers are sampled with a fixed seed.
+        retention_path: rows of the old skills, with the columns suite, prompt and what the scorer needs; or null.
+        max_rows_per_suite: rows of each old skill at most, its first ones.
+
+    Raises:
+        UserError: a value out of its range.
+    """
+
+    scorer: Scorer
+    retention_scorer: Scorer
+    every: int = field(default=0, metadata=number(0))
+    max_rows: int = field(default=200, metadata=number(1))
+    max_new_tokens: int = field(default=64, metadata=number(1))
+    batch_size: int = field(default=64, metadata=number(1))
+    temperature: float = field(default=0.0, metadata=number(0))
+    retention_path: str | None = None
+    max_rows_per_suite: int = field(default=50, metadata=number(1))
+
+    def __post_init__(self) -> None:
+        check_limits(type(self), vars(self), lambda name: f"eval.{name}={getattr(self, name)}")
 
 
 class Evaluator:
@@ -85,42 +83,39 @@ class Evaluator:
     Args:
         task: held-out rows of the new task. A row has `prompt` (a string, or messages) and whatever the scorer needs.
         retention: rows of each old skill, by suite.
-        scorer: judges the task; a reward function, called with prompts, completions, completion_ids and the rows' other
-            columns; returns a float, None (not scorable) or {"score": …} for each row.
-        retention_scorer: judges the suites.
-        max_new_tokens: longest answer, in tokens.
-        batch_size: rows generated at a time.
-        temperature: 0 takes the likeliest token at each position; otherwise the answers are sampled with `seed`.
         chat_template_kwargs: passed to the tokenizer's chat template, for example {"enable_thinking": False}.
+
+    Raises:
+        UserError: a row has no prompt.
     """
 
     def __init__(
         self,
-        *,
-        task: Sequence[Row],
+        settings: EvalSettings,
+        task: Iterable[Row],
         retention: Mapping[str, Sequence[Row]],
-        scorer: Scorer,
-        retention_scorer: Scorer,
-        max_new_tokens: int = 64,
-        batch_size: int = 64,
-        temperature: float = 0.0,
+        *,
         seed: int = 0,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        self.groups: list[tuple[str | None, Sequence[Row], Scorer]] = [(None, task, scorer)]
-        self.groups += [(suite, rows, retention_scorer) for suite, rows in retention.items()]
-        self.groups = [group for group in self.groups if len(group[1])]
+        self.settings, self.seed, self.chat_template_kwargs = settings, seed, chat_template_kwargs
+        groups: list[tuple[str | None, Sequence[Row], Scorer]] = [
+            (None, list(islice(task, settings.max_rows)), settings.scorer),
+            *((suite, rows, settings.retention_scorer) for suite, rows in retention.items()),
+        ]
+        self.groups = [group for group in groups if group[1]]
         for suite, rows, _ in self.groups:
             for index, row in enumerate(rows):
                 if not row.get("prompt"):
                     where = "the evaluation data" if suite is None else f"the retention suite '{suite}'"
                     raise UserError(f"row {index} of {where} has no prompt: write a 'prompt' that is not empty.")
-        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
-        self.temperature, self.seed = temperature, seed
-        self.chat_template_kwargs = dict(chat_template_kwargs or {})
 
-    def evaluate(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> Evaluation:
+    def evaluate(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
         """Generate and score; the model's mode, generation settings and the random state are left as they were.
+
+        Returns:
+            what was measured, of `eval/accuracy` (mean score over the task's rows that could be scored),
+            `eval/retention/SUITE` (the same for an old skill) and `eval/retention` (mean over the suites).
 
         Raises:
             UserError: a scorer could judge no row of its group.
@@ -131,45 +126,31 @@ class Evaluator:
             model,
             prompt_ids,
             tokenizer=tokenizer,
-            max_new_tokens=self.max_new_tokens,
-            batch_size=self.batch_size,
-            temperature=self.temperature,
+            max_new_tokens=self.settings.max_new_tokens,
+            batch_size=self.settings.batch_size,
+            temperature=self.settings.temperature,
             seed=self.seed,
         )
-        accuracy, retention, samples, start = None, {}, [], 0
+        metrics, start = {}, 0
         for suite, rows, scorer in self.groups:
             span = slice(start, start + len(rows))
             start += len(rows)
-            texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in completion_ids[span]]
             key = "eval.scorer" if suite is None else f"eval.retention_scorer (suite '{suite}')"
-            scores = _scores(key, scorer, rows, texts, completion_ids[span], prompt_ids[span])
-            known = [score for score in scores if score is not None]
-            if not known:
+            texts = tokenizer.batch_decode(completion_ids[span], skip_special_tokens=True)
+            scores = _scores(key, scorer, rows, texts, completion_ids=completion_ids[span], prompt_ids=prompt_ids[span])
+            if not scores:
                 raise UserError(f"{key} could judge none of {len(rows)} rows: does the data have the column it reads?")
-            mean = sum(known) / len(known)
-            if suite is None:
-                accuracy = mean
-            else:
-                retention[suite] = mean
-            samples += [
-                Sample(suite, row["prompt"], prompt, text, ids, row.get("answer"), score)
-                for row, prompt, text, ids, score in zip(
-                    rows, prompt_ids[span], texts, completion_ids[span], scores, strict=True
-                )
-            ]
-        mean_retention = sum(retention.values()) / len(retention) if retention else None
-        return Evaluation(accuracy, retention, mean_retention, samples)
+            metrics["eval/accuracy" if suite is None else f"{RETENTION}{suite}"] = fmean(scores)
+        if retention := [value for name, value in metrics.items() if name.startswith(RETENTION)]:
+            metrics["eval/retention"] = fmean(retention)
+        return metrics
 
 
 def _scores(
-    key: str,
-    scorer: Scorer,
-    rows: Sequence[Row],
-    texts: Sequence[str],
-    completion_ids: Sequence[list[int]],
-    prompt_ids: Sequence[list[int]],
-) -> list[float | None]:
-    """Call the scorer as TRL calls a reward: completions of messages are messages, columns are lists."""
+    key: str, scorer: Scorer, rows: Sequence[Row], texts: Sequence[str], **ids: Sequence[list[int]]
+) -> list[float]:
+    """The scores that there are. The scorer is called as TRL calls a reward: columns are lists, and the completion of
+    messages is a message."""
     names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "suite"))
     results = scorer(
         prompts=[row["prompt"] for row in rows],
@@ -177,23 +158,27 @@ def _scores(
             text if isinstance(row["prompt"], str) else [{"role": "assistant", "content": text}]
             for row, text in zip(rows, texts, strict=True)
         ],
-        completion_ids=list(completion_ids),
-        prompt_ids=list(prompt_ids),
+        **ids,
         **{name: [row.get(name) for row in rows] for name in names},
     )
     scores, _ = normalise(results, key, len(rows))
-    return scores
+    return [score for score in scores if score is not None]
 
 
-def load_retention(path: str, *, max_rows_per_suite: int, chat: bool = True) -> dict[str, list[dict[str, Any]]]:
-    """Rows of each suite, at most so many and the first ones, from a file with a column `suite` in any format of data.
+def load_retention(path: str | None, *, max_rows_per_suite: int, chat: bool = True) -> dict[str, list[Row]]:
+    """The first rows of each suite, from a file of any format of data with a column `suite`; nothing without a file.
+
+    Args:
+        chat: whether prompts become messages.
 
     Raises:
         UserError: no such file, a row that cannot be read, or one without a suite; with file and line.
     """
+    suites: dict[str, list[Row]] = {}
+    if path is None:
+        return suites
     source = open_source(path, key="eval.retention_path")
     reader = RowReader(Fields(), None, conversational=chat)
-    suites: dict[str, list[dict[str, Any]]] = {}
     for record in source.records:
         try:
             if record.error:
@@ -209,88 +194,3 @@ def load_retention(path: str, *, max_rows_per_suite: int, chat: bool = True) -> 
     if not suites:
         raise UserError(f"eval.retention_path: {path} is empty: it needs rows with suite, prompt and answer.")
     return suites
-
-
-@dataclass
-class EvalSettings:
-    """The configuration group `eval`.
-
-    Attributes:
-        every: evaluate every so many optimiser steps; 0: only before and after training.
-        max_rows: rows of the task at most, the first of its evaluation split.
-        max_new_tokens: longest answer, in tokens.
-        batch_size: rows generated at a time.
-        temperature: 0 is greedy.
-        scorer: judges the task.
-        retention_path: JSONL of the old skills, with the columns suite, prompt and what the scorer needs; or null.
-        retention_scorer: judges the old skills.
-        max_rows_per_suite: rows of each old skill at most, its first ones.
-    """
-
-    scorer: Scorer
-    retention_scorer: Scorer
-    every: int = 0
-    max_rows: int = 200
-    max_new_tokens: int = 64
-    batch_size: int = 64
-    temperature: float = 0.0
-    retention_path: str | None = None
-    max_rows_per_suite: int = 50
-
-    def __post_init__(self) -> None:
-        floors = {"every": 0, "max_rows": 1, "max_new_tokens": 1, "batch_size": 1, "temperature": 0}
-        for name, floor in {**floors, "max_rows_per_suite": 1}.items():
-            if getattr(self, name) < floor:
-                raise UserError(f"eval.{name}={getattr(self, name)}: must be at least {floor}.")
-
-    def evaluator(
-        self,
-        task: Iterable[Row],
-        *,
-        chat: bool = True,
-        seed: int = 0,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> Evaluator:
-        """The evaluator of a run.
-
-        Args:
-            task: rows of the evaluation split.
-            chat: whether prompts are messages.
-        """
-        retention = {}
-        if self.retention_path is not None:
-            retention = load_retention(self.retention_path, max_rows_per_suite=self.max_rows_per_suite, chat=chat)
-        return Evaluator(
-            task=list(islice(task, self.max_rows)),
-            retention=retention,
-            scorer=self.scorer,
-            retention_scorer=self.retention_scorer,
-            max_new_tokens=self.max_new_tokens,
-            batch_size=self.batch_size,
-            temperature=self.temperature,
-            seed=seed,
-            chat_template_kwargs=chat_template_kwargs,
-        )
-
-
-class EvalCallback(TrainerCallback):
-    """Evaluates every `every` optimiser steps and hands the metrics to `log(step, metrics)`.
-
-    Only the main process evaluates, so the model must not be sharded over processes.
-    """
-
-    def __init__(
-        self,
-        evaluator: Evaluator,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        every: int,
-        log: Callable[[int, dict[str, float]], Any],
-    ) -> None:
-        if every < 1:
-            raise ValueError(f"every={every}: must be at least 1")
-        self.evaluator, self.tokenizer, self.every, self.log = evaluator, tokenizer, every, log
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step % self.every == 0 and state.is_world_process_zero:
-            self.log(state.global_step, self.evaluator.evaluate(kwargs["model"], self.tokenizer).metrics())

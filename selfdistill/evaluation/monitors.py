@@ -7,9 +7,11 @@ a group, and whose teacher has nothing to say, shows a loss that looks normal an
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from statistics import fmean
 from typing import Any
 
+from selfdistill.config.values import mismatch
 from selfdistill.errors import UserError
 
 ACTIONS = ("warn", "stop", "off")
@@ -187,17 +189,15 @@ class Monitors:
         if math.isnan(value):
             return (value, "it is not a number") if name == "grad_norm" else None
         reason = ""
+        if threshold.below_initial is not None:
+            if len(watch.initial) < self.initial_values:
+                watch.initial.append(value)
+            elif value < threshold.below_initial * (initial := fmean(watch.initial)):
+                reason = f"{value:.3g} is below {threshold.below_initial:g} of its first {initial:.3g}"
         if threshold.below is not None and value < threshold.below:
             reason = f"{value:.3g} is below {threshold.below:g}"
         elif threshold.above is not None and value > threshold.above:
             reason = f"{value:.3g} is above {threshold.above:g}"
-        if threshold.below_initial is not None:
-            if len(watch.initial) < self.initial_values:
-                watch.initial.append(value)
-            else:
-                initial = sum(watch.initial) / len(watch.initial)
-                if not reason and value < threshold.below_initial * initial:
-                    reason = f"{value:.3g} is below {threshold.below_initial:g} of its first {initial:.3g}"
         return value, reason
 
 
@@ -214,23 +214,19 @@ def _judge_signal(threshold: Threshold, named: Mapping[str, Any]) -> tuple[float
 
 def _threshold(name: str, value: Threshold | Mapping[str, Any]) -> Threshold:
     """A checked threshold. YAML reads a bare `off` as false, so that false means "off" here."""
-    key = f"monitors.{name}"
-    values = {f.name: getattr(value, f.name) for f in fields(value)} if isinstance(value, Threshold) else dict(value)
-    known = {f.name for f in fields(Threshold)}
-    if unknown := sorted(set(values) - known):
-        raise UserError(f"{key}.{unknown[0]} is unknown; a monitor takes {', '.join(sorted(known))}.")
-    if values.get("action") is False:
+    key, defaults = f"monitors.{name}", asdict(Threshold())
+    values = defaults | (asdict(value) if isinstance(value, Threshold) else dict(value))
+    if unknown := sorted(values.keys() - defaults.keys()):
+        raise UserError(f"{key}.{unknown[0]} is unknown; a monitor takes {', '.join(sorted(defaults))}.")
+    if values["action"] is False:
         values["action"] = "off"
-    if values.get("action", "warn") not in ACTIONS:
+    if values["action"] not in ACTIONS:
         raise UserError(f"{key}.action is {values['action']!r}; write one of {', '.join(ACTIONS)}.")
     for limit in ("below", "above", "below_initial"):
-        number = values.get(limit)
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
-            raise UserError(f"{key}.{limit} is {number!r}; write a number, or null for no such limit.")
-        values[limit] = None if number is None else float(number)
-    for_steps = values.get("for_steps", 1)
-    if isinstance(for_steps, bool) or not isinstance(for_steps, int) or for_steps < 1:
-        raise UserError(f"{key}.for_steps is {for_steps!r}; write a whole number of at least 1.")
+        if mismatch(values[limit], float | None):
+            raise UserError(f"{key}.{limit} is {values[limit]!r}; write a number, or null for no such limit.")
+    if mismatch(values["for_steps"], int) or values["for_steps"] < 1:
+        raise UserError(f"{key}.for_steps is {values['for_steps']!r}; write a whole number of at least 1.")
     return Threshold(**values)
 
 

@@ -1,1 +1,1 @@
-"""Models come in, are looked into, answer, and go out."""
+"""Loading of language models, access to their parts, generation, and export."""

@@ -1,12 +1,13 @@
-"""Answers of a model and the logits behind them; its mode, its settings and the random state stay as they were."""
+"""A model's answers, and the logits of given completions."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from selfdistill.models.structure import evaluating, inner_model, limited_logits
@@ -36,7 +37,8 @@ def generate(
     """Completions as token ids, in the order of the prompts, the end token included where it was emitted.
 
     Prompts are padded on the left and grouped by length. Neither the model's own generation settings (top-p,
-    repetition penalty, …) nor its `use_cache` take part: temperature 0 is the plain argmax.
+    repetition penalty, …) nor its `use_cache` take part: temperature 0 is the plain argmax. The model's mode, its
+    settings and the random state are left as they were.
 
     Raises:
         ValueError: a prompt without tokens.
@@ -53,37 +55,25 @@ def generate(
     device = base.get_input_embeddings().weight.device
     completions: list[list[int]] = [[] for _ in prompt_ids]
     order = sorted(range(len(prompt_ids)), key=lambda index: len(prompt_ids[index]), reverse=True)
-    with evaluating(model), _generation_config(base, GenerationConfig(**special)), _seeded(seed, device):
+    random_state = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with evaluating(model), _generation_config(base, GenerationConfig(**special)), random_state:
+        torch.manual_seed(seed)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            input_ids, attention_mask = pad_left([prompt_ids[index] for index in rows], pad_id, device)
-            output = base.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=settings)
+            prompts = [torch.tensor(prompt_ids[index], device=device) for index in rows]
+            input_ids = pad_sequence(prompts, batch_first=True, padding_value=pad_id, padding_side="left")
+            mask = pad_sequence([torch.ones_like(ids) for ids in prompts], batch_first=True, padding_side="left")
+            output = base.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)
             for index, ids in zip(rows, output[:, input_ids.shape[1] :].tolist(), strict=True):
-                completions[index] = _until_end(ids, end_ids)
+                length = next((n for n, token in enumerate(ids, start=1) if token in end_ids), len(ids))
+                completions[index] = ids[:length]
     return completions
-
-
-def pad_left(
-    sequences: Sequence[list[int]], pad_id: int, device: torch.device
-) -> tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]:
-    """Token ids and attention mask of sequences that end together."""
-    width = max(len(ids) for ids in sequences)
-    ids = torch.tensor([[pad_id] * (width - len(ids)) + list(ids) for ids in sequences], device=device)
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in sequences], device=device)
-    return ids, mask
 
 
 def _end_ids(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     ends = base.generation_config.eos_token_id
     ids = set(ends) if isinstance(ends, list | tuple) else {ends}
     return {token for token in ids | {tokenizer.eos_token_id} if token is not None}
-
-
-def _until_end(ids: list[int], end_ids: set[int]) -> list[int]:
-    for position, token in enumerate(ids):
-        if token in end_ids:
-            return ids[: position + 1]
-    return ids
 
 
 @contextmanager
@@ -95,13 +85,6 @@ def _generation_config(base: PreTrainedModel, config: GenerationConfig) -> Itera
         yield
     finally:
         base.generation_config = own
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def completion_logits(model: torch.nn.Module, prompt_ids: list[int], completion_ids: list[int]) -> Float[Tensor, "T V"]:

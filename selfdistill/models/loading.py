@@ -1,4 +1,4 @@
-"""Loading: with transformers or unsloth, in full, with LoRA, or in 4 bit; and the embedded model."""
+"""Loads models with transformers or unsloth, optionally in 4 bit or with a saved adapter, and the embedded model."""
 
 import inspect
 from collections.abc import Mapping
@@ -23,7 +23,6 @@ def resolve(name: str) -> str:
 def load_model(
     *,
     name: str,
-    tuning: str = "lora",
     lora: Mapping[str, Any] | None = None,
     dtype: str = "auto",
     load_in_4bit: bool = False,
@@ -38,10 +37,11 @@ def load_model(
 ) -> tuple["PreTrainedModel | PeftModel", "PreTrainedTokenizerBase"]:
     """A causal language model in training precision, and its tokenizer.
 
-    With tuning="lora" the model has no adapter yet (`lora_config` describes it and the trainer adds it), except where
-    `adapter_path` names one to be trained further, or where unsloth adds it.
+    The model has no adapter yet (`lora_config` describes it and the trainer adds it), except where `adapter_path` names
+    one to be trained further, or where unsloth adds it.
 
     Args:
+        lora: what unsloth's adapter is made of.
         key: what a message to the user calls `name`.
 
     Raises:
@@ -59,17 +59,17 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     common = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
-    arguments: dict[str, Any] = {**common, "dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-    if attn_implementation:
-        arguments["attn_implementation"] = attn_implementation
+    weights = dtype if dtype == "auto" else getattr(torch, dtype)
+    quantization = None
     if load_in_4bit:
-        compute = torch.bfloat16 if dtype == "auto" else arguments["dtype"]
-        arguments["quantization_config"] = BitsAndBytesConfig(
+        compute = torch.bfloat16 if dtype == "auto" else weights
+        quantization = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
         )
+    how = {"dtype": weights, "attn_implementation": attn_implementation, "quantization_config": quantization}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **common)
-        model: Any = AutoModelForCausalLM.from_pretrained(path, **arguments)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, **how, **common)
     except (OSError, ValueError, ImportError) as error:
         hint = "a folder with config.json and weights, or a hub name that this machine can reach"
         if local_files_only:

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 @contextmanager
 def loadable(model: str | nn.Module, needed: bool) -> Iterator[None]:
-    """Inside, `model` can be loaded from where its config says that it came from.
+    """Inside, the folder or name that the model's config gives as its origin can be loaded.
 
-    In full training TRL builds the reference by loading that place again. A model that was built or changed in memory
-    has none: it is written to a temporary folder for as long as the loading takes.
+    In full training TRL builds the reference by loading that origin again. A model that was built in memory has none,
+    so it is written to a temporary folder for as long as the loading takes.
     """
     if not needed or not isinstance(model, PreTrainedModel):  # a name, or a PEFT model, whose reference is its base
         yield

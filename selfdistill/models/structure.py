@@ -1,4 +1,4 @@
-"""Where a causal language model keeps what the losses need: its backbone and its output head."""
+"""Access to the parts of a causal language model that the losses need: its hidden states and its output head."""
 
 import inspect
 import sys
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
@@ -26,13 +27,16 @@ def head_of(model: nn.Module) -> Head:
     inner = inner_model(model)
     module = inner.get_output_embeddings()
     weight = module.weight
-    if hasattr(module, "get_delta_weight") and not module.disable_adapters:
+    if hasattr(module, "get_delta_weight") and not module.disable_adapters:  # PEFT's layers share no type that has it
         weight = weight + sum(module.get_delta_weight(name) for name in module.active_adapters)
     return Head(weight, getattr(module, "bias", None), *scale_and_soft_cap(inner.config.get_text_config()))
 
 
 def scale_and_soft_cap(config: PretrainedConfig) -> tuple[float, float | None]:
-    """What some architectures do with their logits: Granite divides them, Cohere multiplies them, Gemma caps them."""
+    """The factor and the soft cap that some architectures apply to their logits.
+
+    Granite divides them, Cohere multiplies them, Gemma caps them.
+    """
     scale = 1.0
     if divisor := getattr(config, "logits_scaling", None):
         scale = 1.0 / divisor
@@ -48,15 +52,11 @@ def captured_hidden(model: nn.Module) -> Iterator[list[Tensor]]:
     A hook, so that the pass may go through any wrapper: distributed training sees an ordinary call.
     """
     collected: list[Tensor] = []
-    hook = (
-        inner_model(model)
-        .get_decoder()
-        .register_forward_hook(
-            lambda module, inputs, output: collected.append(
-                output[0] if isinstance(output, tuple) else output.last_hidden_state
-            )
-        )
-    )
+
+    def collect(module: nn.Module, inputs: object, output: Any) -> None:
+        collected.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+
+    hook = inner_model(model).get_decoder().register_forward_hook(collect)
     try:
         yield collected
     finally:
@@ -134,11 +134,8 @@ def has_dropout(model: nn.Module) -> bool:
 
 def is_reference(model: nn.Module) -> bool:
     """Whether a PEFT model runs as its own reference: adapters off, or TRL's frozen copy of the adapter on."""
-    return any(
-        getattr(module, "disable_adapters", False) is True or getattr(module, "active_adapters", None) == ["ref"]
-        for module in model.modules()
-        if hasattr(module, "get_delta_weight")
-    )
+    layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    return any(layer.disable_adapters or layer.active_adapters == ["ref"] for layer in layers)
 
 
 def limited_logits(model: nn.Module, positions: int) -> dict[str, int]:

@@ -41,7 +41,7 @@ class Evaluations(TrainerCallback):
         """The metrics of the model after `step`, which is evaluated once."""
         if self._latest is None or self._latest[0] != step:
             with self.record.busy("evaluating"):
-                metrics = self.evaluator.evaluate(model, self.tokenizer).metrics()
+                metrics = self.evaluator.evaluate(model, self.tokenizer)
             self.before = self.before or metrics
             forgotten = forgetting(self.before, metrics)
             if forgotten is not None:

@@ -203,9 +203,7 @@ class Model(Weights):
         if self.module is None:
             from selfdistill.models.loading import load_model
 
-            self.module, self.tokenizer = load_model(
-                name=self.name, tuning="full", key="teacher.weights.name", **self.loading
-            )
+            self.module, self.tokenizer = load_model(name=self.name, key="teacher.weights.name", **self.loading)
         self.module.requires_grad_(False).eval().to(next(model.parameters()).device)
 
     def check_vocabulary(self, tokenizer: Any) -> None:

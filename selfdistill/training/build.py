@@ -15,7 +15,7 @@ from selfdistill.config.schema import Run
 from selfdistill.config.targets import make
 from selfdistill.data import DataSplits
 from selfdistill.errors import UserError
-from selfdistill.evaluation.evaluator import EvalSettings, Evaluator
+from selfdistill.evaluation.evaluator import EvalSettings, Evaluator, load_retention
 from selfdistill.models.loading import load_configured, lora_config
 from selfdistill.teachers import Teacher
 from selfdistill.teachers.context import Demonstration
@@ -137,9 +137,11 @@ def _evaluator(
     if settings is None:
         return None
     compares = answer_field(settings.scorer) is not None
-    return settings.evaluator(
-        [row for row in data.eval if not compares or row["answer"] or row["golden_response"]],
-        chat=bool(tokenizer.chat_template),
+    chat, limit = bool(tokenizer.chat_template), settings.max_rows_per_suite
+    return Evaluator(
+        settings,
+        (row for row in data.eval if not compares or row["answer"] or row["golden_response"]),
+        load_retention(settings.retention_path, max_rows_per_suite=limit, chat=chat),
         seed=run.seed,
         chat_template_kwargs=run.model.chat_template_kwargs,
     )

@@ -41,6 +41,12 @@ def test_the_written_configuration_reads_back_the_same():
     assert OmegaConf.to_container(read, resolve=True) == resolved
 
 
+def test_a_secret_from_the_environment_is_written_as_its_variable(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "abcdefgh-1")
+    config = OmegaConf.create({"api_key": "${oc.env:MY_KEY}", "header": "Bearer ${api_key}"})
+    assert Redactor(config).yaml() == "api_key: ${oc.env:MY_KEY}\nheader: Bearer ***\n"
+
+
 def test_arguments():
     redactor = Redactor(OmegaConf.create({}))
     given = ["train", "teacher.api_key=x", "+logger.password=y", "group@server.token=z", "max_tokens=5", "=a"]

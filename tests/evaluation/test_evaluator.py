@@ -3,17 +3,10 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import GenerationConfig, TrainerControl, TrainerState, TrainingArguments
+from transformers import GenerationConfig
 
 from selfdistill.errors import UserError
-from selfdistill.evaluation.evaluator import (
-    EvalCallback,
-    EvalSettings,
-    Evaluation,
-    Evaluator,
-    forgetting,
-    load_retention,
-)
+from selfdistill.evaluation.evaluator import EvalSettings, Evaluator, forgetting, load_retention
 from selfdistill.models.generation import completion_logits, generate, tokenize
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -130,19 +123,15 @@ def test_evaluate_scores_task_and_suites_in_order(chat):
         return [{"score": value, "feedback": "x"} for value in equals_answer(**kwargs)]
 
     evaluator = Evaluator(
-        task=rows(answers[0], "no", answers[2], "no", chat=chat),
-        retention={"a": rows(*answers, chat=chat), "b": rows("no", answers[1], chat=chat)},
-        scorer=spy, retention_scorer=equals_answer, max_new_tokens=6, batch_size=3,
-    )  # fmt: skip
-    result = evaluator.evaluate(model, tokenizer)
-    assert result.accuracy == 0.5
-    assert result.retention == {"a": 1.0, "b": 0.5}
-    assert result.mean_retention == 0.75
-    assert result.metrics() == {
+        EvalSettings(spy, spy, max_new_tokens=6, batch_size=3),
+        rows(answers[0], "no", answers[2], "no", chat=chat),
+        {"a": rows(*answers, chat=chat), "b": rows("no", answers[1], chat=chat)},
+    )
+    assert evaluator.evaluate(model, tokenizer) == {
         "eval/accuracy": 0.5, "eval/retention/a": 1.0, "eval/retention/b": 0.5, "eval/retention": 0.75,
     }  # fmt: skip
-    assert [sample.suite for sample in result.samples] == [None] * 4 + ["a"] * 5 + ["b"] * 2
-    assert [sample.completion for sample in result.samples][:4] == answers[:4]
+    assert [len(call["prompts"]) for call in seen] == [4, 5, 2]
+    assert [c[0]["content"] if chat else c for c in seen[0]["completions"]] == answers[:4]
     assert isinstance(seen[0]["completions"][0], list if chat else str)
     assert seen[0]["answer"] == [answers[0], "no", answers[2], "no"]
     assert "suite" not in seen[0]
@@ -163,29 +152,24 @@ def test_rows_that_cannot_be_scored_are_left_out_of_the_mean():
     def half(*, prompts, **_):
         return [1.0, None, 0.0, None, 1.0][: len(prompts)]
 
-    evaluator = Evaluator(task=rows(*PROMPTS), retention={}, scorer=half, retention_scorer=half, max_new_tokens=2)
-    result = evaluator.evaluate(tiny_model(), tiny_tokenizer())
-    assert result.accuracy == pytest.approx(2 / 3)
-    assert result.mean_retention is None
-    assert "eval/retention" not in result.metrics()
+    evaluator = Evaluator(EvalSettings(half, half, max_new_tokens=2), rows(*PROMPTS), {})
+    assert evaluator.evaluate(tiny_model(), tiny_tokenizer()) == {"eval/accuracy": pytest.approx(2 / 3)}
 
     def none(*, prompts, **_):
         return [None] * len(prompts)
 
-    evaluator = Evaluator(task=rows("a"), retention={}, scorer=none, retention_scorer=none, max_new_tokens=2)
+    evaluator = Evaluator(EvalSettings(none, none, max_new_tokens=2), rows("a"), {})
     with pytest.raises(UserError, match=r"eval\.scorer could judge none of 1 rows"):
         evaluator.evaluate(tiny_model(), tiny_tokenizer())
 
 
 def test_a_row_without_prompt_is_named():
     with pytest.raises(UserError, match="row 1 of the retention suite 'old'"):
-        Evaluator(task=[], retention={"old": [*rows("a"), {"prompt": ""}]}, scorer=equals_answer,
-                  retention_scorer=equals_answer)  # fmt: skip
+        Evaluator(EvalSettings(equals_answer, equals_answer), [], {"old": [*rows("a"), {"prompt": ""}]})
 
 
 def evaluation(**retention):
-    mean = sum(retention.values()) / len(retention) if retention else None
-    return Evaluation(0.0, retention, mean, []).metrics()
+    return {"eval/accuracy": 0.0} | {f"eval/retention/{suite}": value for suite, value in retention.items()}
 
 
 def test_forgetting_is_the_mean_drop_and_gains_do_not_cancel_losses():
@@ -244,22 +228,11 @@ def test_load_retention_without_file(tmp_path):
 
 def test_settings_limit_rows_and_check_ranges(tmp_path):
     path = write(tmp_path / "r.jsonl", *[{"suite": "a", "prompt": "x", "answer": "1"}] * 5)
-    settings = EvalSettings(equals_answer, equals_answer, max_rows=3, retention_path=str(path), max_rows_per_suite=2)
-    evaluator = settings.evaluator(iter(rows(*PROMPTS)), seed=4)
+    retention = load_retention(str(path), max_rows_per_suite=2)
+    settings = EvalSettings(equals_answer, equals_answer, max_rows=3)
+    evaluator = Evaluator(settings, iter(rows(*PROMPTS)), retention, seed=4)
     assert [len(group[1]) for group in evaluator.groups] == [3, 2]
     assert evaluator.seed == 4
+    assert load_retention(None, max_rows_per_suite=2) == {}
     with pytest.raises(UserError, match=r"eval\.max_rows=0"):
         EvalSettings(equals_answer, equals_answer, max_rows=0)
-
-
-def test_the_callback_evaluates_every_so_many_steps(tmp_path):
-    logged = []
-    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
-    evaluator = Evaluator(task=rows("a", "b"), retention={"old": rows("x")}, scorer=equals_answer,
-                          retention_scorer=equals_answer, max_new_tokens=2)  # fmt: skip
-    callback = EvalCallback(evaluator, tiny_tokenizer(), every=2, log=lambda *entry: logged.append(entry))
-    for step in range(1, 6):
-        state = TrainerState(global_step=step, is_world_process_zero=True)
-        callback.on_step_end(arguments, state, TrainerControl(), model=tiny_model(), processing_class=tiny_tokenizer())
-    assert [step for step, _ in logged] == [2, 4]
-    assert logged[0][1] == {"eval/accuracy": 0.0, "eval/retention/old": 0.0, "eval/retention": 0.0}

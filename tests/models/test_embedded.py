@@ -13,7 +13,7 @@ FOLDER = Path(resolve("embedded"))
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, float]:
-    return exam(*load_model(name="embedded", tuning="full"), count=40)
+    return exam(*load_model(name="embedded"), count=40)
 
 
 def test_the_exam_of_the_log_is_passed_again(results):

@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 from torch.nn import Module
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from selfdistill.evaluation.evaluator import Evaluation, Evaluator
+from selfdistill.evaluation.evaluator import Evaluator
 from selfdistill.rollout import Rollouts
 from selfdistill.runs.evaluations import Evaluations
 from selfdistill.runs.folder import RunFolder
@@ -22,10 +22,11 @@ class Declining(Evaluator):
     def __init__(self) -> None:
         self.calls = 0
 
-    def evaluate(self, model: Any, tokenizer: Any) -> Evaluation:
+    def evaluate(self, model: Any, tokenizer: Any) -> dict[str, float]:
         self.calls += 1
         lost = 0.1 * (self.calls - 1)
-        return Evaluation(0.2 * self.calls, {"sort": 1.0 - lost, "last": 0.5}, 0.75 - lost / 2, [])
+        retention = {"eval/retention/sort": 1.0 - lost, "eval/retention/last": 0.5, "eval/retention": 0.75 - lost / 2}
+        return {"eval/accuracy": 0.2 * self.calls, **retention}
 
 
 class Remembering(NoRecord):

@@ -1,4 +1,4 @@
-"""The weights of base and adapter as those of one ordinary model."""
+"""Merges the weights of base and adapter into those of one ordinary model."""
 
 import copy
 from collections.abc import Iterator

@@ -5,12 +5,13 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor
+from torch.nn.functional import kl_div
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -22,7 +23,9 @@ from selfdistill.rollout import Prompt
 log = logging.getLogger(__name__)
 
 VERIFICATION = "verification.json"
+ANSWER_TOKENS = 32
 POSITIONS = 64  # compared in each sequence; the float32 logits of all of them are held at once
+MAX_PROMPTS = 8
 DEFAULT_PROMPTS = ("What is the capital of France?", "Write one sentence about the sea.", "add 12 and 30")
 
 
@@ -50,9 +53,11 @@ TOLERANCES = {
 }
 
 
-@runtime_checkable
-class Answering(Protocol):
-    """A model that can be asked: the one in memory, or an export as the program that will use it has loaded it."""
+class AnsweringModel(Protocol):
+    """A model that can be asked: the one in memory, or an export as the program that its users will use has loaded it.
+
+    A format whose consumer is not transformers brings a class of its own.
+    """
 
     @property
     def dtype(self) -> str:
@@ -64,15 +69,18 @@ class Answering(Protocol):
     def decode(self, ids: list[int]) -> str:
         """The text of token ids."""
 
-    def answers(self, prompt_ids: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-        """Greedy answers, with the end token where one was emitted."""
+    def answers(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        """Greedy answers of ANSWER_TOKENS at most, with the end token where one was emitted."""
 
-    def logits(self, prompt_ids: list[int], completion_ids: list[int]) -> Float[Tensor, "T V"]:
-        """Those from which each token of the completion is drawn, in float32 on the CPU."""
+    def logits(self, sequences: list[list[int]]) -> Float[Tensor, "N V"]:
+        """Those from which each sequence's last POSITIONS tokens are drawn, in float32 on the CPU, one after the other.
+
+        Tokens of the prompt count too, since a model may answer with its end token alone.
+        """
 
 
 @dataclass(frozen=True)
-class TransformersModel:
+class TransformersModel(AnsweringModel):
     """A model of transformers, with or without PEFT's adapter, and its tokenizer."""
 
     model: PreTrainedModel | PeftModel
@@ -100,12 +108,15 @@ class TransformersModel:
     def decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids))
 
-    def answers(self, prompt_ids: list[list[int]], max_new_tokens: int) -> list[list[int]]:
-        return generate(self.model, prompt_ids, tokenizer=self.tokenizer, max_new_tokens=max_new_tokens)
+    def answers(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        return generate(self.model, prompt_ids, tokenizer=self.tokenizer, max_new_tokens=ANSWER_TOKENS)
 
-    def logits(self, prompt_ids: list[int], completion_ids: list[int]) -> Float[Tensor, "T V"]:
+    def logits(self, sequences: list[list[int]]) -> Float[Tensor, "N V"]:
+        # One sequence at a time, so that there is no padding.
+        kept = [min(POSITIONS, len(ids) - 1) for ids in sequences]
         with evaluating(self.model):
-            return completion_logits(self.model, prompt_ids, completion_ids).cpu()
+            found = [completion_logits(self.model, i[:-n], i[-n:]).cpu() for i, n in zip(sequences, kept, strict=True)]
+        return torch.cat(found)
 
 
 def load(where: str | Path, trained: TransformersModel, **options: Any) -> PreTrainedModel:
@@ -150,7 +161,7 @@ class Verification:
 
     Attributes:
         weights_equal: each written weight equals, bit by bit, the one in memory (rounded to the written dtype); None
-            where the format keeps weights in a form that cannot be compared so.
+            where the format keeps them in a form that cannot be compared so.
         tokenizer_equal: the written tokenizer and chat template give the same ids for the prompts.
         prompts, tokens: how many were compared; of each prompt followed by the greedy answer of the model in memory,
             the last 64 tokens.
@@ -205,19 +216,17 @@ class Verification:
 
 def compare(
     trained: TransformersModel,
-    written: Answering,
+    written: AnsweringModel,
     folder: Path,
     prompts: Sequence[Prompt] = (),
     *,
     weights_equal: bool | None,
     tolerance: Tolerance | None = None,
-    max_new_tokens: int = 32,
-    max_prompts: int = 8,
 ) -> Verification:
     """Compare what was loaded from `folder` with the model in memory; the folder's verification.json gets the outcome.
 
     Args:
-        prompts: the first `max_prompts` are used; without any, three general ones.
+        prompts: the first eight are used; without any, three general ones.
         weights_equal: whether the format found the weights equal (`same_tensors`); None where it cannot tell.
         tolerance: of a format that rounds more than 16 bit do; otherwise the one of the coarser dtype.
 
@@ -227,17 +236,17 @@ def compare(
     if not prompts:
         chat = trained.tokenizer.chat_template
         prompts = [[{"role": "user", "content": text}] if chat else text for text in DEFAULT_PROMPTS]
-    prompts = list(prompts)[:max_prompts]
+    prompts = prompts[:MAX_PROMPTS]
     ids = [trained.encode(prompt) for prompt in prompts]
-    answers = trained.answers(ids, max_new_tokens)
-    expected = _logits(trained, ids, answers)
+    answers = trained.answers(ids)
+    sequences = [prompt + answer for prompt, answer in zip(ids, answers, strict=True)]
+    expected, found = trained.logits(sequences), written.logits(sequences)
     training_kl = None
     if isinstance(trained.model, PeftModel):
         with trained.model.disable_adapter():
-            training_kl = _mean_kl(expected, _logits(trained, ids, answers))
-    found = _logits(written, ids, answers)
-    agreement = [e.argmax(-1) == f.argmax(-1) for e, f in zip(expected, found, strict=True)]
-    margins = torch.cat([_margin(e)[~same] for e, same in zip(expected, agreement, strict=True)])
+            training_kl = _mean_kl(expected, trained.logits(sequences))
+    same = expected.argmax(-1) == found.argmax(-1)
+    likeliest = expected.topk(2, dim=-1).values
     dtypes = trained.dtype, written.dtype
     result = Verification(
         weights_equal=weights_equal,
@@ -246,12 +255,12 @@ def compare(
             for own, prompt in zip(ids, prompts, strict=True)
         ),
         prompts=len(prompts),
-        tokens=sum(len(logits) for logits in expected),
-        greedy_equal=sum(a == b for a, b in zip(answers, written.answers(ids, max_new_tokens), strict=True)),
-        argmax_agreement=float(torch.cat(agreement).float().mean()),
-        largest_margin_lost=float(margins.max()) if len(margins) else 0.0,
-        max_logit_difference=max(float((e - f).abs().max()) for e, f in zip(expected, found, strict=True)),
-        largest_logit=max(float(e.abs().max()) for e in expected),
+        tokens=len(expected),
+        greedy_equal=sum(a == b for a, b in zip(answers, written.answers(ids), strict=True)),
+        argmax_agreement=float(same.float().mean()),
+        largest_margin_lost=float((likeliest[:, 0] - likeliest[:, 1]).masked_fill(same, 0.0).max()),
+        max_logit_difference=float((expected - found).abs().max()),
+        largest_logit=float(expected.abs().max()),
         mean_kl=_mean_kl(expected, found),
         training_kl=training_kl,
         tolerance=tolerance or next(limits for dtype, limits in TOLERANCES.items() if dtype in dtypes),
@@ -273,26 +282,11 @@ def compare(
     return result
 
 
-def _logits(
-    model: Answering, prompt_ids: list[list[int]], completion_ids: list[list[int]]
-) -> list[Float[Tensor, "_ V"]]:
-    """Logits of the last positions of each prompt with its completion.
-
-    The prompt's end counts too, since a model may answer with its end token alone. One sequence at a time: no padding.
-    """
-    sequences = [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)]
-    kept = [min(POSITIONS, len(ids) - 1) for ids in sequences]
-    return [model.logits(ids[:-count], ids[-count:]) for ids, count in zip(sequences, kept, strict=True)]
-
-
-def _mean_kl(p_logits: list[Float[Tensor, "_ V"]], q_logits: list[Float[Tensor, "_ V"]]) -> float:
+def _mean_kl(p_logits: Float[Tensor, "N V"], q_logits: Float[Tensor, "N V"]) -> float:
     total = 0.0
-    for p, q in zip(p_logits, q_logits, strict=True):
+    for p, q in zip(
+        p_logits.split(POSITIONS), q_logits.split(POSITIONS), strict=True
+    ):  # in float64, so a few at a time
         log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
-        total += float((log_p.exp() * (log_p - log_q)).sum())
-    return total / sum(len(p) for p in p_logits)
-
-
-def _margin(logits: Float[Tensor, "T V"]) -> Float[Tensor, " T"]:
-    best = logits.topk(2, dim=-1).values
-    return best[:, 0] - best[:, 1]
+        total += float(kl_div(log_q, log_p, reduction="sum", log_target=True))
+    return total / len(p_logits)
