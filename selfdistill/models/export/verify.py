@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -53,6 +53,7 @@ TOLERANCES = {
 }
 
 
+@runtime_checkable
 class AnsweringModel(Protocol):
     """A model that can be asked: the one in memory, or an export as the program that its users will use has loaded it.
 
