@@ -149,7 +149,7 @@ def test_a_run_that_its_process_still_writes_is_refused(run_folder, adapted):
         ("model: [", r"config\.yaml cannot be read"),
         ("model: {name: ${nowhere}}", r"config\.yaml cannot be read"),
         ("trainer: {}", r"config\.yaml has no model\.name"),
-        ("- 1", r"config\.yaml is no configuration: it holds a list"),
+        ("- 1", r"config\.yaml is not a configuration: it holds a list"),
     ],
 )
 def test_a_broken_configuration_is_named(run_folder, content, message):
