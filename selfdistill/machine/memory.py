@@ -30,7 +30,7 @@ def peak_memory_gib() -> dict[str, float]:
 
 
 def _cuda_in_use() -> ModuleType | None:
-    """`torch.cuda` where this process has used a GPU. torch is not imported to find that out, which would take seconds."""
+    """`torch.cuda` where this process has used a GPU. torch is not imported to find out, for that takes seconds."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 

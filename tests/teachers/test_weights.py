@@ -206,7 +206,7 @@ def test_another_model() -> None:
 
 
 def test_another_vocabulary_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    other, vocabulary = tiny_tokenizer(), {**tiny_tokenizer().get_vocab(), "a": 99_999}
+    other, vocabulary = copy.copy(tiny_tokenizer()), {**tiny_tokenizer().get_vocab(), "a": 99_999}
     monkeypatch.setattr(other, "get_vocab", lambda: vocabulary)
     teacher = Model(tiny_model(1), tokenizer=other)
     teacher.attach(tiny_model(0))

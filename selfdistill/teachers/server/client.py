@@ -1,4 +1,4 @@
-"""The HTTP client for OpenAI-compatible servers: few connections, reused; bounded; patient with servers that falter.
+"""The HTTP client for OpenAI-compatible servers: it reuses few connections and repeats requests that fail.
 
 One `Client` speaks to one model behind one or several base URLs. It runs its own event loop in a thread, so that a
 training loop can `submit` work early and collect it later. Nothing is sent before the first request.
@@ -42,7 +42,7 @@ class ServerUnavailable(UserError):
 
 
 class RequestRefused(UserError):
-    """The server understood and declined: asking again would not help.
+    """The server understood the request and declined it: to repeat it would not help.
 
     Attributes:
         status: the HTTP status.

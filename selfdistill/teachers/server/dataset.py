@@ -105,7 +105,7 @@ class Generation:
         self.rejected: list[dict[str, str]] = []
 
     async def run(self, progress: Progress) -> None:
-        """Ask for prompts and responses until there are enough, or there are no more prompts."""
+        """Ask for prompts and responses until there are enough rows, or no more prompts."""
         wanted = self.settings.rows
         bar = progress.add_task("rows", total=wanted)
         while len(self.rows) < wanted:

@@ -66,7 +66,7 @@ def parse_base_url(text: str, key: str = "base_url") -> URL:
 
 
 def retry_after_s(header: str) -> float:
-    """Seconds a `Retry-After` header asks to wait: a number of seconds or a date; 0 where there is none."""
+    """The seconds that a `Retry-After` header asks for, as a number or as a date; 0 where it asks for none."""
     seconds = 0.0
     try:
         seconds = float(header)

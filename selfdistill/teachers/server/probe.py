@@ -99,7 +99,7 @@ async def require_scoring(client: Client, model: str, k: int) -> list[float]:
 async def largest_k(client: Client, model: str, vocabulary: int) -> int:
     """The most log-probabilities a position that the server gives, at most the size of the vocabulary.
 
-    More is never asked for: a server that allows it can fall over.
+    More than the vocabulary is never asked for: a server that allows it can crash.
 
     Raises:
         RequestRefused: the server refuses the whole vocabulary and names no limit.
@@ -189,7 +189,7 @@ async def _vocabulary_differences(client: Client, model: str, tokenizer: Tokeniz
         return await client.request("POST", "/detokenize", body, lambda reply: part(reply, "prompt", str))
 
     async def differing(ids: list[int], enough: list[int]) -> None:
-        """Halve down to the ids that differ by themselves; texts of several ids may differ by the joints alone."""
+        """Find, by halving, the ids that differ alone: the texts of several may differ only in the spaces between."""
         if len(enough) >= MOST_DIFFERENCES or await detokenize(ids) == tokenizer.decode(ids):
             return
         if len(ids) == 1:
