@@ -22,8 +22,9 @@ from rich.console import Console
 from selfdistill import config
 from selfdistill.config import doors
 from selfdistill.config.conf import CONF
+from selfdistill.errors import UserError
 from selfdistill.machine import hardware, packages
-from selfdistill.machine.findings import Line, table
+from selfdistill.machine.findings import Line, error, table
 from selfdistill.runs.loggers import WandbLogger
 
 if TYPE_CHECKING:
@@ -51,10 +52,22 @@ def diagnose(cfg: DictConfig) -> list[Line]:
         hardware.check_wandb(cfg.logger is not None and issubclass(get_class(cfg.logger._target_), WandbLogger)),
     ]
     if cfg.teacher is not None and "base_url" in cfg.teacher:
-        from selfdistill.machine.served_teacher import ServedTeacher, check_server  # needs torch, which may be broken
-
-        lines += check_server(ServedTeacher.of(cfg.teacher), _tokenizer(cfg), cfg.rollout.max_completion_tokens)
+        lines += _check_server(cfg)
     return lines
+
+
+def _check_server(cfg: DictConfig) -> list[Line]:
+    """Lines for the served teacher. Its modules are imported here, because they need torch, which may be broken."""
+    from selfdistill.machine.served_teacher import check_server
+    from selfdistill.teachers.server import ServerTeacher
+
+    try:
+        teacher = doors.built(cfg, "teacher")
+    except UserError as problem:
+        return [error("teacher", str(problem), "correct the address")]
+    if not isinstance(teacher, ServerTeacher):
+        return []  # a class of the user's own, which happens to take a `base_url`
+    return check_server(teacher, _tokenizer(cfg), cfg.rollout.max_completion_tokens)
 
 
 def _tokenizer(cfg: DictConfig) -> "PreTrainedTokenizerBase | str":

@@ -11,13 +11,15 @@ import pytest
 from rich.console import Console
 
 from selfdistill import doctor
+from selfdistill.config import doors
 from selfdistill.machine import hardware
 from selfdistill.machine.findings import Line, table
 from selfdistill.machine.hardware import Accelerator, Gpu
 from selfdistill.machine.packages import CONFLICTS, Facts, check_packages, known_conflicts, unmet_requirements
-from selfdistill.machine.served_teacher import ServedTeacher, check_server
+from selfdistill.machine.served_teacher import check_server
 from selfdistill.models.loading import load_model
 from selfdistill.runs.loggers import WandbLogger
+from selfdistill.teachers.server import ServerTeacher
 from tests.command import command, composed
 from tests.teachers.server.stub_server import LetterTokenizer, StubServer, refusal
 
@@ -202,10 +204,10 @@ def test_wandb_login(tmp_path: Path) -> None:
 # A served teacher.
 
 
-def teacher(*stubs: StubServer, overrides: Sequence[str] = ()) -> ServedTeacher:
+def teacher(*stubs: StubServer, overrides: Sequence[str] = ()) -> ServerTeacher:
     urls = ",".join(stub.url for stub in stubs)
     arguments = [f"teacher.base_url=[{urls}]", "teacher.model=stub", *overrides]
-    return ServedTeacher.of(composed(doctor.with_server(arguments)).teacher)
+    return doors.built(composed(doctor.with_server(arguments)), "teacher")
 
 
 def states(lines: list[Line]) -> dict[str, str]:
@@ -329,7 +331,7 @@ def test_a_served_teacher_with_another_tokenizer_is_an_error_of_the_command(tmp_
     with StubServer() as stub:
         outcome = command([f"teacher.base_url={stub.url}", "teacher.model=stub"], tmp_path, doctor)
     assert outcome.code == 1
-    assert "another than the student's" in " ".join(outcome.out.split())
+    assert "another tokenizer than the student's" in " ".join(outcome.out.split())
 
 
 def test_without_the_students_tokenizer_the_other_checks_go_on(tmp_path: Path) -> None:

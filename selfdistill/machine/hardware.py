@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -76,17 +77,12 @@ def look_at_accelerator() -> Accelerator:
 
 
 def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        )
+        lines = subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True, timeout=20).split()
     except (OSError, subprocess.SubprocessError):
         return None
-    return answer.stdout.strip().splitlines()[0] if answer.stdout.strip() else None
+    return lines[0] if lines else None
 
 
 def check_python(version: tuple[int, ...] = sys.version_info[:3]) -> Line:
@@ -94,9 +90,8 @@ def check_python(version: tuple[int, ...] = sys.version_info[:3]) -> Line:
     if version[:2] < OLDEST_PYTHON:
         return error("python", shown, "Python 3.11 or newer is needed: make a new environment with it")
     if version[:2] > NEWEST_TRIED_PYTHON:
-        return warning(
-            "python", shown, "newer than what was tried (3.11 to 3.13); some packages may have no build for it"
-        )
+        advice = "newer than what was tried (3.11 to 3.13); some packages may have no build for it"
+        return warning("python", shown, advice)
     return ok("python", f"{shown}, {platform.system()} {platform.machine()}")
 
 
@@ -108,22 +103,15 @@ def check_torch(accelerator: Accelerator) -> Line:
     if accelerator.torch is None:
         return error("torch", f"cannot be imported ({accelerator.failure})", "pip install torch==2.13.0")
     if accelerator.driver and accelerator.cuda is None:
-        return warning(
-            "torch",
-            found,
-            "a GPU is here and unused: install a CUDA build of torch, pip install torch --force-reinstall",
-        )
-    if accelerator.failure and accelerator.driver:
-        advice = (
-            "the driver is older than the CUDA that torch was built for, or torch has no kernels for this GPU: "
-            "update one of them"
-        )
-        return error("torch", f"{found}: {accelerator.failure}", advice)
-    if accelerator.failure:
-        return warning(
-            "torch", f"{found}: {accelerator.failure}", "training runs on the CPU; for a GPU install its driver"
-        )
-    return ok("torch", found)
+        advice = "a GPU is here and unused: install a CUDA build of torch, pip install torch --force-reinstall"
+        return warning("torch", found, advice)
+    if not accelerator.failure:
+        return ok("torch", found)
+    found += f": {accelerator.failure}"
+    if not accelerator.driver:
+        return warning("torch", found, "training runs on the CPU; for a GPU install its driver")
+    advice = "update the driver, which is older than torch's CUDA, or torch, which has no kernels for this GPU"
+    return error("torch", found, advice)
 
 
 def check_memory(accelerator: Accelerator, cfg: DictConfig) -> list[Line]:
@@ -140,24 +128,15 @@ def check_memory(accelerator: Accelerator, cfg: DictConfig) -> list[Line]:
     shown = f"{gpu.name}, {gpu.memory_gib:.0f} GiB, {gpu.free_gib:.0f} free"
     lines = []
     if offered and offered > gpu.memory_gib * 1.05:  # a 24 GB card has a little less than 24 GiB
-        lines.append(
-            error(
-                "GPU",
-                f"{shown}; the profile is for {offered:g} GiB",
-                "choose a smaller hardware profile, e.g. hardware=gpu_16gb",
-            )
-        )
+        found = f"{shown}; the profile is for {offered:g} GiB"
+        lines.append(error("GPU", found, "choose a smaller hardware profile, e.g. hardware=gpu_16gb"))
     if cfg.hardware.precision == "bf16" and not gpu.bf16:
         lines.append(error("GPU", f"{gpu.name} has no bfloat16", "write hardware.precision=fp16 or auto"))
     needed = sum(estimate(cfg).values())
     if needed > gpu.free_gib:
-        lines.append(
-            error(
-                "GPU memory",
-                f"about {needed:.1f} GiB are needed before activations, {gpu.free_gib:.1f} are free",
-                "end what else uses the GPU, or write model.tuning=lora, model.load_in_4bit=true, a smaller model",
-            )
-        )
+        found = f"about {needed:.1f} GiB are needed before activations, {gpu.free_gib:.1f} are free"
+        advice = "end what else uses the GPU, or write model.tuning=lora, model.load_in_4bit=true, a smaller model"
+        lines.append(error("GPU memory", found, advice))
     return lines or [ok("GPU", f"{shown}; about {needed:.1f} GiB needed before activations" if needed else shown)]
 
 
@@ -170,9 +149,8 @@ def check_disk(folder: Path) -> Line:
     if not os.access(place, os.W_OK):
         return error("disk", f"{place} cannot be written", "write output_dir=FOLDER with one that can")
     if free_gib < TOO_LITTLE_DISK_GIB:
-        return error(
-            "disk", found, "checkpoints and exports will not fit: make room, or write output_dir=FOLDER elsewhere"
-        )
+        advice = "checkpoints and exports will not fit: make room, or write output_dir=FOLDER elsewhere"
+        return error("disk", found, advice)
     if free_gib < LITTLE_DISK_GIB:
         return warning("disk", found, "enough for small models; checkpoints of large ones take several GiB each")
     return ok("disk", found)
@@ -185,52 +163,34 @@ def check_hub(name: str, local_files_only: bool, environment: Mapping[str, str] 
     if Path(name).exists():
         if (Path(name) / "config.json").exists():
             return ok("model", f"the folder {name}")
-        return error(
-            "model",
-            f"the folder {name} has no config.json",
-            "write model.name= with a folder that save_pretrained wrote",
-        )
-    from huggingface_hub import constants, try_to_load_from_cache
+        advice = "write model.name= with a folder that save_pretrained wrote"
+        return error("model", f"the folder {name} has no config.json", advice)
+    from huggingface_hub import constants, get_token, hf_hub_url, try_to_load_from_cache
 
     cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
     offline = local_files_only or environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
     if offline and cached:
         return ok("model", f"{name}, in the local cache; offline by configuration")
     if offline:
-        return error(
-            "model",
-            f"{name} is not in the local cache, and the hub is switched off",
-            "download it first, or unset HF_HUB_OFFLINE and model.local_files_only",
-        )
-    token = environment.get("HF_TOKEN") or _stored_token()
+        advice = "download it first, or unset HF_HUB_OFFLINE and model.local_files_only"
+        return error("model", f"{name} is not in the local cache, and the hub is switched off", advice)
+    token = get_token()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        status = httpx.head(
-            f"{constants.ENDPOINT}/{name}/resolve/main/config.json", headers=headers, timeout=5.0
-        ).status_code
+        status = httpx.head(hf_hub_url(name, "config.json"), headers=headers, timeout=5.0).status_code
     except httpx.HTTPError as problem:
         found = f"{constants.ENDPOINT} cannot be reached ({problem or type(problem).__name__})"
         if cached:
             return warning("model", f"{found}; {name} is in the local cache", "write model.local_files_only=true")
         return error("model", found, "check network and proxy, set HF_ENDPOINT to a mirror, or write model.name=FOLDER")
     if status in (401, 403):
-        advice = (
-            "accept its terms on the hub, then `hf auth login` or set HF_TOKEN"
-            if not token
-            else "the token has no access to it: accept its terms on the hub"
-        )
-        return error("model", f"{name}: the hub answers HTTP {status}", advice)
+        login = "the token has no access to it" if token else "then `hf auth login` or set HF_TOKEN"
+        return error("model", f"{name}: the hub answers HTTP {status}", f"accept its terms on the hub; {login}")
     if status == 404:
         return error("model", f"{name}: no such model on the hub", "look at the spelling, owner/name")
     if status >= 400:
         return warning("model", f"{name}: the hub answers HTTP {status}", "try again later")
     return ok("model", f"{name}, on the hub{', and in the local cache' if cached else ''}")
-
-
-def _stored_token() -> str | None:
-    from huggingface_hub import get_token
-
-    return get_token()
 
 
 def check_wandb(used: bool, environment: Mapping[str, str] = os.environ) -> Line:
@@ -242,17 +202,8 @@ def check_wandb(used: bool, environment: Mapping[str, str] = os.environ) -> Line
     if environment.get("WANDB_API_KEY"):
         return ok("W&B", "an API key in WANDB_API_KEY")
     host = urlsplit(environment.get("WANDB_BASE_URL", f"https://{WANDB_HOST}")).hostname or WANDB_HOST
-    if _in_netrc(host, environment):
-        return ok("W&B", f"logged in at {host}")
-    return warning(
-        "W&B",
-        "not logged in",
-        "runs are recorded offline, to be sent later with wandb sync; or run `wandb login` first",
-    )
-
-
-def _in_netrc(host: str, environment: Mapping[str, str]) -> bool:
-    try:
-        return netrc.netrc(environment.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
+    with suppress(OSError, netrc.NetrcParseError):
+        if netrc.netrc(environment.get("NETRC")).authenticators(host):
+            return ok("W&B", f"logged in at {host}")
+    advice = "runs are recorded offline, to be sent later with wandb sync; or run `wandb login` first"
+    return warning("W&B", "not logged in", advice)

@@ -4,6 +4,7 @@ import re
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 
 _GIB = 1024**3
 
@@ -12,10 +13,9 @@ def reset_peak_memory() -> None:
     """Start measuring anew, because the jobs of one sweep share a process. Without /proc the old peak stays."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        for device in range(torch.cuda.device_count()):
-            torch.cuda.reset_peak_memory_stats(device)
+    if cuda := _cuda_in_use():
+        for device in range(cuda.device_count()):
+            cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory_gib() -> dict[str, float]:
@@ -24,12 +24,15 @@ def peak_memory_gib() -> dict[str, float]:
     Memory of other processes, such as a vLLM server, is not counted.
     """
     peak = {"rss": round(_peak_rss_bytes() / _GIB, 3)}
-    # Where torch is not imported nothing used a GPU, and to import it only to ask would take seconds.
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        devices = range(torch.cuda.device_count())
-        peak["cuda"] = round(max(torch.cuda.max_memory_allocated(device) for device in devices) / _GIB, 3)
+    if cuda := _cuda_in_use():
+        peak["cuda"] = round(max(map(cuda.max_memory_allocated, range(cuda.device_count()))) / _GIB, 3)
     return peak
+
+
+def _cuda_in_use() -> ModuleType | None:
+    """`torch.cuda` where this process has used a GPU. torch is not imported to find out, for that takes seconds."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
 def _peak_rss_bytes() -> int:

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 
-from packaging.requirements import InvalidRequirement, Requirement
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from packaging.version import InvalidVersion, Version
+from packaging.utils import canonicalize_name
 
 from selfdistill.machine.findings import Line, error, ok, warning
 
@@ -30,12 +30,8 @@ class Facts:
 
     def has(self, package: str, versions: str = "") -> bool:
         """Whether a package is installed, in a version that the specifier allows (pre-releases included)."""
-        if package not in self.versions:
-            return False
-        try:
-            return Version(self.versions[package]) in SpecifierSet(versions, prereleases=True)
-        except InvalidVersion:
-            return False
+        version = self.versions.get(package)
+        return version is not None and SpecifierSet(versions).contains(version, prereleases=True)
 
 
 @dataclass(frozen=True)
@@ -153,17 +149,12 @@ CONFLICTS = (
 )
 
 
-def canonical(name: str) -> str:
-    return name.lower().replace("_", "-").replace(".", "-")
-
-
 def installed() -> dict[str, str]:
     """All packages of this environment, by canonical name; the first one found is the one that is imported."""
     found: dict[str, str] = {}
     for distribution in metadata.distributions():
-        name = distribution.metadata["Name"]
-        if name:
-            found.setdefault(canonical(name), distribution.version)
+        if name := distribution.metadata["Name"]:  # a folder that an interrupted pip left behind has none
+            found.setdefault(canonicalize_name(name), distribution.version)
     return found
 
 
@@ -179,29 +170,14 @@ def known_conflicts(facts: Facts) -> list[Line]:
 def unmet_requirements(package: str, versions: Mapping[str, str]) -> list[Line]:
     """What a package says it needs and what is not here in that version. Extras are left out."""
     lines = []
-    try:
-        requirements = metadata.requires(package) or []
-    except metadata.PackageNotFoundError:
-        return []
-    for text in requirements:
-        try:
-            requirement = Requirement(text)
-        except InvalidRequirement:
-            continue
+    for requirement in map(Requirement, metadata.requires(package) or []):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        version = versions.get(canonical(requirement.name))
-        if version is None:
-            lines.append(
-                error(
-                    package,
-                    f"needs {requirement.name}, which is not installed",
-                    f"pip install '{text.split(';')[0].strip()}'",
-                )
-            )
-        elif version not in requirement.specifier and not requirement.specifier.contains(version, prereleases=True):
-            wanted = f"{requirement.name}{requirement.specifier}"
-            lines.append(error(package, f"needs {wanted}, here is {version}", f"pip install '{wanted}'"))
+        version = versions.get(canonicalize_name(requirement.name))
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            wanted = str(requirement).split(";")[0]
+            here = "which is not installed" if version is None else f"here is {version}"
+            lines.append(error(package, f"needs {wanted}, {here}", f"pip install '{wanted}'"))
     return lines
 
 
@@ -210,12 +186,10 @@ def check_packages(gpu: bool) -> list[Line]:
     versions = installed()
     facts = Facts(versions, gpu)
     shown = ", ".join(f"{name} {versions[name]}" for name in SHOWN if name in versions)
-    lines = [ok("packages", shown)]
-    conflicts = known_conflicts(facts)
+    lines = known_conflicts(facts)
     if "torch" not in versions:
         lines.append(error("torch", "not installed", "pip install torch==2.13.0"))
-    unmet = [
-        line for name in ("selfdistill", *SHOWN) if name in versions for line in unmet_requirements(name, versions)
-    ]
-    found = [*conflicts, *unmet]
-    return [*lines, *found] if found else [*lines, ok("versions", "no known conflict among them")]
+    for name in ("selfdistill", *SHOWN):
+        if name in versions:
+            lines += unmet_requirements(name, versions)
+    return [ok("packages", shown), *(lines or [ok("versions", "no known conflict among them")])]

@@ -2,50 +2,23 @@
 
 import statistics
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from typing import Any, Literal
-
-from omegaconf import DictConfig
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from selfdistill.errors import UserError
 from selfdistill.machine.findings import Line, error, ok, warning
-from selfdistill.teachers.server import probe as server_probe
+from selfdistill.teachers.server import ServerTeacher, probe
 from selfdistill.teachers.server.client import Client
-from selfdistill.teachers.server.prompt_logprobs import ALL
+from selfdistill.teachers.server.prompt_logprobs import score_rows
 
 LATENCY_REQUESTS = 5
 SLOW_S = 2.0
-
-
-@dataclass(frozen=True)
-class ServedTeacher:
-    """What the checks need of the composed group `teacher`.
-
-    Attributes:
-        base_urls: the addresses of the servers.
-        model: the name under which the model is served.
-        mode: whether it scores the student's tokens or writes demonstrations.
-        top_k: log-probabilities wanted for each token; None for the whole vocabulary.
-        api_key_env: the environment variable with the key.
-    """
-
-    base_urls: tuple[str, ...]
-    model: str
-    mode: Literal["score", "write"]
-    top_k: int | None
-    api_key_env: str
-    timeout_s: float
-
-    @classmethod
-    def of(cls, teacher: DictConfig) -> "ServedTeacher":
-        """From the composed group `teacher`."""
-        urls = (teacher.base_url,) if isinstance(teacher.base_url, str) else tuple(teacher.base_url)
-        return cls(urls, teacher.model, teacher.mode, teacher.top_k, teacher.api_key_env, teacher.timeout_s)
+PATIENCE_S = 3.0
 
 
 def check_server(
-    teacher: ServedTeacher, tokenizer: server_probe.Tokenizer | str, longest_tokens: int | None
+    teacher: ServerTeacher, tokenizer: probe.Tokenizer | str, longest_tokens: int | None = None
 ) -> list[Line]:
     """Lines for every address of the teacher.
 
@@ -54,103 +27,75 @@ def check_server(
         longest_tokens: the most tokens of prompt and completion, where it is known.
     """
     lines: list[Line] = []
-    try:
-        client = Client(
-            list(teacher.base_urls),
-            api_key_env=teacher.api_key_env,
-            timeout_s=teacher.timeout_s,
-            patience_s=3.0,
-            key_prefix="teacher.",
-        )
-    except UserError as problem:
-        return [error("teacher", str(problem), "correct the address")]
-    for alone in client.each_alone():
-        with alone:
-            lines += alone.run(_check_one(alone, teacher, tokenizer, longest_tokens))
+    for client in teacher.client.each_alone(patience_s=PATIENCE_S):
+        with client:
+            client.run(_check_one(client, teacher, tokenizer, longest_tokens, lines))
     return lines
 
 
-def _found_and_advice(problem: UserError) -> tuple[str, str]:
-    """The first line of a message is what was found, the others are what to do."""
-    found, _, advice = str(problem).partition("\n")
-    return found, advice.replace("\n", " ") or "see above"
+@contextmanager
+def _refusal_as_line(what: str, lines: list[Line]) -> Iterator[None]:
+    """A UserError inside becomes a line: the first line of its message is what was found, the others are advice."""
+    try:
+        yield
+    except UserError as problem:
+        found, _, advice = str(problem).partition("\n")
+        lines.append(error(what, found, advice.replace("\n", " ")))
 
 
 async def _check_one(
-    client: Client, teacher: ServedTeacher, tokenizer: server_probe.Tokenizer | str, longest_tokens: int | None
-) -> list[Line]:
-    try:
-        models = await server_probe.served_models(client)
-    except UserError as problem:
-        return [error("teacher", *_found_and_advice(problem))]
-    names = ", ".join(model.name for model in models) or "nothing"
-    lines = [ok("teacher", f"{client.name} answers and serves {names}")]
-    try:
-        served = await server_probe.find_model(client, teacher.model)
-    except UserError as problem:
-        return [*lines, error("teacher.model", str(problem), f"write teacher.model= with one of: {names}")]
-    lines.append(_context_line(served, longest_tokens))
+    client: Client,
+    teacher: ServerTeacher,
+    tokenizer: probe.Tokenizer | str,
+    longest_tokens: int | None,
+    lines: list[Line],
+) -> None:
+    """Adds the lines of one address."""
+    model, k = teacher.model, teacher.scorer.k
+    with _refusal_as_line("teacher", lines):
+        served = await probe.find_model(client, model)
+        lines.append(ok("teacher", f"{client.name} answers and serves {model}"))
+    if lines[-1].state == "error":
+        return
+
+    with _refusal_as_line("context", lines):
+        if served.context_tokens is None:
+            lines.append(warning("context", "the server does not say how long", "check that prompt and completion fit"))
+        else:
+            probe.require_context(client, model, served.context_tokens, longest_tokens or 0)
+            lines.append(ok("context", f"{served.context_tokens} tokens"))
+
     if teacher.mode == "write":
-        return [*lines, await _writing_latency(client, teacher)]
-    lines.append(await _tokenizer_line(client, teacher, tokenizer))
-    return [*lines, *await _scoring_lines(client, teacher, tokenizer)]
+        body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+        with _refusal_as_line("latency", lines):
+            lines.append(await _latency(lambda: client.request("POST", "chat/completions", body)))
+        return
 
+    with _refusal_as_line("tokenizer", lines):
+        if isinstance(tokenizer, str):
+            lines.append(warning("tokenizer", f"not compared: {tokenizer}", "write model= as for training"))
+        else:
+            await probe.require_tokenizer(client, model, tokenizer)
+            lines.append(ok("tokenizer", f"the student's, {len(tokenizer)} tokens compared"))
 
-def _context_line(served: server_probe.ServedModel, longest_tokens: int | None) -> Line:
-    if served.context_tokens is None:
-        return warning("context", "the server does not say how long", "see to it that prompt and completion fit")
-    found = f"{served.context_tokens} tokens"
-    if longest_tokens is not None and longest_tokens >= served.context_tokens:
-        needed = longest_tokens + 1
-        return error(
-            "context", f"{found}; the run can need {needed}", f"start the server with --max-model-len {needed}"
-        )
-    return ok("context", found)
-
-
-async def _tokenizer_line(client: Client, teacher: ServedTeacher, tokenizer: server_probe.Tokenizer | str) -> Line:
-    if isinstance(tokenizer, str):
-        return warning("tokenizer", f"not compared: {tokenizer}", "write model= as for training")
-    try:
-        differences = await server_probe.tokenizer_differences(client, teacher.model, tokenizer)
-    except UserError as problem:
-        return error("tokenizer", *_found_and_advice(problem))
-    if differences:
-        advice = "serve a model with the student's tokenizer, or write teacher.mode=write, which needs no common one"
-        return error("tokenizer", f"another than the student's: {'; '.join(differences)}", advice)
-    return ok("tokenizer", f"the student's, {len(tokenizer)} tokens compared")
-
-
-async def _scoring_lines(client: Client, teacher: ServedTeacher, tokenizer: server_probe.Tokenizer | str) -> list[Line]:
-    wanted = teacher.top_k if teacher.top_k is not None else ALL
-    try:
-        await server_probe.require_scoring(client, teacher.model, 0)  # also warms the server up
+    with _refusal_as_line("log-probabilities", lines):
+        await probe.require_scoring(client, model, 0)  # also warms the server up
         found = "of the prompt"
         if not isinstance(tokenizer, str):
-            largest = await server_probe.largest_k(client, teacher.model, len(tokenizer))
+            largest = await probe.largest_k(client, model, len(tokenizer))
             found += f"; at most {largest} a token{' (all)' if largest >= len(tokenizer) else ''}"
-        await server_probe.require_scoring(client, teacher.model, wanted)
-    except UserError as problem:
-        return [error("log-probabilities", *_found_and_advice(problem))]
-    latency = await _latency(lambda: server_probe.score_ids(client, teacher.model, server_probe.PROBE_IDS, wanted))
-    return [ok("log-probabilities", found), latency]
-
-
-async def _writing_latency(client: Client, teacher: ServedTeacher) -> Line:
-    body = {"model": teacher.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
-    return await _latency(lambda: client.request("POST", "chat/completions", body))
+        await probe.require_scoring(client, model, k)
+        latency = await _latency(lambda: score_rows(client, model, [probe.PROBE], k))
+        lines += [ok("log-probabilities", found), latency]
 
 
 async def _latency(ask: Callable[[], Awaitable[Any]]) -> Line:
     """The median time of a small request, one after the other."""
     times = []
-    try:
-        for _ in range(LATENCY_REQUESTS):
-            started = time.monotonic()
-            await ask()
-            times.append(time.monotonic() - started)
-    except UserError as problem:
-        return error("latency", *_found_and_advice(problem))
+    for _ in range(LATENCY_REQUESTS):
+        started = time.monotonic()
+        await ask()
+        times.append(time.monotonic() - started)
     median = statistics.median(times)
     found = f"{median * 1000:.0f} ms for a small request"
     if median > SLOW_S:

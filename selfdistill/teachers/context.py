@@ -59,11 +59,14 @@ class NoContext(Context):
 class _Column(Context):
     """A context that comes from a column of the data: one text, or a list of texts that are joined."""
 
-    def __init__(self, slot: str, field: str, template: str, max_tokens: int | None, separator: str) -> None:
+    def __init__(
+        self, slot: str, default: str, field: str, template: str | None, max_tokens: int | None, separator: str
+    ) -> None:
+        _check_token_budget("max_tokens", max_tokens)
         self.slot = slot
         self.field = field
-        self.template = Template(template, key="teacher.context.template", slots=("prompt", slot))
-        self.max_tokens = _token_budget("max_tokens", max_tokens)
+        self.template = _template("template", template, default, {"prompt": True, slot: True})
+        self.max_tokens = max_tokens
         self.separator = separator
 
     def check(self, columns: Mapping[str, Iterable[Any]]) -> None:
@@ -120,12 +123,11 @@ class Demonstration(_Column):
     def __init__(
         self,
         field: str = "golden_response",
-        template: str | None = templates.DEMONSTRATION,
+        template: str | None = None,
         max_tokens: int | None = 1024,
         separator: str = "\n",
     ) -> None:
-        template = templates.DEMONSTRATION if template is None else template
-        super().__init__("demonstration", field, template, max_tokens, separator)
+        super().__init__("demonstration", templates.DEMONSTRATION, field, template, max_tokens, separator)
 
 
 class Answer(_Column):
@@ -137,10 +139,8 @@ class Answer(_Column):
         max_tokens: a longer solution is cut at its end; None for no limit.
     """
 
-    def __init__(
-        self, field: str = "answer", template: str | None = templates.ANSWER, max_tokens: int | None = 1024
-    ) -> None:
-        super().__init__("answer", field, templates.ANSWER if template is None else template, max_tokens, "\n")
+    def __init__(self, field: str = "answer", template: str | None = None, max_tokens: int | None = 1024) -> None:
+        super().__init__("answer", templates.ANSWER, field, template, max_tokens, "\n")
 
 
 @dataclass(frozen=True)
@@ -157,12 +157,8 @@ class Source:
     solution: str | None
     feedback: str | None
 
-    @property
-    def active(self) -> bool:
-        """Whether there is anything to learn from."""
-        return self.solution is not None or self.feedback is not None
 
-
+@dataclass(eq=False)
 class Feedback(Context):
     """The question with a successful peer's solution, with the rollout's own feedback, or with both (SDPO, 2601.20802).
 
@@ -199,57 +195,42 @@ class Feedback(Context):
 
     needs_reward = True
 
-    def __init__(
-        self,
-        template: str | None = templates.FEEDBACK,
-        solution_block: str | None = templates.SOLUTION_BLOCK,
-        feedback_block: str | None = templates.FEEDBACK_BLOCK,
-        success_threshold: float = 1.0,
-        exclude_own_success: bool = True,
-        peer: str = "first",
-        use_solution: bool = True,
-        use_feedback: bool = True,
-        feedback_when: str = "failed",
-        feedback_with_solution: bool = False,
-        thinking_tag: str | None = "<think>",
-        remove_thinking: bool = True,
-        max_solution_tokens: int | None = 2048,
-        max_feedback_tokens: int | None = 1024,
-        seed: int = 0,
-    ) -> None:
-        if not (use_solution or use_feedback):
+    template: str | None = None
+    solution_block: str | None = None
+    feedback_block: str | None = None
+    success_threshold: float = 1.0
+    exclude_own_success: bool = True
+    peer: str = "first"
+    use_solution: bool = True
+    use_feedback: bool = True
+    feedback_when: str = "failed"
+    feedback_with_solution: bool = False
+    thinking_tag: str | None = "<think>"
+    remove_thinking: bool = True
+    max_solution_tokens: int | None = 2048
+    max_feedback_tokens: int | None = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.use_solution or self.use_feedback):
             raise UserError(
                 "teacher.context: use_solution and use_feedback are both false, so the teacher would see nothing. "
                 "Set one to true, or write teacher/context=none."
             )
-        used = [slot for slot, use in (("solution", use_solution), ("feedback", use_feedback)) if use]
-        self.template = Template(
-            templates.FEEDBACK if template is None else template,
-            key="teacher.context.template",
-            slots=("prompt", "solution", "feedback"),
-            required=("prompt", *used),
-        )
-        self.solution_block = Template(
-            templates.SOLUTION_BLOCK if solution_block is None else solution_block,
-            key="teacher.context.solution_block",
-            slots=("solution",),
-        )
-        self.feedback_block = Template(
-            templates.FEEDBACK_BLOCK if feedback_block is None else feedback_block,
-            key="teacher.context.feedback_block",
-            slots=("feedback",),
-        )
-        self.success_threshold = success_threshold
-        self.exclude_own_success = exclude_own_success
-        self.peer = _one_of("peer", peer, PEERS)
-        self.use_solution = use_solution
-        self.use_feedback = use_feedback
-        self.feedback_when = _one_of("feedback_when", feedback_when, FEEDBACK_WHEN)
-        self.feedback_with_solution = feedback_with_solution
-        self.thinking_tag = _tag(thinking_tag) if remove_thinking else None
-        self.max_solution_tokens = _token_budget("max_solution_tokens", max_solution_tokens)
-        self.max_feedback_tokens = _token_budget("max_feedback_tokens", max_feedback_tokens)
-        self.seed = seed
+        _check_choice("peer", self.peer, PEERS)
+        _check_choice("feedback_when", self.feedback_when, FEEDBACK_WHEN)
+        _check_token_budget("max_solution_tokens", self.max_solution_tokens)
+        _check_token_budget("max_feedback_tokens", self.max_feedback_tokens)
+        tag = self.thinking_tag if self.remove_thinking else None
+        if tag is not None and (len(tag) < 3 or tag[0].isalnum() or tag[1] == "/"):
+            raise UserError(
+                f"teacher.context.thinking_tag={tag}: write the opening tag with its brackets, e.g. <think>, or null."
+            )
+        self._thinking_tag = tag
+        slots = {"prompt": True, "solution": self.use_solution, "feedback": self.use_feedback}
+        self._template = _template("template", self.template, templates.FEEDBACK, slots)
+        self._solution = _template("solution_block", self.solution_block, templates.SOLUTION_BLOCK, {"solution": True})
+        self._feedback = _template("feedback_block", self.feedback_block, templates.FEEDBACK_BLOCK, {"feedback": True})
 
     def sources(self, rollouts: Rollouts) -> list[Source]:
         """What each rollout is distilled from. The batch must hold whole groups.
@@ -261,8 +242,10 @@ class Feedback(Context):
             raise ValueError(
                 f"{len(rollouts)} rollouts are no whole groups of {rollouts.num_generations}: gather the groups first"
             )
-        success = [self._is_success(score) for score in rollouts.scores] or [False] * len(rollouts)
-        texts = [without_thinking(text, self.thinking_tag) for text in rollouts.completions]
+        threshold = self.success_threshold - SCORE_TOLERANCE
+        scores = rollouts.scores or [None] * len(rollouts)
+        success = [score is not None and score >= threshold for score in scores]
+        texts = [without_thinking(text, self._thinking_tag) for text in rollouts.completions]
         sources = []
         for i in range(len(rollouts)):
             candidates = [
@@ -271,9 +254,8 @@ class Feedback(Context):
                 if self.use_solution and success[j] and texts[j].strip() and not (self.exclude_own_success and j == i)
             ]
             peer = self._choose(i, candidates, rollouts)
-            feedback = self._feedback(i, rollouts, success[i])
-            if peer is not None and not self.feedback_with_solution:
-                feedback = None
+            beside = peer is None or self.feedback_with_solution
+            feedback = self._own_feedback(i, rollouts, success[i]) if beside else None
             sources.append(Source(peer, None if peer is None else texts[peer], feedback))
         return sources
 
@@ -286,25 +268,22 @@ class Feedback(Context):
         """
         prompts: list[Prompt | None] = []
         for prompt, source in zip(rollouts.prompts, self.sources(rollouts), strict=True):
-            if not source.active:
+            if source.solution is None and source.feedback is None:
                 prompts.append(None)
                 continue
             solution = feedback = ""
             if source.solution is not None:
-                solution = self.solution_block.fill(solution=cut(source.solution, self.max_solution_tokens, tokenizer))
+                solution = self._solution.fill(solution=cut(source.solution, self.max_solution_tokens, tokenizer))
             if source.feedback is not None:
-                feedback = self.feedback_block.fill(feedback=cut(source.feedback, self.max_feedback_tokens, tokenizer))
-            prompts.append(fill_last_user_turn(prompt, self.template, solution=solution, feedback=feedback))
+                feedback = self._feedback.fill(feedback=cut(source.feedback, self.max_feedback_tokens, tokenizer))
+            prompts.append(fill_last_user_turn(prompt, self._template, solution=solution, feedback=feedback))
         return prompts
 
-    def _is_success(self, score: float | None) -> bool:
-        return score is not None and score >= self.success_threshold - SCORE_TOLERANCE
-
-    def _feedback(self, i: int, rollouts: Rollouts, success: bool) -> str | None:
+    def _own_feedback(self, i: int, rollouts: Rollouts, success: bool) -> str | None:
         if not (self.use_feedback and rollouts.feedback) or (success and self.feedback_when == "failed"):
             return None
         feedback = rollouts.feedback[i]
-        return feedback if isinstance(feedback, str) and feedback.strip() else None
+        return feedback if feedback and feedback.strip() else None
 
     def _choose(self, i: int, candidates: list[int], rollouts: Rollouts) -> int | None:
         if not candidates:
@@ -335,21 +314,19 @@ def without_thinking(text: str, tag: str | None) -> str:
     return text.partition(tag)[0]
 
 
-def _tag(tag: str | None) -> str | None:
-    if tag is not None and (len(tag) < 3 or tag[0].isalnum() or tag[1] == "/"):
-        raise UserError(
-            f"teacher.context.thinking_tag={tag}: write the opening tag with its brackets, such as <think>, or null."
-        )
-    return tag
+def _template(name: str, source: str | None, default: str, slots: Mapping[str, bool]) -> Template:
+    """The template of the key `name`; of its slots, the true ones must occur."""
+    required = [slot for slot, needed in slots.items() if needed]
+    return Template(
+        default if source is None else source, key=f"teacher.context.{name}", slots=slots, required=required
+    )
 
 
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UserError(f"teacher.context.{name}={value}: write one of {', '.join(choices)}{guess(value, choices)}")
-    return value
 
 
-def _token_budget(name: str, value: int | None) -> int | None:
+def _check_token_budget(name: str, value: int | None) -> None:
     if value is not None and value < 1:
         raise UserError(f"teacher.context.{name}={value}: write a number of tokens from 1, or null for no limit.")
-    return value

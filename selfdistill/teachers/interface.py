@@ -21,7 +21,7 @@ from selfdistill.losses.teacher_output import TeacherOutput, TopTokens
 from selfdistill.rollout import Prompt, Rollouts
 from selfdistill.teachers.context import Context
 
-# Where a micro-batch keeps what its teacher is asked.
+# The key of a micro-batch under which its `TeacherRequest` is kept.
 REQUEST = "teacher_request"
 
 
@@ -33,7 +33,7 @@ class TeacherRequest:
         prompt_ids, prompt_mask: what the teacher sees, padded on the left.
         completion_ids, completion_mask: what the student sampled, padded on the right.
         keep: the distilled tokens, about which the teacher is asked.
-        answer: where a served teacher was asked ahead, what it is going to say of each row with a distilled token.
+        answer: what a served teacher will say of each row with a distilled token, once it was asked by `prepare`.
     """
 
     prompt_ids: Int[Tensor, "R P"]

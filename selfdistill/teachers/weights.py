@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from selfdistill.errors import UserError
 
@@ -38,7 +39,10 @@ class Weights:
         """Called after every optimizer step (or rollout batch, by `cadence`) with the number of steps done."""
 
     def views(self) -> Iterator[nn.Module | None]:
-        """Yields once per teacher pass: None to run the student's module (with its parameters exchanged meanwhile), or another module."""
+        """Yields once per teacher pass: a module to run, or None for the student's own.
+
+        The student's module has the teacher's parameters until the next pass is asked for.
+        """
         yield None
 
     def generating(self) -> AbstractContextManager[None]:
@@ -49,7 +53,7 @@ class Weights:
         """
         return nullcontext()
 
-    def check_vocabulary(self, tokenizer: Any) -> None:
+    def check_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises UserError unless the teacher gives every token the id that the student's tokenizer gives it."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -79,7 +83,10 @@ class _Shadowed(Weights):
 
     @contextmanager
     def exchanged(self) -> Iterator[None]:
-        """The model has the shadow's parameters inside, and its own again afterwards. Nothing is copied when the types agree."""
+        """Inside, the model has the copied parameters, and afterwards its own again.
+
+        No numbers are moved in memory where dtype and device are the same.
+        """
         parameters = trainable(self.model)
         own = {name: p.data for name, p in parameters.items()}
         try:
@@ -190,7 +197,7 @@ class Model(Weights):
         name: str | nn.Module,
         dtype: str = "auto",
         local_files_only: bool = False,
-        tokenizer: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         **loading: Any,
     ) -> None:
         self.loading = {"dtype": dtype, "local_files_only": local_files_only, **loading}
@@ -206,17 +213,15 @@ class Model(Weights):
             self.module, self.tokenizer = load_model(name=self.name, key="teacher.weights.name", **self.loading)
         self.module.requires_grad_(False).eval().to(next(model.parameters()).device)
 
-    def check_vocabulary(self, tokenizer: Any) -> None:
+    def check_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if self.tokenizer is None:
             return
         ours, theirs = tokenizer.get_vocab(), self.tokenizer.get_vocab()
         if ours != theirs:
-            example = next((t for t in ours if theirs.get(t) != ours[t]), None) or next(
-                iter(theirs.keys() - ours.keys())
-            )
+            token = next(token for token in (*ours, *theirs) if ours.get(token) != theirs.get(token))
             raise UserError(
                 f"teacher.weights.name={self.name}: its vocabulary is not the student's ({len(theirs)} tokens against "
-                f"{len(ours)}; {example!r} is {theirs.get(example)} there and {ours.get(example)} here). A teacher that "
+                f"{len(ours)}; {token!r} is {theirs.get(token)} there and {ours.get(token)} here). A teacher that "
                 "scores tokens needs the same tokenizer; a served teacher with teacher.mode=write does not."
             )
 
@@ -225,6 +230,6 @@ class Model(Weights):
 
     def generating(self) -> AbstractContextManager[None]:
         raise UserError(
-            "rollout.from_teacher: another model (teacher/weights=model) cannot sample within the run; serve it, let it "
-            "write its answers as data, or take teacher/weights=base or ema."
+            "rollout.from_teacher: another model (teacher/weights=model) cannot sample within the run; serve it, let "
+            "it write its answers as data, or take teacher/weights=base or ema."
         )

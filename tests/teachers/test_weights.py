@@ -205,12 +205,10 @@ def test_another_model() -> None:
     assert teacher.state_dict() == {}
 
 
-def test_another_vocabulary_is_refused() -> None:
-    class Other:
-        def get_vocab(self) -> dict[str, int]:
-            return {**tiny_tokenizer().get_vocab(), "a": 99_999}
-
-    teacher = Model(tiny_model(1), tokenizer=Other())
+def test_another_vocabulary_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    other, vocabulary = copy.copy(tiny_tokenizer()), {**tiny_tokenizer().get_vocab(), "a": 99_999}
+    monkeypatch.setattr(other, "get_vocab", lambda: vocabulary)
+    teacher = Model(tiny_model(1), tokenizer=other)
     teacher.attach(tiny_model(0))
     with pytest.raises(UserError, match=r"its vocabulary is not the student's .*'a' is 99999 there"):
         teacher.check_vocabulary(tiny_tokenizer())

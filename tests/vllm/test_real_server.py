@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from selfdistill import doctor, generate_data
+from selfdistill.config import doors
 from selfdistill.data import load_data
 from selfdistill.errors import UserError
 from selfdistill.losses import TopTokens
-from selfdistill.machine.served_teacher import ServedTeacher, check_server
+from selfdistill.machine.served_teacher import check_server
 from selfdistill.teachers.server import ServerTeacher
 from tests.command import command, composed
 from tests.teachers.server.stub_server import LetterTokenizer
@@ -162,7 +163,7 @@ def test_generate_data_end_to_end(server: VllmServer, tokenizer: Any, tmp_path: 
 
 def test_the_doctor_passes_the_server(server: VllmServer, tokenizer: Any) -> None:
     cfg = composed(doctor.with_server([f"teacher.base_url={server.url}", f"teacher.model={NAME}"]))
-    lines = {line.what: line for line in check_server(ServedTeacher.of(cfg.teacher), tokenizer, 100)}
+    lines = {line.what: line for line in check_server(doors.built(cfg, "teacher"), tokenizer, 100)}
     assert {line.state for line in lines.values()} == {"ok"}, lines
     assert f"at most {len(tokenizer)} a token (all)" in lines["log-probabilities"].found
 

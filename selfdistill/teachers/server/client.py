@@ -1,4 +1,4 @@
-"""The HTTP client for OpenAI-compatible servers: few connections, reused; bounded; patient with servers that falter.
+"""The HTTP client for OpenAI-compatible servers: it reuses few connections and repeats requests that fail.
 
 One `Client` speaks to one model behind one or several base URLs. It runs its own event loop in a thread, so that a
 training loop can `submit` work early and collect it later. Nothing is sent before the first request.
@@ -13,8 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
-from dataclasses import KW_ONLY, dataclass, replace
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, TypeVar
 
 import aiohttp
@@ -24,6 +24,7 @@ from anyio.abc import TaskStatus
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
 from selfdistill.errors import UserError
+from selfdistill.limits import check_limits, number
 from selfdistill.teachers.server.endpoints import RETRIED_STATUS, Server, parse_base_url, retry_after_s
 
 T = TypeVar("T")
@@ -41,7 +42,7 @@ class ServerUnavailable(UserError):
 
 
 class RequestRefused(UserError):
-    """The server understood and declined: asking again would not help.
+    """The server understood the request and declined it: to repeat it would not help.
 
     Attributes:
         status: the HTTP status.
@@ -58,10 +59,6 @@ class MalformedReply(UserError):
     """The server kept sending replies that are not what was asked for."""
 
 
-class ReplyError(Exception):
-    """Raised by a `decode` function: the reply is not what was asked for, and why."""
-
-
 class _Failed(Exception):
     """An attempt that is worth repeating."""
 
@@ -71,8 +68,12 @@ class _Failed(Exception):
         self.wait_s = wait_s
 
 
+class ReplyError(_Failed):
+    """Raised by a `decode` function: the reply is not what was asked for, and why."""
+
+
 @dataclass(eq=False, repr=False)
-class Client:
+class Client(AbstractContextManager["Client"]):
     """Requests to one model served under one or several base URLs.
 
     Attributes:
@@ -92,12 +93,12 @@ class Client:
     base_url: str | Sequence[str]
     _: KW_ONLY
     api_key_env: str = "OPENAI_API_KEY"
-    max_concurrency: int = 8
-    timeout_s: float = 120.0
-    patience_s: float = 300.0
+    max_concurrency: int = field(default=8, metadata=number(1))
+    timeout_s: float = field(default=120.0, metadata=number(above=0))
+    patience_s: float = field(default=300.0, metadata=number(0))
     backoff_s: float = 0.25
     backoff_limit_s: float = 20.0
-    malformed_limit: int = 5
+    malformed_limit: int = field(default=5, metadata=number(1))
     key_prefix: str = ""
 
     def __post_init__(self) -> None:
@@ -105,11 +106,7 @@ class Client:
         urls = [self.base_url] if isinstance(self.base_url, str) else list(self.base_url)
         if not urls:
             raise UserError(f"{key} is empty. Write for example {key}=http://localhost:8000/v1")
-        for name in ("max_concurrency", "timeout_s", "malformed_limit"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{self.key_prefix}{name}={getattr(self, name)}: must be above 0.")
-        if self.patience_s < 0:
-            raise UserError(f"{self.key_prefix}patience_s={self.patience_s}: must be 0 or more seconds.")
+        check_limits(Client, vars(self), lambda name: f"{self.key_prefix}{name}={vars(self)[name]}")
         self.servers = [Server(url) for url in dict.fromkeys(parse_base_url(url, key) for url in urls)]
         self.retries = 0
         self._key = os.environ.get(self.api_key_env, "").strip()
@@ -130,7 +127,7 @@ class Client:
     def __repr__(self) -> str:
         return f"Client({self.name})"
 
-    # The face for threads that run no event loop.
+    # For threads that run no event loop.
 
     def submit(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
         """Start a coroutine on the client's own event loop; the future's `result()` waits for it."""
@@ -157,9 +154,6 @@ class Client:
             if portal is not None:
                 portal.call(portal.stop, True)
                 self._thread.close()
-
-    def __enter__(self) -> "Client":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -204,27 +198,23 @@ class Client:
             MalformedReply: `malformed_limit` unusable replies.
         """
         content = None if body is None else json.dumps(body).encode()
-        reason = ""
         for attempt in range(1, self.malformed_limit + 1):
             server, started_s, raw = await self._fetch(method, path, content)
             try:
                 # In another thread, and after the slot was given back: the server works on while this one reads.
                 value = await to_thread.run_sync(_read, raw, decode, limiter=self._reader)
-            except ReplyError as error:
-                reason = str(error)
-            else:
                 server.failures = 0
                 return value
+            except ReplyError as error:
+                failure = error
             finally:
                 self._unread.release()
-            failure = _Failed(reason)
             self._note_failure(server, started_s, failure)
-            self._warn(server, failure)
-            self.retries += 1
+            self._note_retry(server, failure)
             await asyncio.sleep(self._pause_s(attempt))
         raise MalformedReply(
-            f"{server.name} sent {self.malformed_limit} replies to {path} that cannot be used; the last one: {reason}. "
-            "Look into the server's log, and whether it is a vLLM of a recent version."
+            f"{server.name} sent {self.malformed_limit} replies to {path} that cannot be used; the last one: "
+            f"{failure}. Look into the server's log, and whether it is a vLLM of a recent version."
         )
 
     async def _fetch(self, method: str, path: str, content: bytes | None) -> tuple[Server, float, bytes]:
@@ -251,10 +241,9 @@ class Client:
                     server_pause_s = min((max(0.0, s.not_before_s - now_s) for s in self.servers if s.up), default=0.0)
                     if now_s + max(pause_s, server_pause_s) - failing_since_s > self.patience_s:
                         raise self._unavailable(reasons, now_s - failing_since_s, server_pause_s) from None
-                    self._warn(server, failure)
+                    self._note_retry(server, failure)
                 finally:
                     server.in_flight -= 1
-                self.retries += 1
                 await asyncio.sleep(pause_s)
             await self._unread.acquire()
         return server, started_s, raw
@@ -378,7 +367,9 @@ class Client:
             f"Waiting longer: {self.key_prefix}patience_s=SECONDS."
         )
 
-    def _warn(self, server: Server, failure: _Failed) -> None:
+    def _note_retry(self, server: Server, failure: _Failed) -> None:
+        """Count the attempt to come, and warn of it now and then."""
+        self.retries += 1
         now_s = time.monotonic()
         if now_s - self._warned_s >= WARN_EVERY_S:
             self._warned_s = now_s
@@ -392,6 +383,18 @@ def _read(raw: bytes, decode: Callable[[Any], T]) -> T:
     except ValueError as error:
         raise ReplyError(f"its body is not JSON ({error})") from None
     return decode(reply)
+
+
+def part(reply: Any, name: str, kind: type[T]) -> T:
+    """One value of a JSON object.
+
+    Raises:
+        ReplyError: the reply is no object, has no such value, or one of another type.
+    """
+    value = reply.get(name) if isinstance(reply, dict) else None
+    if not isinstance(value, kind):
+        raise ReplyError(f"{name} is missing, or is not of the type {kind.__name__}")
+    return value
 
 
 async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

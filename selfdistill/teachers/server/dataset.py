@@ -2,11 +2,10 @@
 
 import hashlib
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from selfdistill.errors import UserError
+from selfdistill.files import write_atomically
 from selfdistill.rollout import Message
 from selfdistill.teachers.server.client import Client, ServerUnavailable, all_of
 from selfdistill.teachers.server.probe import find_model
-from selfdistill.teachers.server.prompt_sources import Candidate, FilePrompts, TopicPrompts
+from selfdistill.teachers.server.prompt_sources import Candidate, FilePrompts, PromptSource, TopicPrompts
 from selfdistill.teachers.server.reply_cache import ReplyCache
 from selfdistill.teachers.server.writing import Sampling, Writer, Written, show_golden
 from selfdistill.teachers.templates import DEMONSTRATION
@@ -78,65 +78,34 @@ class DatasetSettings:
 
     def sampling(self) -> Sampling:
         """How responses are sampled."""
-        return Sampling(
-            samples=self.samples,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            max_tokens=self.max_tokens,
-            stop=tuple(self.stop),
-            seed=self.seed,
-            chat_template_kwargs=self.chat_template_kwargs,
-        )
+        return Sampling(**{field.name: getattr(self, field.name) for field in fields(Sampling)})
 
     def prompt_sampling(self) -> Sampling:
         """How prompts about topics are sampled: long and varied enough whatever the responses are."""
-        return Sampling(
-            temperature=max(self.temperature, 0.7),
-            max_tokens=max(self.max_tokens, 1024),
-            seed=self.seed,
-            chat_template_kwargs=self.chat_template_kwargs,
-        )
-
-
-@dataclass
-class DatasetRow:
-    """A prompt with its kept responses."""
-
-    candidate: Candidate
-    responses: list[str]
-
-    def as_json(self) -> dict[str, Any]:
-        return {**self.candidate.as_json(), "golden_response": self.responses}
+        longest = max(self.max_tokens, 1024)
+        temperature = max(self.temperature, 0.7)
+        return replace(self.sampling(), samples=1, temperature=temperature, top_p=1.0, max_tokens=longest, stop=())
 
 
 class Generation:
     """The rows found so far, and what was rejected."""
 
-    def __init__(
-        self,
-        settings: DatasetSettings,
-        client: Client,
-        cache: ReplyCache,
-        identity: str,
-        keep: Callable[..., Any] | None,
-    ) -> None:
+    def __init__(self, settings: DatasetSettings, writer: Writer) -> None:
         self.settings = settings
-        self.client = client
-        self.writer = Writer(
-            client,
-            settings.model,
-            settings.sampling(),
-            cache=cache,
-            identity=identity,
-            keep=keep,
-            keep_at_least=settings.keep_at_least,
-        )
-        self.source = _prompt_source(settings, client, cache, identity)
-        self.rows: list[DatasetRow] = []
+        self.writer = writer
+        self.source: PromptSource
+        if settings.prompts is not None:
+            self.source = FilePrompts(settings.prompts, settings.system)
+        else:
+            asking = replace(writer, sampling=settings.prompt_sampling(), keep=None)
+            self.source = TopicPrompts(
+                settings.topics, asking, settings.topic_template, settings.prompts_per_request, settings.system
+            )
+        self.rows: list[Candidate] = []
         self.rejected: list[dict[str, str]] = []
 
     async def run(self, progress: Progress) -> None:
-        """Ask for prompts and responses until there are enough, or there are no more prompts."""
+        """Ask for prompts and responses until there are enough rows, or no more prompts."""
         wanted = self.settings.rows
         bar = progress.add_task("rows", total=wanted)
         while len(self.rows) < wanted:
@@ -161,22 +130,25 @@ class Generation:
         return show_golden(candidate.messages, golden, self.settings.golden_template or DEMONSTRATION)  # type: ignore[return-value]
 
     def _judge(self, candidate: Candidate, written: Written) -> None:
-        responses = list(dict.fromkeys(written.kept))
+        candidate.responses = list(dict.fromkeys(written.kept))
         for text, reason in written.rejected:
             self.rejected.append({"reason": f"response {reason}", "prompt": candidate.text, "response": text})
-        if responses:
-            self.rows.append(DatasetRow(candidate, responses))
+        if candidate.responses:
+            self.rows.append(candidate)
         else:
             self.rejected.append({"reason": "prompt without a response to keep", "prompt": candidate.text})
 
-    def split(self) -> tuple[list[DatasetRow], list[DatasetRow]]:
+    def split(self) -> dict[str, list[Candidate]]:
         """Training and evaluation rows, shared in proportion if too few; seed and prompt decide which is which."""
         settings = self.settings
         rows = self.rows[: settings.rows]
         evaluation = round(len(rows) * settings.eval_samples / settings.rows)
-        ranked = sorted(rows, key=lambda row: hashlib.sha256(f"{settings.seed}|{row.candidate.key}".encode()).digest())
+        ranked = sorted(rows, key=lambda row: hashlib.sha256(f"{settings.seed}|{row.key}".encode()).digest())
         chosen = {id(row) for row in ranked[:evaluation]}
-        return [row for row in rows if id(row) not in chosen], [row for row in rows if id(row) in chosen]
+        return {
+            "train": [row for row in rows if id(row) not in chosen],
+            "eval": [row for row in rows if id(row) in chosen],
+        }
 
 
 def generate(settings: DatasetSettings, keep: Callable[..., Any] | None = None) -> int:
@@ -207,7 +179,10 @@ def generate(settings: DatasetSettings, keep: Callable[..., Any] | None = None) 
     ):
         served = client.run(find_model(client, settings.model))
         cache = ReplyCache(folder / "answers")
-        generation = Generation(settings, client, cache, served.identity, keep)
+        writer = Writer(
+            client, settings.model, settings.sampling(), cache, served.identity, keep, settings.keep_at_least
+        )
+        generation = Generation(settings, writer)
         try:
             client.run(generation.run(progress))
         except (KeyboardInterrupt, ServerUnavailable):
@@ -218,14 +193,13 @@ def generate(settings: DatasetSettings, keep: Callable[..., Any] | None = None) 
             raise
         finally:
             cache.close()
-    train, evaluation = generation.split()
-    _write_json(folder / "train_data.json", [row.as_json() for row in train])
-    _write_json(folder / "eval_data.json", [row.as_json() for row in evaluation])
-    console.print(_report(generation, len(train), len(evaluation), folder))
-    missing = settings.rows - len(train) - len(evaluation)
+    rows = generation.split()
+    for name, part in rows.items():
+        _write_json(folder / f"{name}_data.json", [row.as_json() for row in part])
+    console.print(_report(generation, len(rows["train"]), len(rows["eval"]), folder))
+    missing = settings.rows - sum(map(len, rows.values()))
     if missing:
-        source = f"{settings.prompts} has" if settings.prompts is not None else "the topics yield"
-        more = "some" if settings.prompts is not None else "topics"
+        source, more = (f"{settings.prompts} has", "some") if settings.prompts else ("the topics yield", "topics")
         console.print(
             f"{missing} rows fewer than wanted: {source} no more new prompts. "
             f"Add {more}, or look into report.json for what was rejected."
@@ -233,38 +207,18 @@ def generate(settings: DatasetSettings, keep: Callable[..., Any] | None = None) 
     return missing
 
 
-def _prompt_source(
-    settings: DatasetSettings, client: Client, cache: ReplyCache, identity: str
-) -> FilePrompts | TopicPrompts:
-    if settings.prompts is not None:
-        return FilePrompts(settings.prompts, settings.system)
-    return TopicPrompts(
-        settings.topics,
-        client,
-        settings.model,
-        cache=cache,
-        identity=identity,
-        template=settings.topic_template,
-        per_request=settings.prompts_per_request,
-        system=settings.system,
-        sampling=settings.prompt_sampling(),
-    )
-
-
 def _report(generation: Generation, train: int, evaluation: int, folder: Path) -> Table:
     """The counts as a table; all that was rejected, with reasons, goes to report.json."""
     counts = Counter(item["reason"] for item in generation.rejected)
-    _write_json(
-        folder / "report.json",
-        {
-            "model": generation.settings.model,
-            "train": train,
-            "eval": evaluation,
-            "requests": sum(server.sent for server in generation.client.servers),
-            "counts": counts,
-            "rejected": generation.rejected,
-        },
-    )
+    report = {
+        "model": generation.settings.model,
+        "train": train,
+        "eval": evaluation,
+        "requests": sum(server.sent for server in generation.writer.client.servers),
+        "counts": counts,
+        "rejected": generation.rejected,
+    }
+    _write_json(folder / "report.json", report)
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_row("training rows", str(train), str(folder / "train_data.json"))
     table.add_row("evaluation rows", str(evaluation), str(folder / "eval_data.json"))
@@ -274,7 +228,4 @@ def _report(generation: Generation, train: int, evaluation: int, folder: Path) -
 
 
 def _write_json(path: Path, value: Any) -> None:
-    """Write a file as a whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    draft.replace(path)
+    write_atomically(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")

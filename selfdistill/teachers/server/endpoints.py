@@ -1,7 +1,8 @@
 """The addresses of a served model, and what HTTP says about trying again."""
 
+import time
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cached_property
 from urllib.request import getproxies, proxy_bypass
@@ -54,27 +55,22 @@ def parse_base_url(text: str, key: str = "base_url") -> URL:
         UserError: not an http or https URL.
     """
     try:
-        url = URL(text.strip().rstrip("/"))
-    except (ValueError, AttributeError, TypeError) as error:
+        url = URL(str(text).strip().rstrip("/"))
+        if url.scheme not in ("http", "https") or not url.host:
+            raise ValueError("it needs http:// or https:// and a host")
+    except ValueError as error:
         raise UserError(
-            f"{key}={text}: not a URL ({error}). Write for example {key}=http://localhost:8000/v1"
+            f"{key}={text}: not an http URL; {error}. Write for example {key}=http://localhost:8000/v1"
         ) from None
-    if url.scheme not in ("http", "https") or not url.host:
-        raise UserError(f"{key}={text}: not an http URL. Write for example {key}=http://localhost:8000/v1")
     return url if url.path.strip("/") else url.with_path("/v1")
 
 
 def retry_after_s(header: str) -> float:
-    """Seconds a `Retry-After` header asks to wait: a number of seconds or a date; 0 where there is none."""
-    header = header.strip()
+    """The seconds that a `Retry-After` header asks for, as a number or as a date; 0 where it asks for none."""
+    seconds = 0.0
     try:
         seconds = float(header)
-        return seconds if 0 <= seconds < float("inf") else 0.0
     except ValueError:
-        pass
-    try:
-        when = parsedate_to_datetime(header)
-    except ValueError:
-        return 0.0
-    when = when if when.tzinfo else when.replace(tzinfo=UTC)
-    return max(0.0, (when - datetime.now(UTC)).total_seconds())
+        with suppress(ValueError, OverflowError):
+            seconds = parsedate_to_datetime(header).timestamp() - time.time()
+    return seconds if 0 <= seconds < float("inf") else 0.0

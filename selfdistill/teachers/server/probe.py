@@ -4,19 +4,17 @@ It is asked before training, so that an unfit server is a message and not a cras
 All coroutines run on the client's event loop.
 """
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 from selfdistill.config.suggestions import guess
 from selfdistill.errors import UserError
-from selfdistill.losses import TopTokens
-from selfdistill.teachers.server.client import Client, MalformedReply, ReplyError, RequestRefused, all_of
-from selfdistill.teachers.server.prompt_logprobs import ALL, choices_of, read_positions, scoring_body
+from selfdistill.teachers.server.client import Client, MalformedReply, ReplyError, RequestRefused, all_of, part
+from selfdistill.teachers.server.prompt_logprobs import Row, TopKRefused, choices_of, score_rows
 
 # Low ids exist in every vocabulary. The same row for every model, so that a model is recognised by its answer.
-PROBE_IDS = tuple(range(5, 37))
+PROBE = Row(list(range(5, 37)), 1)
 # Text in which tokenizers differ: digits, spaces, capitals, accents, other scripts, code, control characters, emoji.
 PROBE_TEXT = (
     "The 3 quick brown foxes can't jump 12345.67 times over  the lazy dog's back.\n\tdef f(x): return x**2 != None\n"
@@ -56,24 +54,13 @@ class ServedModel:
         return f"{self.name}|{self.root}"
 
 
-async def served_models(client: Client) -> list[ServedModel]:
-    """The models a server lists.
-
-    Raises:
-        ServerUnavailable, RequestRefused, MalformedReply: as `Client.request`.
-    """
-    return await client.request("GET", "models", decode=_read_models)
-
-
-def _read_models(reply: Any) -> list[ServedModel]:
-    entries = reply.get("data") if isinstance(reply, dict) else None
-    if not isinstance(entries, list) or not all(isinstance(e, dict) and isinstance(e.get("id"), str) for e in entries):
-        raise ReplyError("it is not a list of models")
-    models = []
-    for entry in entries:
-        root, length = entry.get("root"), entry.get("max_model_len")
-        root, length = root if isinstance(root, str) else None, length if isinstance(length, int) else None
-        models.append(ServedModel(entry["id"], root, length))
+def _read_models(reply: Any) -> dict[str, ServedModel]:
+    models = {}
+    for entry in part(reply, "data", list):
+        name, root, length = part(entry, "id", str), entry.get("root"), entry.get("max_model_len")
+        models[name] = ServedModel(
+            name, root if isinstance(root, str) else None, length if isinstance(length, int) else None
+        )
     return models
 
 
@@ -82,25 +69,15 @@ async def find_model(client: Client, name: str) -> ServedModel:
 
     Raises:
         UserError: it is not served; the message lists what is.
+        ServerUnavailable, RequestRefused, MalformedReply: as `Client.request`.
     """
-    models = await served_models(client)
-    for model in models:
-        if model.name == name:
-            return model
-    names = [model.name for model in models]
-    served = ", ".join(names) if names else "nothing"
-    raise UserError(
-        f"{client.key_prefix}model={name}: {client.name} does not serve it. It serves {served}{guess(name, names)}"
-    )
-
-
-async def score_ids(client: Client, model: str, ids: Sequence[int], k: int) -> TopTokens:
-    """What the model says of all tokens of a row but the first."""
-
-    def decode(reply: Any) -> TopTokens:
-        return read_positions(choices_of(reply, 1)[0], ids, 1, k)
-
-    return await client.request("POST", "completions", scoring_body(model, [list(ids)], k), decode)
+    models = await client.request("GET", "models", decode=_read_models)
+    if name not in models:
+        raise UserError(
+            f"{client.key_prefix}model={name}: {client.name} does not serve it. "
+            f"It serves {', '.join(models) or 'nothing'}{guess(name, models)}"
+        )
+    return models[name]
 
 
 async def require_scoring(client: Client, model: str, k: int) -> list[float]:
@@ -109,56 +86,52 @@ async def require_scoring(client: Client, model: str, k: int) -> list[float]:
     Raises:
         UserError: the server gives no prompt log-probabilities, or fewer than k a position.
     """
-    key = f"{client.key_prefix}top_k"
     try:
-        return (await score_ids(client, model, PROBE_IDS, k)).sampled_logps.tolist()
-    except RequestRefused as error:
-        limit = named_limit(error.detail)
-        if limit is not None:
-            wish = f"{key}={k}" if k != ALL else f"{key}=null (the whole vocabulary)"
-            wanted = k if k != ALL else -1
-            raise UserError(
-                f"{wish}: {client.name} gives at most {limit} log-probabilities a token. Write {key}={limit} or less, "
-                f"or start the server with --max-logprobs {wanted}."
-            ) from None
+        (answer,) = await score_rows(client, model, [PROBE], k)
+    except (RequestRefused, MalformedReply) as error:
         raise UserError(
-            f"{error}\n{client.name} cannot score: it takes no token ids with prompt_logprobs. A vLLM server does; "
+            f"{error}\n{client.name} cannot score: it gives no prompt_logprobs of token ids. A vLLM server does; "
             f"with any other use {client.key_prefix}mode=write, in which the server writes demonstrations."
         ) from None
-    except MalformedReply as error:
-        raise UserError(
-            f"{error}\n{client.name} cannot score: vLLM's prompt_logprobs are needed. With another kind of server use "
-            f"{client.key_prefix}mode=write, in which it writes demonstrations."
-        ) from None
-
-
-def named_limit(detail: str) -> int | None:
-    """The largest number of log-probabilities that a refusal names."""
-    found = re.search(r"max(?:imum)? allowed[^0-9]*(\d+)", detail)
-    return int(found[1]) if found else None
+    return answer.sampled_logps.tolist()
 
 
 async def largest_k(client: Client, model: str, vocabulary: int) -> int:
     """The most log-probabilities a position that the server gives, at most the size of the vocabulary.
 
-    More is never asked for: a server that allows it can fall over.
+    More than the vocabulary is never asked for: a server that allows it can crash.
+
+    Raises:
+        RequestRefused: the server refuses the whole vocabulary and names no limit.
     """
-    ids = PROBE_IDS[:2]
     try:
-        await score_ids(client, model, ids, vocabulary)
-        return vocabulary
-    except RequestRefused as error:
-        if (limit := named_limit(error.detail)) is not None:
-            return limit
-    low, high = 0, vocabulary  # low is given, high is refused
-    while high - low > 1:
-        middle = (low + high) // 2
-        try:
-            await score_ids(client, model, ids, middle)
-            low = middle
-        except RequestRefused:
-            high = middle
-    return low
+        await score_rows(client, model, [Row(PROBE.ids[:2], 1)], vocabulary)
+    except TopKRefused as refusal:
+        return refusal.limit
+    return vocabulary
+
+
+def require_context(client: Client, model: str, context_tokens: int, longest_tokens: int) -> None:
+    """Raises UserError where teacher prompt and completion of so many tokens together do not fit into the context."""
+    # The server generates at least one token after what it scores.
+    if longest_tokens >= context_tokens:
+        raise UserError(
+            f"{client.name} serves {model} with a context of {context_tokens} tokens; the teacher's prompt and a "
+            f"completion can take {longest_tokens}, and one more is needed. Start it with --max-model-len "
+            f"{longest_tokens + 1}, or shorten the completions (rollout.max_completion_tokens) or what the teacher is "
+            "shown."
+        )
+
+
+async def require_tokenizer(client: Client, model: str, tokenizer: Tokenizer) -> None:
+    """Raises UserError where the server's tokenizer is not this one; the message shows differences."""
+    differences = await tokenizer_differences(client, model, tokenizer)
+    if differences:
+        raise UserError(
+            f"{client.name} serves {model} with another tokenizer than the student's: {'; '.join(differences)}.\n"
+            f"Token-level distillation needs the same one. {client.key_prefix}mode=write needs no common tokenizer: "
+            "the server then writes demonstrations as text."
+        )
 
 
 async def tokenizer_differences(client: Client, model: str, tokenizer: Tokenizer) -> list[str]:
@@ -189,38 +162,34 @@ async def _encoding_differences(client: Client, model: str, tokenizer: Tokenizer
 
 async def _encode(client: Client, model: str, text: str) -> list[int]:
     """The server's token ids of a text."""
-
-    def tokens(reply: Any) -> list[int]:
-        ids = reply.get("tokens") if isinstance(reply, dict) else None
-        if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
-            raise ReplyError("it has no list of tokens")
-        return ids
-
-    def echoed(reply: Any) -> list[int]:
-        return tokens({"tokens": choices_of(reply, 1)[0].get("prompt_token_ids")})
-
     body = {"model": model, "prompt": text, "add_special_tokens": False}
     try:
-        return await client.request("POST", "/tokenize", body, tokens)
+        return await client.request("POST", "/tokenize", body, partial(_ids, "tokens"))
     except RequestRefused as error:
         if error.status not in (404, 405):
             raise
-        return await client.request("POST", "completions", {**body, "max_tokens": 1, "return_token_ids": True}, echoed)
+    body |= {"max_tokens": 1, "return_token_ids": True}
+    return await client.request(
+        "POST", "completions", body, lambda reply: _ids("prompt_token_ids", choices_of(reply, 1)[0])
+    )
+
+
+def _ids(name: str, reply: Any) -> list[int]:
+    ids = part(reply, name, list)
+    if not all(isinstance(token, int) for token in ids):
+        raise ReplyError(f"{name} is not a list of token ids")
+    return ids
 
 
 async def _vocabulary_differences(client: Client, model: str, tokenizer: Tokenizer) -> list[str]:
     size = len(tokenizer)
 
     async def detokenize(ids: list[int]) -> str:
-        def text(reply: Any) -> str:
-            if not isinstance(reply, dict) or not isinstance(reply.get("prompt"), str):
-                raise ReplyError("it has no text")
-            return reply["prompt"]
-
-        return await client.request("POST", "/detokenize", {"model": model, "tokens": ids}, text)
+        body = {"model": model, "tokens": ids}
+        return await client.request("POST", "/detokenize", body, lambda reply: part(reply, "prompt", str))
 
     async def differing(ids: list[int], enough: list[int]) -> None:
-        """Halve down to the ids that differ by themselves; texts of several ids may differ by the joints alone."""
+        """Find, by halving, the ids that differ alone: the texts of several may differ only in the spaces between."""
         if len(enough) >= MOST_DIFFERENCES or await detokenize(ids) == tokenizer.decode(ids):
             return
         if len(ids) == 1:

@@ -1,18 +1,62 @@
 """vLLM's `prompt_logprobs`: how they are asked for and read. A reply that does not fit is refused, never repaired."""
 
+import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from selfdistill.errors import UserError
 from selfdistill.losses import TopTokens
-from selfdistill.teachers.server.client import ReplyError
+from selfdistill.teachers.server.client import Client, ReplyError, RequestRefused, part
 
 # vLLM writes -inf, for which JSON has no number, as -9999.
 MINUS_INFINITY = -9998.0
 SLACK = 1e-3
 ALL = -1
+
+
+class Row(NamedTuple):
+    """A prompt and its completion as one list of token ids."""
+
+    ids: list[int]
+    prompt_tokens: int
+
+
+class TopKRefused(UserError):
+    """The server gives at most `limit` log-probabilities a token."""
+
+    def __init__(self, message: str, limit: int) -> None:
+        super().__init__(message)
+        self.limit = limit
+
+
+async def score_rows(client: Client, model: str, rows: Sequence[Row], k: int) -> list[TopTokens]:
+    """What the model says of each row's completion, in one request.
+
+    Raises:
+        TopKRefused: k is above the server's limit.
+        ServerUnavailable, RequestRefused, MalformedReply: as `Client.request`.
+    """
+
+    def decode(reply: Any) -> list[TopTokens]:
+        choices = choices_of(reply, len(rows))
+        return [read_positions(choice, *row, k) for choice, row in zip(choices, rows, strict=True)]
+
+    try:
+        return await client.request("POST", "completions", scoring_body(model, [row.ids for row in rows], k), decode)
+    except RequestRefused as error:
+        found = re.search(r"max(?:imum)? allowed[^0-9]*(\d+)", error.detail)
+        if found is None:
+            raise
+        key, limit = f"{client.key_prefix}top_k", int(found[1])
+        written = f"{key}=null (the whole vocabulary)" if k == ALL else f"{key}={k}"
+        raise TopKRefused(
+            f"{written}: {client.name} gives at most {limit} log-probabilities a token. Write {key}={limit} or less, "
+            f"or start the server with --max-logprobs {k}.",
+            limit,
+        ) from None
 
 
 def scoring_body(model: str, rows: Sequence[Sequence[int]], k: int) -> dict[str, Any]:
@@ -23,11 +67,8 @@ def scoring_body(model: str, rows: Sequence[Sequence[int]], k: int) -> dict[str,
 
 def choices_of(reply: Any, count: int) -> list[dict[str, Any]]:
     """The `count` choices of a reply in the order of the prompts."""
-    choices = reply.get("choices") if isinstance(reply, dict) else None
-    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
-        raise ReplyError("it has no list of choices")
-    indices = [choice["index"] if isinstance(choice.get("index"), int) else -1 for choice in choices]
-    if sorted(indices) != list(range(count)):
+    choices = part(reply, "choices", list)
+    if sorted(part(choice, "index", int) for choice in choices) != list(range(count)):
         raise ReplyError(f"it has {len(choices)} choices for {count} prompts, or wrong indices")
     return sorted(choices, key=lambda choice: choice["index"])
 
@@ -47,9 +88,7 @@ def read_positions(choice: dict[str, Any], ids: Sequence[int], first: int, k: in
     echoed = choice.get("prompt_token_ids")
     if echoed is not None and echoed != list(ids):
         raise ReplyError("it is about other token ids than were sent")
-    entries = choice.get("prompt_logprobs")
-    if not isinstance(entries, list):
-        raise ReplyError("it has no prompt_logprobs")
+    entries = part(choice, "prompt_logprobs", list)
     if len(entries) != len(ids):
         raise ReplyError(f"prompt_logprobs has {len(entries)} positions for {len(ids)} tokens")
     if ids and entries[0] is not None:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from selfdistill.data.rows import BadRow, Fields, RowReader
+from selfdistill.data.sources import open_source
 from selfdistill.errors import UserError
 from selfdistill.rollout import Message
-from selfdistill.teachers.server.client import Client, all_of
-from selfdistill.teachers.server.reply_cache import ReplyCache
-from selfdistill.teachers.server.writing import Sampling, Writer
+from selfdistill.teachers.server.client import all_of
+from selfdistill.teachers.server.writing import Writer
 
 TOPIC_TEMPLATE = """\
 Write {count} different requests that people might put to an assistant, all about this topic: {topic}
@@ -32,10 +33,12 @@ class Candidate:
     Attributes:
         messages: the conversation that is sent.
         columns: what a reward may need besides, such as `answer` and `golden_response`.
+        responses: what was written and kept.
     """
 
     messages: list[Message]
     columns: dict[str, Any] = field(default_factory=dict)
+    responses: list[str] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -48,14 +51,14 @@ class Candidate:
         return normal("\n".join(message["content"] for message in self.messages))
 
     def as_json(self) -> dict[str, Any]:
-        """The fields of a data file that give these messages again."""
+        """A row of a data file that gives these messages again, and the responses as golden ones."""
         roles = [message["role"] for message in self.messages]
         row: dict[str, Any] = {"prompt": self.text if roles in (["user"], ["system", "user"]) else self.messages}
         if roles == ["system", "user"]:
             row["system"] = self.messages[0]["content"]
         if self.columns.get("answer") is not None:
             row["answer"] = self.columns["answer"]
-        return row
+        return {**row, "golden_response": self.responses}
 
 
 def normal(text: str) -> str:
@@ -67,34 +70,51 @@ def normal(text: str) -> str:
     return " ".join(words) + (f" {signs}" if signs else "") or folded
 
 
-class FilePrompts:
-    """Prompts of a data file, each once.
+class PromptSource:
+    """Prompts, each once; those that differ in form alone count as one.
+
+    Attributes:
+        rejected: what did not become a prompt, with reasons, for the report.
+    """
+
+    def __init__(self) -> None:
+        self.rejected: list[dict[str, str]] = []
+        self._left: list[Candidate] = []
+        self._seen: set[str] = set()
+
+    def _add(self, candidate: Candidate) -> bool:
+        """Whether the prompt is a new one."""
+        if candidate.key in self._seen:
+            self.rejected.append({"reason": "duplicate prompt", "prompt": candidate.text})
+            return False
+        self._seen.add(candidate.key)
+        self._left.append(candidate)
+        return True
+
+    async def take(self, count: int) -> list[Candidate]:
+        """The next prompts; none when there are no more."""
+        taken, self._left = self._left[:count], self._left[count:]
+        return taken
+
+
+class FilePrompts(PromptSource):
+    """The prompts of a data file.
 
     Raises:
         UserError: no such file, or no usable row in it.
     """
 
     def __init__(self, path: str, system: str | None) -> None:
-        self.rejected: list[dict[str, str]] = []
-        self._left: list[Candidate] = []
-        seen: set[str] = set()
+        super().__init__()
         rows = _text_rows(path, system) if path.endswith(".txt") else _data_rows(path, system)
-        for place, candidate, error in rows:
-            if candidate is None:
-                self.rejected.append({"reason": "row that cannot be read", "prompt": f"{place}: {error}"})
-            elif candidate.key in seen:
-                self.rejected.append({"reason": "duplicate prompt", "prompt": candidate.text})
+        for place, read in rows:
+            if isinstance(read, Candidate):
+                self._add(read)
             else:
-                seen.add(candidate.key)
-                self._left.append(candidate)
+                self.rejected.append({"reason": "row that cannot be read", "prompt": f"{place}: {read}"})
         if not self._left:
             first = f" {self.rejected[0]['prompt']}" if self.rejected else ""
             raise UserError(f"prompts={path}: there is no usable prompt in it.{first}")
-
-    async def take(self, count: int) -> list[Candidate]:
-        """The next prompts; none when there are no more."""
-        taken, self._left = self._left[:count], self._left[count:]
-        return taken
 
 
 def _system_messages(system: str | None) -> list[Message]:
@@ -116,41 +136,34 @@ def _lines(key: str, path: str, advice: str = "") -> list[str]:
 
 
 # A row of a file: where it stands, and the prompt or the reason why there is none.
-FileRow = tuple[str, Candidate | None, str | None]
+FileRow = tuple[str, Candidate | str]
 
 
 def _text_rows(path: str, system: str | None) -> Iterator[FileRow]:
     for number, line in enumerate(_lines("prompts", path), start=1):
         if line:
-            yield f"line {number}", Candidate([*_system_messages(system), {"role": "user", "content": line}]), None
+            yield f"line {number}", Candidate([*_system_messages(system), {"role": "user", "content": line}])
 
 
 def _data_rows(path: str, system: str | None) -> Iterator[FileRow]:
-    from selfdistill.data.rows import BadRow, Fields, RowReader
-    from selfdistill.data.sources import open_source
-
     source = open_source(path, key="prompts")
     reader = RowReader(Fields(), None, conversational=True, system=system)
     for record in source.records:
-        place = source.place(record.line)
-        if record.error is not None:
-            yield place, None, record.error
-            continue
+        read: Candidate | str
         try:
             columns = dict(reader.read(record.line, record.value).columns)
+            read = Candidate(columns.pop("prompt"), columns)
         except BadRow as error:
-            yield place, None, str(error)
-            continue
-        messages = columns.pop("prompt")
-        yield place, Candidate(messages, columns), None
+            read = str(error)
+        yield source.place(record.line), record.error or read
 
 
-class TopicPrompts:
+class TopicPrompts(PromptSource):
     """Prompts that the model writes about topics, round after round. Each round shows it what it has written already.
 
     Args:
         topics: a file with one topic a line, or a list of topics.
-        client, model, cache, identity, sampling: see `Writer`.
+        writer: writes the prompts.
         template: how prompts are asked for, with {count} and {topic}; None for the default.
         per_request: prompts asked for at once, about each topic.
         system: a system message for every prompt.
@@ -160,30 +173,17 @@ class TopicPrompts:
     """
 
     def __init__(
-        self,
-        topics: str | Sequence[str],
-        client: Client,
-        model: str,
-        *,
-        cache: ReplyCache | None,
-        identity: str,
-        template: str | None,
-        per_request: int,
-        system: str | None,
-        sampling: Sampling,
+        self, topics: str | Sequence[str], writer: Writer, template: str | None, per_request: int, system: str | None
     ) -> None:
-        self.rejected: list[dict[str, str]] = []
-        self._topics = _read_topics(topics)
-        self._writer = Writer(client, model, sampling, cache=cache, identity=identity)
+        super().__init__()
+        self._writer = writer
         self._template = template if template is not None else TOPIC_TEMPLATE
         for name in ("{count}", "{topic}"):
             if name not in self._template:
                 raise UserError(f"topic_template lacks {name}; it is: {self._template!r}")
         self._per_request = per_request
         self._system = system
-        self._known: dict[str, list[str]] = {topic: [] for topic in self._topics}
-        self._seen: set[str] = set()
-        self._left: list[Candidate] = []
+        self._known: dict[str, list[str]] = {topic: [] for topic in _read_topics(topics)}
 
     async def take(self, count: int) -> list[Candidate]:
         """The next prompts, newly written if need be; none when several rounds brought nothing new."""
@@ -192,23 +192,17 @@ class TopicPrompts:
             before = len(self._left)
             await self._round(fruitless)
             fruitless = 0 if len(self._left) > before else fruitless + 1
-        taken, self._left = self._left[:count], self._left[count:]
-        return taken
+        return await super().take(count)
 
     async def _round(self, attempt: int) -> None:
         """Ask once about every topic. Each attempt asks for another number, so that the cache has no answer to it."""
-        answers = await all_of(self._writer.write_one(self._request(topic, attempt)) for topic in self._topics)
-        for topic, written in zip(self._topics, answers, strict=True):
+        answers = await all_of(self._writer.write_one(self._request(topic, attempt)) for topic in self._known)
+        for (topic, known), written in zip(self._known.items(), answers, strict=True):
             if not written.kept:
                 self.rejected.append({"reason": "answer without prompts", "prompt": topic})
             for text in (prompt for answer in written.kept for prompt in read_prompts(answer)):
-                candidate = Candidate([*_system_messages(self._system), {"role": "user", "content": text}])
-                if candidate.key in self._seen:
-                    self.rejected.append({"reason": "duplicate prompt", "prompt": text})
-                    continue
-                self._seen.add(candidate.key)
-                self._known[topic].append(text)
-                self._left.append(candidate)
+                if self._add(Candidate([*_system_messages(self._system), {"role": "user", "content": text}])):
+                    known.append(text)
 
     def _request(self, topic: str, attempt: int) -> str:
         text = self._template.replace("{count}", str(self._per_request + attempt)).replace("{topic}", topic)

@@ -1,29 +1,18 @@
 """Log-probabilities of given tokens from a served model: rows share requests, and answers come from the cache first."""
 
-import io
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
-import numpy as np
-import torch
+from safetensors.torch import load, save
 
 from selfdistill.errors import UserError
 from selfdistill.losses import TopTokens
-from selfdistill.teachers.server.client import Client, RequestRefused, all_of
-from selfdistill.teachers.server.probe import named_limit
-from selfdistill.teachers.server.prompt_logprobs import ALL, choices_of, read_positions, scoring_body
+from selfdistill.teachers.server.client import Client, all_of
+from selfdistill.teachers.server.prompt_logprobs import ALL, Row, score_rows, scoring_body
 from selfdistill.teachers.server.reply_cache import ReplyCache, cache_key
 
 # Bounds what a server holds at once for one request: prompt log-probabilities of the whole vocabulary take much memory.
 REQUEST_TOKENS = 2048
-
-
-class Row(NamedTuple):
-    """A prompt and its completion as one list of token ids."""
-
-    ids: list[int]
-    prompt_tokens: int
 
 
 class Scorer:
@@ -104,50 +93,22 @@ class Scorer:
         if row.prompt_tokens == len(row.ids):
             return TopTokens.empty(self.top_k or 0)
         stored = self.cache.get(self._key(row)) if self.cache is not None else None
-        return None if stored is None else _unpacked(stored)
+        return None if stored is None else TopTokens(**load(stored))
 
     def _key(self, row: Row) -> bytes:
         body = scoring_body(self.model, [row.ids], self.k)
-        return cache_key(self.identity, "completions", body, row.prompt_tokens)
+        return cache_key(self.identity, "prompt_logprobs", body, row.prompt_tokens)
 
     async def _ask(self, rows: list[Row]) -> list[TopTokens]:
-        def decode(reply: Any) -> list[TopTokens]:
-            choices = choices_of(reply, len(rows))
-            return [read_positions(choice, *row, self.k) for choice, row in zip(choices, rows, strict=True)]
-
-        body = scoring_body(self.model, [row.ids for row in rows], self.k)
-        key = self.client.key_prefix
-        try:
-            answers = await self.client.request("POST", "completions", body, decode)
-        except RequestRefused as error:
-            limit = named_limit(error.detail)
-            if limit is None:
-                raise
-            raise UserError(
-                f"{error}\n{key}top_k={self.top_k} is above the server's limit: write {key}top_k={limit} or less, or "
-                "start it with a larger --max-logprobs."
-            ) from None
+        answers = await score_rows(self.client, self.model, rows, self.k)
         for row, answer in zip(rows, answers, strict=True):
             largest = int(answer.ids.max()) if answer.ids.numel() else 0
             if self.vocabulary_size is not None and largest >= self.vocabulary_size:
                 raise UserError(
                     f"{self.client.name} gives a log-probability to token {largest}; the student's vocabulary has "
-                    f"{self.vocabulary_size}. The teacher must have the student's vocabulary, or {key}mode=write."
+                    f"{self.vocabulary_size}. The teacher must have the student's vocabulary, or "
+                    f"{self.client.key_prefix}mode=write."
                 )
             if self.cache is not None:
-                self.cache.put(self._key(row), _packed(answer))
+                self.cache.put(self._key(row), save(vars(answer)))
         return answers
-
-
-def _packed(answer: TopTokens) -> bytes:
-    """As bytes for the cache."""
-    buffer = io.BytesIO()
-    ids = answer.ids.numpy().astype(np.int32)
-    np.savez(buffer, logprobs=answer.sampled_logps.numpy(), top_ids=ids, top_logprobs=answer.logps.numpy())
-    return buffer.getvalue()
-
-
-def _unpacked(stored: bytes) -> TopTokens:
-    with np.load(io.BytesIO(stored), allow_pickle=False) as arrays:
-        logps, ids, top_logps = (torch.from_numpy(arrays[name]) for name in ("logprobs", "top_ids", "top_logprobs"))
-    return TopTokens(logps, ids.long(), top_logps)

@@ -4,9 +4,11 @@ Scoring goes by token ids: the teacher's prompt and the completion as it was sam
 These are log-probabilities at temperature 1 whatever is asked for, so the student is compared at temperature 1 too.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Literal
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import anyio
 from torch import nn
@@ -17,20 +19,19 @@ from selfdistill.rollout import Prompt
 from selfdistill.teachers import templates
 from selfdistill.teachers.context import Context, NoContext
 from selfdistill.teachers.interface import BaseTeacher, TeacherRequest
-from selfdistill.teachers.server import probe as server_probe
+from selfdistill.teachers.server import probe
 from selfdistill.teachers.server.client import Client, ServerUnavailable
 from selfdistill.teachers.server.reply_cache import ReplyCache, mean_difference
-from selfdistill.teachers.server.scoring import Row, Scorer
+from selfdistill.teachers.server.scoring import Scorer
 from selfdistill.teachers.server.writing import Sampling, Writer, Written, show_golden
 
-if TYPE_CHECKING:
-    pass
+T = TypeVar("T")
 
 START_PATIENCE_S = 5.0
 SAME_MODEL_NATS = 0.05
 
 
-class ServerTeacher(BaseTeacher):
+class ServerTeacher(BaseTeacher, AbstractContextManager["ServerTeacher"]):
     """A model served by vLLM (`score`) or by any OpenAI-compatible server (`write`). Nothing is sent before it is used.
 
     It holds a thread and connections from its first request on: whoever builds it calls `close`, or uses it in `with`.
@@ -102,9 +103,6 @@ class ServerTeacher(BaseTeacher):
         self._cache_folder = cache
         self._cache_opening = anyio.Lock()
 
-    def __enter__(self) -> "ServerTeacher":
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -117,7 +115,7 @@ class ServerTeacher(BaseTeacher):
 
     def check(
         self,
-        tokenizer: server_probe.Tokenizer | None = None,
+        tokenizer: probe.Tokenizer | None = None,
         *,
         vocabulary_size: int | None = None,
         longest_tokens: int | None = None,
@@ -139,21 +137,21 @@ class ServerTeacher(BaseTeacher):
         if self.mode == "score" and tokenizer is None:
             raise ValueError("the student's tokenizer is needed to check a teacher that scores")
         self.scorer.vocabulary_size = vocabulary_size
-        lines, probes, down = [], [], []
+        lines, answers, down = [], [], []
         for alone in self.client.each_alone(patience_s=min(START_PATIENCE_S, self.client.patience_s)):
             with alone:
                 try:
-                    line, probe = alone.run(self._check_one(alone, tokenizer, longest_tokens))
+                    line, answer = alone.run(self._check_one(alone, tokenizer, longest_tokens))
                 except ServerUnavailable as error:
                     down.append(error)
                     lines.append(f"{alone.name} does not answer; it is left out until it does")
                     continue
             lines.append(line)
-            probes.append(probe)
+            answers.append(answer)
         if len(down) == len(lines):
             raise down[0]
-        for other in probes[1:]:
-            if mean_difference(probes[0], other) > SAME_MODEL_NATS:
+        for other in answers[1:]:
+            if mean_difference(answers[0], other) > SAME_MODEL_NATS:
                 raise UserError(
                     f"{self.client.key_prefix}base_url: the servers serve different models as {self.model}: the same "
                     "tokens get other log-probabilities. Start all of them with the same weights."
@@ -166,21 +164,14 @@ class ServerTeacher(BaseTeacher):
         Raises:
             UserError: they do not fit.
         """
-        context_tokens = self.scorer.context_tokens
-        # The server generates at least one token after what it scores.
-        if context_tokens is not None and longest_tokens >= context_tokens:
-            raise UserError(
-                f"{self.client.name} serves {self.model} with a context of {context_tokens} tokens; the teacher's "
-                f"prompt and a completion can take {longest_tokens}, and one more is needed. Start it with "
-                f"--max-model-len {longest_tokens + 1}, or shorten the completions (rollout.max_completion_tokens) or "
-                "what the teacher is shown."
-            )
+        if self.scorer.context_tokens is not None:
+            probe.require_context(self.client, self.model, self.scorer.context_tokens, longest_tokens)
 
     async def _check_one(
-        self, client: Client, tokenizer: server_probe.Tokenizer | None, longest_tokens: int | None
+        self, client: Client, tokenizer: probe.Tokenizer | None, longest_tokens: int | None
     ) -> tuple[str, list[float]]:
         """What was found of one server, and the log-probabilities that it gives the probe's tokens."""
-        served = await server_probe.find_model(client, self.model)
+        served = await probe.find_model(client, self.model)
         limits = [limit for limit in (served.context_tokens, self.scorer.context_tokens) if limit]
         self.scorer.context_tokens = min(limits, default=None)
         if longest_tokens is not None:
@@ -188,16 +179,10 @@ class ServerTeacher(BaseTeacher):
         line = f"{client.name} serves {self.model}, context {served.context_tokens or 'unknown'} tokens"
         if self.mode == "write" or tokenizer is None:
             return line, []
-        differences = await server_probe.tokenizer_differences(client, self.model, tokenizer)
-        if differences:
-            raise UserError(
-                f"{client.name} serves {self.model} with another tokenizer than the student's: {'; '.join(differences)}"
-                f". Token-level distillation needs the same one. {client.key_prefix}mode=write needs no common "
-                "tokenizer: the server then writes demonstrations as text."
-            )
-        probe = await server_probe.require_scoring(client, self.model, self.scorer.k)
+        await probe.require_tokenizer(client, self.model, tokenizer)
+        answer = await probe.require_scoring(client, self.model, self.scorer.k)
         top_k = "all" if self.scorer.top_k is None else self.scorer.top_k
-        return f"{line}, the student's tokenizer, {top_k} log-probabilities", probe
+        return f"{line}, the student's tokenizer, {top_k} log-probabilities", answer
 
     @property
     def context_tokens(self) -> int | None:
@@ -248,11 +233,8 @@ class ServerTeacher(BaseTeacher):
         Raises:
             UserError: a row does not fit into the server's context.
         """
-        return self.client.submit(self._score(self.scorer.rows(teacher_prompt_ids, completion_ids)))
-
-    async def _score(self, rows: list[Row]) -> list[TopTokens]:
-        await self._open_cache()
-        return await self.scorer.score(rows)
+        rows = self.scorer.rows(teacher_prompt_ids, completion_ids)
+        return self.client.submit(self._with_cache(partial(self.scorer.score, rows)))
 
     # Writing.
 
@@ -278,16 +260,14 @@ class ServerTeacher(BaseTeacher):
             golden: golden responses of each prompt, shown to the server when `show_golden_response` is set.
             columns: what the reward `keep` gets of each prompt besides the prompt, such as `answer`.
         """
-        if golden is not None and len(golden) != len(prompts):
-            raise ValueError(f"{len(golden)} golden responses for {len(prompts)} prompts")
         prompts, template = list(prompts), self.golden_template
         if golden is not None and template is not None:
             prompts = [show_golden(p, g, template) if g else p for p, g in zip(prompts, golden, strict=True)]
-        return self.client.submit(self._write(prompts, columns))
+        return self.client.submit(self._with_cache(partial(self.writer.write, prompts, columns)))
 
-    async def _write(self, prompts: list[Prompt], columns: Sequence[dict[str, Any]] | None) -> list[Written]:
+    async def _with_cache(self, work: Callable[[], Awaitable[T]]) -> T:
         await self._open_cache()
-        return await self.writer.write(prompts, columns)
+        return await work()
 
     async def _open_cache(self) -> None:
         """Open the cache, once, for the model as the server has it now.
@@ -298,11 +278,10 @@ class ServerTeacher(BaseTeacher):
         async with self._cache_opening:
             if self._cache_folder is None or self.scorer.cache is not None:
                 return
-            identity, probe = (await server_probe.find_model(self.client, self.model)).identity, None
-            if self.mode == "score":
-                probe = await server_probe.require_scoring(self.client, self.model, 0)
+            identity = (await probe.find_model(self.client, self.model)).identity
+            answer = await probe.require_scoring(self.client, self.model, 0) if self.mode == "score" else None
             cache = ReplyCache(self._cache_folder)
-            if probe is not None:
-                identity += f"|{cache.generation(identity, probe)}"
+            if answer is not None:
+                identity += f"|{cache.generation(identity, answer)}"
             self.scorer.identity = self.writer.identity = identity
             self.scorer.cache = self.writer.cache = cache

@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from selfdistill.errors import UserError
+from selfdistill.limits import check_limits, number
+from selfdistill.rewards.result import normalise
 from selfdistill.rollout import Message, Prompt
 from selfdistill.teachers.context import without_thinking
-from selfdistill.teachers.server.client import Client, ReplyError, all_of
+from selfdistill.teachers.server.client import Client, ReplyError, all_of, part
 from selfdistill.teachers.server.reply_cache import ReplyCache, cache_key
 from selfdistill.teachers.templating import Template, fill_last_user_turn
 
@@ -30,21 +31,16 @@ class Sampling:
         UserError: a number is out of its range.
     """
 
-    samples: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_tokens: int = 1024
+    samples: int = field(default=1, metadata=number(1))
+    temperature: float = field(default=1.0, metadata=number(0))
+    top_p: float = field(default=1.0, metadata=number(above=0, high=1))
+    max_tokens: int = field(default=1024, metadata=number(1))
     stop: Sequence[str] = ()
     seed: int | None = None
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.samples < 1 or self.max_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise UserError(
-                f"samples={self.samples}, max_tokens={self.max_tokens}, temperature={self.temperature}, "
-                f"top_p={self.top_p}: samples and max_tokens must be at least 1, temperature at least 0, top_p above 0 "
-                "and at most 1."
-            )
+        check_limits(Sampling, vars(self), lambda name: f"{name}={vars(self)[name]}")
 
     def body(self, model: str, messages: list[Message]) -> dict[str, Any]:
         """The request body, without the number of responses and the seed."""
@@ -75,10 +71,11 @@ def show_golden(prompt: Prompt, golden: Sequence[str], template: str) -> Prompt:
     return fill_last_user_turn(prompt, slots, demonstration="\n".join(golden))
 
 
+@dataclass
 class Writer:
     """Writes responses to prompts and keeps the ones worth keeping.
 
-    Args:
+    Attributes:
         client: the server or servers.
         model: the served model's name.
         sampling: how it writes.
@@ -88,24 +85,13 @@ class Writer:
             empty `completion_ids`, since the server's tokens are not the student's.
     """
 
-    def __init__(
-        self,
-        client: Client,
-        model: str,
-        sampling: Sampling,
-        *,
-        cache: ReplyCache | None = None,
-        identity: str | None = None,
-        keep: Callable[..., Any] | None = None,
-        keep_at_least: float = 1.0,
-    ) -> None:
-        self.client = client
-        self.model = model
-        self.sampling = sampling
-        self.cache = cache
-        self.identity = identity if identity is not None else model
-        self.keep = keep
-        self.keep_at_least = keep_at_least
+    client: Client
+    model: str
+    sampling: Sampling
+    cache: ReplyCache | None = None
+    identity: str | None = None
+    keep: Callable[..., Any] | None = None
+    keep_at_least: float = 1.0
 
     async def write_one(self, prompt: Prompt, columns: dict[str, Any] | None = None) -> Written:
         """Responses to one prompt, without their thinking.
@@ -125,10 +111,10 @@ class Writer:
             reason = CUT_OFF if not complete else EMPTY if not text.strip() else None
             if reason is None and not self._is_liked(prompt, text, columns or {}):
                 reason = DISLIKED
-            if reason is None:
-                kept.append(text)
-            else:
+            if reason:
                 rejected.append((text, reason))
+            else:
+                kept.append(text)
         return Written(kept, rejected)
 
     async def write(self, prompts: Sequence[Prompt], columns: Sequence[dict[str, Any]] | None = None) -> list[Written]:
@@ -141,7 +127,7 @@ class Writer:
         body = {**self.sampling.body(self.model, messages), "n": count}
         if self.sampling.seed is not None:
             body["seed"] = self.sampling.seed + already
-        key = cache_key(self.identity, "chat/completions", body, already)
+        key = cache_key(self.identity or self.model, "chat/completions", body, already)
         stored = self.cache.get(key) if self.cache is not None else None
         if stored is not None:
             return [(text, complete) for text, complete in json.loads(stored)]
@@ -154,8 +140,6 @@ class Writer:
         """Whether the reward, if there is one, accepts a response."""
         if self.keep is None:
             return True
-        from selfdistill.rewards.result import normalise  # imports transformers, which most uses of a server don't need
-
         completion = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         given = {name: [value] for name, value in columns.items()}
         result = self.keep(prompts=[prompt], completions=[completion], completion_ids=[[]], **given)
@@ -165,16 +149,12 @@ class Writer:
 
 def _read_choices(reply: Any) -> list[tuple[str, bool]]:
     """Text and completeness of every choice of a chat completion."""
-    choices = reply.get("choices") if isinstance(reply, dict) else None
-    if not isinstance(choices, list) or not choices:
+    choices = part(reply, "choices", list)
+    if not choices:
         raise ReplyError("it has no choices")
     read = []
     for choice in choices:
-        message = choice.get("message") if isinstance(choice, dict) else None
-        if not isinstance(message, dict) or "content" not in message:
-            raise ReplyError("a choice has no message")
-        text = message["content"] if message["content"] is not None else ""
-        if not isinstance(text, str):
-            raise ReplyError("a message is not text")
+        message = part(choice, "message", dict)
+        text = "" if message.get("content") is None else part(message, "content", str)
         read.append((text, choice.get("finish_reason") != "length"))
     return read
