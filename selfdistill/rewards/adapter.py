@@ -1,13 +1,14 @@
 """Between rewards that may give feedback and TRL, which wants numbers."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from torch import nn
 
 from selfdistill.errors import UserError
+from selfdistill.rewards.base import AsksPolicy, RewardFunction
 from selfdistill.rewards.mix import Mix
 from selfdistill.rewards.result import normalise
 from selfdistill.rewards.scorer import PolicyScorer
@@ -15,7 +16,6 @@ from selfdistill.rollout import Rollouts
 
 # The column in which the trainer hands the batch over: what is known of it goes to the function, feedback comes back.
 ROLLOUTS = "_rollouts"
-RewardFunction = Callable[..., Any]
 
 
 class AdaptedReward:
@@ -27,7 +27,7 @@ class AdaptedReward:
 
     def bind(self, scorer: PolicyScorer) -> None:
         """Hands the policy to a function that asks for it."""
-        if hasattr(self.function, "bind"):
+        if isinstance(self.function, AsksPolicy):
             self.function.bind(scorer)
 
     def __call__(self, prompts: list, completions: list, **columns: Any) -> Sequence[float | None]:

@@ -1,14 +1,12 @@
 """Several rewards at once."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from selfdistill.errors import UserError
-from selfdistill.rewards.base import Result, Reward
+from selfdistill.rewards.base import AsksPolicy, Result, Reward, RewardFunction
 from selfdistill.rewards.result import normalise
 from selfdistill.rewards.scorer import PolicyScorer
-
-RewardFunction = Callable[..., Any]
 
 
 class Mix(Reward):
@@ -22,7 +20,7 @@ class Mix(Reward):
         weights: name → weight; a reward without one has weight 1.
     """
 
-    def __init__(self, rewards: Mapping[str, Any], weights: Mapping[str, float] | None = None) -> None:
+    def __init__(self, rewards: Mapping[str, RewardFunction], weights: Mapping[str, float] | None = None) -> None:
         weights = dict(weights or {})
         if not rewards:
             raise UserError("reward.rewards is empty; name at least one reward")
@@ -40,7 +38,7 @@ class Mix(Reward):
     def bind(self, scorer: PolicyScorer) -> None:
         """Hand the policy to every part that asks for it."""
         for _, function, _ in self.parts:
-            if hasattr(function, "bind"):
+            if isinstance(function, AsksPolicy):
                 function.bind(scorer)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[Result]:

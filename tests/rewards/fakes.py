@@ -44,6 +44,7 @@ class ReciteModel(nn.Module):
     def __init__(self, prompt: list[int], answer: list[int], confidence: float) -> None:
         super().__init__()
         self.text, self.confidence, self.start = [*prompt, *answer, EOS], confidence, len(prompt)
+        self.anchor = nn.Parameter(torch.empty(0))  # a model is where its parameters are
 
     def forward(self, input_ids: Tensor) -> SimpleNamespace:
         vocabulary = EOS + 1
