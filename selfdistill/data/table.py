@@ -40,9 +40,7 @@ class Table:
         message = pa.struct([("role", pa.string()), ("content", pa.string())])
         types = {"answer": pa.string(), "golden_response": pa.list_(pa.string()), "id": pa.string()}
         types["prompt"] = pa.string() if isinstance(self.rows[0].columns["prompt"], str) else pa.list_(message)
-        names = dict.fromkeys(TYPED_COLUMNS)
-        for row in self.rows:
-            names.update(dict.fromkeys(row.columns))
+        names = dict.fromkeys([*TYPED_COLUMNS, *(name for row in self.rows for name in row.columns)])
         columns = {}
         for name in names:
             values = [row.columns.get(name) for row in self.rows]

@@ -192,8 +192,6 @@ def answers_of(columns: Mapping[str, Any], field: str, count: int, reward: str) 
 
 
 def _as_texts(value: Any) -> list[str]:
-    if value is None:
-        return []
     values = value if isinstance(value, list | tuple) else [value]
     return [str(item) for item in values if item is not None]
 

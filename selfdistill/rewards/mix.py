@@ -20,7 +20,7 @@ class Mix(Reward):
         weights: name → weight; a reward without one has weight 1.
     """
 
-    def __init__(self, rewards: Mapping[str, RewardFunction], weights: Mapping[str, float] | None = None) -> None:
+    def __init__(self, rewards: Mapping[str, Any], weights: Mapping[str, float] | None = None) -> None:
         weights = dict(weights or {})
         if not rewards:
             raise UserError("reward.rewards is empty; name at least one reward")

@@ -50,9 +50,8 @@ def parse_calls(text: str) -> list[Call]:
 def _json_call(entry: Any) -> Call:
     if not isinstance(entry, dict) or not isinstance(entry.get("Action"), str):
         raise FormatError(f'A tool call has no "Action" with the name of a tool. Write {FORM}.')
-    return Call(
-        entry["Action"].strip(), _arguments(entry.get("Action_Input", entry.get("Action Input")), entry["Action"])
-    )
+    name, value = entry["Action"], entry.get("Action_Input", entry.get("Action Input"))
+    return Call(name.strip(), _arguments(value, name))
 
 
 def _line_call(body: str, line: re.Match[str], following: re.Match[str] | None) -> Call:

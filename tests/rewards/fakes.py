@@ -4,12 +4,13 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 EOS = len(LETTERS)
 
 
-class CharTokenizer:
+class CharTokenizer(PreTrainedTokenizerBase):
     """One id per letter; EOS follows the letters and never comes out of a text."""
 
     eos_token_id = EOS
