@@ -110,7 +110,7 @@ def load_data(
 
     train = tables.read(opened(path, key="data.path", format=format))
     if eval_path:
-        # `format` is said of `path`; it holds for `eval_path` too, unless that has an extension of its own.
+        # `format` describes `path`, and `eval_path` too unless that has a known extension.
         known = Path(eval_path).suffix.lower() in EXTENSIONS
         evaluation = tables.read(opened(eval_path, key="data.eval_path", format=None if known else format))
         warn_of_shared_prompts(train, evaluation)

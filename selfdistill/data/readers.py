@@ -1,6 +1,6 @@
 """Rows of JSONL, JSON, CSV and parquet files and of hub datasets, one by one, each with its place in the file.
 
-What is wrong with one row is said in its record, so that the caller may skip it; what is wrong with the whole file is
+A problem with one row stands in its record, so that the caller may skip the row; a problem with the whole file is
 raised.
 """
 

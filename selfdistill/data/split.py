@@ -58,7 +58,7 @@ class Selection:
         """At most so many rows, in the file's order; None for all. A larger choice includes the smaller ones."""
         if count is None or count >= len(table.rows):
             return table
-        # Ranked by line and id: by their prompts, these rows are sorted already where the file was split.
+        # Ranked by line and id, since the split has already divided the rows by the rank of their prompts.
         order = sorted(table.rows, key=lambda row: self._rank(f"{row.line} {row.columns['id']}"))
         return Table(table.source, sorted(order[:count], key=lambda row: row.line))
 

@@ -14,8 +14,8 @@ class Batch:
 
     Attributes:
         rows: their indices.
-        prompts: for every row the place of its prompt among the batch's distinct ones, whose pass is shared; None where
-            each row goes through with a prompt of its own.
+        prompts: for each row the number of its prompt among the batch's distinct ones, which go through the model once;
+            None where each row goes through with its own prompt.
         padded_tokens: what the model computes, padding included.
     """
 
