@@ -3,10 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from selfdistill.config.suggestions import guess
 from selfdistill.errors import UserError
+from selfdistill.rollout import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROBE = "Which template?"
 
@@ -35,13 +39,13 @@ class Prompts:
         if self.prompt_tokens and self.system:
             raise UserError("data.system has no place in raw text: leave out data.system or data.prompt_tokens.")
 
-    def prepare(self, tokenizer: Any) -> bool:
+    def prepare(self, tokenizer: "PreTrainedTokenizerBase") -> bool:
         """Set the template on the tokenizer; True when prompts are messages, False when they are plain strings.
 
         Raises:
             UserError: the tokenizer has no template, the file is absent, or the template cannot render one message.
         """
-        if self.prompt_tokens and not getattr(tokenizer, "is_fast", False):
+        if self.prompt_tokens and not tokenizer.is_fast:
             raise UserError(
                 "data.prompt_tokens needs a fast tokenizer, which this model does not have. Cut the text beforehand."
             )
@@ -49,7 +53,7 @@ class Prompts:
             return False
         if self.chat_template != "default":
             tokenizer.chat_template = _read(self.chat_template)
-        elif not getattr(tokenizer, "chat_template", None):
+        elif not tokenizer.chat_template:
             raise UserError(
                 "data.chat_template=default: this model's tokenizer has no chat template. "
                 "Write data.chat_template=none for raw text, or the path of a Jinja file."
@@ -69,11 +73,12 @@ class Prompts:
             )
         return True
 
-    def render(self, tokenizer: Any, prompt: str | list[dict[str, str]]) -> str:
+    def render(self, tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> str:
         """The text that the model is given for this prompt, ready for its answer."""
         if isinstance(prompt, str):
             return prompt
-        return tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **self.template_kwargs)
+        options = {"add_generation_prompt": True, **self.template_kwargs}
+        return str(tokenizer.apply_chat_template(prompt, tokenize=False, **options))
 
 
 def check_positive(**counts: int | None) -> None:
@@ -99,14 +104,14 @@ def _read(chat_template: str) -> str:
         ) from None
 
 
-def lengths(tokenizer: Any, texts: list[str], rendered: bool) -> list[int]:
+def lengths(tokenizer: "PreTrainedTokenizerBase", texts: list[str], rendered: bool) -> list[int]:
     """Tokens of each prompt as the trainer will have them: special tokens are added to plain text only."""
     if not texts:
         return []
     return [len(ids) for ids in tokenizer(texts, add_special_tokens=not rendered, verbose=False)["input_ids"]]
 
 
-def cut(tokenizer: Any, text: str, tokens: int) -> tuple[str, str]:
+def cut(tokenizer: "PreTrainedTokenizerBase", text: str, tokens: int) -> tuple[str, str]:
     """The text of the first `tokens` tokens, and the rest; together they are the whole text."""
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
     if len(offsets) <= tokens:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfdistill.config.suggestions import guess
-from selfdistill.data.chat import Prompts
+from selfdistill.data.chat import Prompts, check_positive
 from selfdistill.data.rows import OPTIONAL, Fields, RowReader
 from selfdistill.data.sources import EXTENSIONS, open_source
 from selfdistill.data.split import Selection, warn_of_shared_prompts
@@ -17,6 +17,7 @@ from selfdistill.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class DataSplits:
 def load_data(
     *,
     path: str,
-    tokenizer: Any,
+    tokenizer: "PreTrainedTokenizerBase",
     format: str | None = None,
     split: str | None = None,
     subset: str | None = None,
@@ -100,7 +101,8 @@ def load_data(
     if not path:
         raise UserError("data.path is empty: write the file to train on.")
     prompts = Prompts(system, prompt_tokens, max_prompt_tokens, chat_template, dict(chat_template_kwargs or {}))
-    selection = Selection(None if eval_path else eval_fraction, max_train_rows, max_eval_rows, seed)
+    selection = Selection(None if eval_path else eval_fraction, seed)
+    check_positive(max_train_rows=max_train_rows, max_eval_rows=max_eval_rows)
     fields = Fields(prompt_field, text_field, answer_field, demonstration_field, system_field, messages_field, id_field)
     reader = RowReader(fields, tokenizer, prompts.prepare(tokenizer), system or None, prompt_tokens)
     tables = TableReader(reader, prompts, on_bad_row, _required(fields, require))
@@ -108,7 +110,7 @@ def load_data(
 
     train = tables.read(opened(path, key="data.path", format=format))
     if eval_path:
-        # `format` is said of `path`; it holds for `eval_path` too, unless that has an extension of its own.
+        # `format` describes `path`, and `eval_path` too unless that has a known extension.
         known = Path(eval_path).suffix.lower() in EXTENSIONS
         evaluation = tables.read(opened(eval_path, key="data.eval_path", format=None if known else format))
         warn_of_shared_prompts(train, evaluation)
@@ -117,7 +119,7 @@ def load_data(
     if tables.bad_rows:
         first = tables.bad_rows[0]
         log.warning("%d rows were skipped, the first: %s, %d: %s", len(tables.bad_rows), *first.values())
-    train, evaluation = selection.sample(train, evaluation)
+    train, evaluation = selection.sample(train, max_train_rows), selection.sample(evaluation, max_eval_rows)
     return DataSplits(train.dataset(), evaluation.dataset(), tables.bad_rows)
 
 

@@ -1,19 +1,22 @@
 """Rows of JSONL, JSON, CSV and parquet files and of hub datasets, one by one, each with its place in the file.
 
-What is wrong with one row is said in its record, so that the caller may skip it; what is wrong with the whole file is
+A problem with one row stands in its record, so that the caller may skip the row; a problem with the whole file is
 raised.
 """
 
 import csv
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from selfdistill.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 BOM = b"\xef\xbb\xbf"
 
@@ -40,7 +43,9 @@ def _refuse_utf16(head: bytes, name: str) -> None:
         raise UserError(f"{name}, line 1: the file is UTF-16 (byte offset 0). Save it as UTF-8.")
 
 
-def _json_error(error: json.JSONDecodeError) -> str:
+def _json_error(error: json.JSONDecodeError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "malformed JSON: nested too deeply"
     return f"malformed JSON at column {error.colno}: {error.msg}"
 
 
@@ -70,13 +75,11 @@ def jsonl_records(file: Path, name: str) -> Iterator[Record]:
                 )
             try:
                 yield Record(number, json.loads(text))
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 hint = ""
                 if text in ("{", "[") or text.startswith(("}", "]")):
                     hint = " (an object must stand on one line; for a list over many lines: data.format=json)"
                 yield Record(number, error=_json_error(error) + hint)
-            except RecursionError:
-                yield Record(number, error="malformed JSON: nested too deeply")
 
 
 def json_records(file: Path, name: str) -> Iterator[Record]:
@@ -96,34 +99,29 @@ def json_records(file: Path, name: str) -> Iterator[Record]:
 
     position = skip(0)
     if position == len(text):
-        raise UserError(f"{name} is empty: it has no rows.")
+        return
     if text[position] != "[":
         raise UserError(f"{name}: {_not_a_list(text[position:])}")
     line, counted = 1, 0
     position = skip(position + 1)
-    closed = text[position : position + 1] == "]"
-    if closed:
-        position = skip(position + 1)
+    closed = text.startswith("]", position)
     while not closed:
         line, counted = line + text.count("\n", counted, position), position
         try:
             value, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{name}, line {error.lineno}: {_json_error(error)}.") from None
-        except RecursionError:
-            raise UserError(f"{name}, line {line}: malformed JSON: nested too deeply.") from None
+        except (json.JSONDecodeError, RecursionError) as error:
+            line = error.lineno if isinstance(error, json.JSONDecodeError) else line
+            raise UserError(f"{name}, line {line}: {_json_error(error)}.") from None
         yield Record(line, value)
         position = skip(position)
-        separator = text[position : position + 1]
-        if separator not in (",", "]"):
-            place = f"{name}, line {_line(text, position)}"
-            found = f"found {separator!r}" if separator else "the file ends here"
-            raise UserError(f"{place}: malformed JSON: ',' or ']' expected after a row, {found}.")
-        closed = separator == "]"
-        position = skip(position + 1)
-    if position != len(text):
-        place = f"{name}, line {_line(text, position)}"
-        raise UserError(f"{place}: malformed JSON: text after the end of the list.")
+        closed = text.startswith("]", position)
+        if not closed and not text.startswith(",", position):
+            found = f"found {text[position]!r}" if position < len(text) else "the file ends here"
+            problem = f"malformed JSON: ',' or ']' expected after a row, {found}"
+            raise UserError(f"{name}, line {_line(text, position)}: {problem}.")
+        position = position if closed else skip(position + 1)
+    if (position := skip(position + 1)) != len(text):
+        raise UserError(f"{name}, line {_line(text, position)}: malformed JSON: text after the end of the list.")
 
 
 def _not_a_list(text: str) -> str:
@@ -149,35 +147,27 @@ def csv_records(file: Path, name: str) -> Iterator[Record]:
     # Wrong bytes survive decoding as lone surrogates, so that only the row that has them is refused.
     with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         reader = csv.reader(lines, strict=True)
+        line = 1
         try:
             header = next(reader, [])
-        except csv.Error as error:
-            raise UserError(f"{name}, line 1: malformed CSV: {error}.") from None
-        _check_header(header, name)
-        while True:
+            _check_header(header, name)
             line = reader.line_num + 1
-            try:
-                cells = next(reader, None)
-            except csv.Error as error:
-                raise UserError(
-                    f"{name}, line {line}: malformed CSV: {error}. Is a quotation mark not closed?"
-                ) from None
-            if cells is None:
-                return
-            if not cells:
-                continue
-            wrong = re.search("[\udc80-\udcff]", "".join(cells))
-            if wrong:
-                byte = ord(wrong.group()) - 0xDC00
-                yield Record(line, error=f"is not UTF-8: it has the byte 0x{byte:02x}. Save the file as UTF-8")
-            elif len(cells) != len(header):
-                yield Record(
-                    line,
-                    error=f"has {len(cells)} cells, the header has {len(header)} ({', '.join(header)}). "
-                    "Put cells that contain a comma in quotation marks",
-                )
-            else:
-                yield Record(line, {field: cell or None for field, cell in zip(header, cells, strict=True)})
+            for cells in reader:
+                if cells:
+                    yield _csv_record(line, cells, header)
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise UserError(f"{name}, line {line}: malformed CSV: {error}. Is a quotation mark not closed?") from None
+
+
+def _csv_record(line: int, cells: list[str], header: list[str]) -> Record:
+    if wrong := re.search("[\udc80-\udcff]", "".join(cells)):
+        byte = ord(wrong.group()) - 0xDC00
+        return Record(line, error=f"is not UTF-8: it has the byte 0x{byte:02x}. Save the file as UTF-8")
+    if len(cells) != len(header):
+        problem = f"has {len(cells)} cells, the header has {len(header)} ({', '.join(header)})"
+        return Record(line, error=f"{problem}. Put cells that contain a comma in quotation marks")
+    return Record(line, {field: cell or None for field, cell in zip(header, cells, strict=True)})
 
 
 def _check_header(header: Sequence[str], name: str) -> None:
@@ -195,14 +185,18 @@ def parquet_records(file: Path, name: str) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
+    record = Record(0)
     try:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=1000):
-            for row in batch.to_pylist():
-                number += 1
-                yield Record(number, row)
+        for record in _numbered(pq.ParquetFile(file).iter_batches(batch_size=1000)):
+            yield record
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{name} can't be read as parquet, after {number} rows: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{name} can't be read as parquet, after {record.line} rows: {reason}") from None
+
+
+def _numbered(tables: Iterable["pa.Table | pa.RecordBatch"]) -> Iterator[Record]:
+    rows = (row for table in tables for row in table.to_pylist())
+    return (Record(number, row) for number, row in enumerate(rows, start=1))
 
 
 @contextmanager
@@ -234,11 +228,7 @@ def hub_records(path: str, key: str, split: str | None, subset: str | None, loca
         if len(splits) > 1 and "train" not in splits:
             raise UserError(f"{key}={path} has the splits {', '.join(splits)}. Write data.split=one of them.")
         dataset = dataset["train" if "train" in splits else splits[0]]
-    number = 0
-    for table in dataset.with_format("arrow").iter(batch_size=1000):
-        for row in table.to_pylist():
-            number += 1
-            yield Record(number, row)
+    yield from _numbered(dataset.with_format("arrow").iter(batch_size=1000))
 
 
 def _hub_error(error: Exception, subset: str | None, split: str | None, local_files_only: bool) -> str:

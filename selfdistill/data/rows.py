@@ -7,6 +7,7 @@ from typing import Any
 
 from selfdistill.config.suggestions import nearest
 from selfdistill.data.chat import cut
+from selfdistill.rollout import Message, Prompt
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 MESSAGE = '{"role": "user", "content": "…"}'
@@ -84,29 +85,23 @@ class RowReader:
 
     def _raw_text_field(self, raw: dict[str, Any]) -> str:
         field = self.fields.text or ""
-        if not _find(raw, field)[0]:
-            instead = f" (write data.text_field={self.fields.prompt})" if _find(raw, self.fields.prompt)[0] else ""
-            raise BadRow(
-                f"data.prompt_tokens cuts raw text, and there is no field '{field}'{instead}"
-                + _available(raw, {"text_field": field})
-            )
-        return field
+        if _find(raw, field)[0]:
+            return field
+        instead = f" (write data.text_field={self.fields.prompt})" if _find(raw, self.fields.prompt)[0] else ""
+        others = _available(raw, {"text_field": field})
+        raise BadRow(f"data.prompt_tokens cuts raw text, and there is no field '{field}'{instead}{others}")
 
     def _prompt_field(self, raw: dict[str, Any]) -> str:
         """The field that the prompt is made of: the first one that has a value, else the first one that is there."""
-        names = {
-            "prompt_field": self.fields.prompt,
-            "messages_field": self.fields.messages,
-            "text_field": self.fields.text,
-        }
-        candidates = {key: field for key, field in names.items() if field}
+        names = ("prompt", "messages", "text")
+        candidates = {f"{name}_field": field for name in names if (field := getattr(self.fields, name))}
         found = [field for field in candidates.values() if _find(raw, field)[0]]
         if not found:
             wanted = " or ".join(f"'{field}'" for field in candidates.values())
             raise BadRow(f"no field {wanted}{_available(raw, candidates)}")
         return next((field for field in found if _find(raw, field)[1] is not None), found[0])
 
-    def _prompt(self, raw: dict[str, Any], field: str) -> tuple[Any, list[str]]:
+    def _prompt(self, raw: dict[str, Any], field: str) -> tuple[Prompt, list[str]]:
         """The prompt, and the assistant's message that follows it in a conversation, if any."""
         value = _find(raw, field)[1]
         if field == self.fields.messages or (field == self.fields.prompt and isinstance(value, list)):
@@ -116,7 +111,7 @@ class RowReader:
             return (f"{system}\n\n{text}" if system else text), []
         return [*_system_message(system), {"role": "user", "content": text}], []
 
-    def _conversation(self, raw: dict[str, Any], field: str, value: Any) -> tuple[list[dict[str, str]], list[str]]:
+    def _conversation(self, raw: dict[str, Any], field: str, value: Any) -> tuple[list[Message], list[str]]:
         if not self.conversational:
             raise BadRow(
                 f"field '{field}' holds messages, which need a chat template: write data.chat_template=default"
@@ -133,22 +128,19 @@ class RowReader:
             prompt = [*_system_message(system), *(message for message in prompt if message["role"] != "system")]
         return prompt, [rest[0]["content"]] if rest and rest[0]["role"] == "assistant" else []
 
-    def _message(self, field: str, number: int, message: Any) -> dict[str, str]:
+    def _message(self, field: str, number: int, message: Any) -> Message:
+        place = f"field '{field}', message {number}"
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise BadRow(f"field '{field}', message {number} must be {MESSAGE}, this is {_kind(message)}")
-        if message["role"] not in ROLES:
-            raise BadRow(
-                f"field '{field}', message {number}: the role {message['role']!r} is not one of {', '.join(ROLES)}"
-            )
-        if not isinstance(message["content"], str) or not message["content"].strip():
-            kind = _kind(message["content"])
-            raise BadRow(
-                f"field '{field}', message {number}: the content must be text that is not empty, this is {kind}"
-            )
-        _refuse_surrogates(field, message["content"])
-        return {"role": message["role"], "content": message["content"]}
+            raise BadRow(f"{place} must be {MESSAGE}, this is {_kind(message)}")
+        role, content = message["role"], message["content"]
+        if role not in ROLES:
+            raise BadRow(f"{place}: the role {role!r} is not one of {', '.join(ROLES)}")
+        if not isinstance(content, str) or not content.strip():
+            raise BadRow(f"{place}: the content must be text that is not empty, this is {_kind(content)}")
+        _refuse_surrogates(field, content)
+        return {"role": role, "content": content}
 
-    def _text(self, raw: dict[str, Any], field: str) -> str:
+    def _text(self, raw: dict[str, Any], field: str | None) -> str:
         value = _find(raw, field)[1]
         if value is None or (isinstance(value, str) and not value.strip()):
             raise BadRow(f"field '{field}' is empty")
@@ -163,17 +155,16 @@ class RowReader:
         value = _find(raw, self.fields.system)[1]
         if not (value is None or isinstance(value, str)):
             raise BadRow(f"field '{self.fields.system}' must be text or null, this is {_kind(value)}")
-        _refuse_surrogates(self.fields.system or "", value or "")
+        _refuse_surrogates(self.fields.system, value or "")
         return value or None
 
     def _answer(self, raw: dict[str, Any]) -> str | None:
-        field = self.fields.answer
-        value = _find(raw, field)[1]
+        value = _find(raw, self.fields.answer)[1]
         if value is None:
             return None
         if isinstance(value, int | float) and not isinstance(value, bool):
             return str(value)
-        return self._text(raw, field or "")
+        return self._text(raw, self.fields.answer)
 
     def _demonstrations(self, raw: dict[str, Any]) -> list[str]:
         field = self.fields.demonstration
@@ -181,13 +172,12 @@ class RowReader:
         if value is None:
             return []
         values = value if isinstance(value, list) else [value]
-        wrong = [item for item in values if not isinstance(item, str)]
-        if wrong:
+        if wrong := [item for item in values if not isinstance(item, str)]:
             raise BadRow(f"field '{field}' must be a list of texts, [\"…\"], this has {_kind(wrong[0])}")
         if not values or not all(item.strip() for item in values):
             raise BadRow(f"field '{field}' is empty")
         for item in values:
-            _refuse_surrogates(field or "", item)
+            _refuse_surrogates(field, item)
         return values
 
     def _id(self, raw: dict[str, Any], line: int) -> str:
@@ -202,7 +192,7 @@ class RowReader:
         return str(value)
 
 
-def _system_message(system: str | None) -> list[dict[str, str]]:
+def _system_message(system: str | None) -> list[Message]:
     return [{"role": "system", "content": system}] if system else []
 
 
@@ -230,12 +220,10 @@ def _available(raw: Mapping[str, Any], wanted: Mapping[str, str]) -> str:
     return f"; the row has {', '.join(names) or 'no fields'}. Say which one it is with data.{key}=NAME"
 
 
-def _refuse_surrogates(field: str, text: str) -> None:
+def _refuse_surrogates(field: str | None, text: str) -> None:
     if wrong := SURROGATE.search(text):
-        code = f"\\u{ord(wrong.group()):04x}"
-        raise BadRow(
-            f"field '{field}' has half a character, {code}, which no tokenizer takes. Write the whole character"
-        )
+        problem = f"half a character, \\u{ord(wrong.group()):04x}, which no tokenizer takes"
+        raise BadRow(f"field '{field}' has {problem}. Write the whole character")
 
 
 def _kind(value: Any) -> str:

@@ -10,9 +10,11 @@ from selfdistill.config.suggestions import closest, guess, nearest
 from selfdistill.data.readers import Record, csv_records, hub_records, json_records, jsonl_records, parquet_records
 from selfdistill.errors import UserError
 
-FORMATS = ("jsonl", "json", "parquet", "csv", "hub")
+READERS = {"jsonl": jsonl_records, "json": json_records, "parquet": parquet_records, "csv": csv_records}
+FORMATS = (*READERS, "hub")
 EXTENSIONS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 EMBEDDED_PREFIX = "embedded:"
+LISTED = 5  # files that a message names at most
 # File types that people try and that are not read; without this list `folder/file.txt` would look like a hub name.
 OTHER_EXTENSIONS = {
     ".txt", ".tsv", ".md", ".yaml", ".yml", ".xml", ".xlsx", ".xls", ".arrow", ".pkl",
@@ -89,10 +91,10 @@ def _guess_format(path: str, file: Path, key: str) -> str:
     )
 
 
-def _listing(folder: Path, limit: int = 5) -> str:
+def _listing(folder: Path) -> str:
     names = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in EXTENSIONS)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return f"it holds {', '.join(names[:limit])}{more}" if names else f"it holds no {', '.join(EXTENSIONS)} file"
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f"it holds {', '.join(names[:LISTED])}{more}" if names else f"it holds no {', '.join(EXTENSIONS)} file"
 
 
 def _near_file(file: Path) -> str:
@@ -115,5 +117,4 @@ def _embedded_file(name: str, key: str) -> Path:
 def _file_source(file: Path, name: str, format: str) -> RowSource:
     if file.stat().st_size == 0:
         raise UserError(f"{name} is empty: it has no rows.")
-    readers = {"jsonl": jsonl_records, "json": json_records, "csv": csv_records, "parquet": parquet_records}
-    return RowSource(name, "row" if format == "parquet" else "line", readers[format](file, name))
+    return RowSource(name, "row" if format == "parquet" else "line", READERS[format](file, name))

@@ -4,11 +4,10 @@ import hashlib
 import json
 import logging
 from dataclasses import dataclass
-from typing import Any
 
-from selfdistill.data.chat import check_positive
 from selfdistill.data.table import Table
 from selfdistill.errors import UserError
+from selfdistill.rollout import Prompt
 
 log = logging.getLogger(__name__)
 
@@ -22,8 +21,6 @@ class Selection:
     """
 
     eval_fraction: float | None
-    max_train_rows: int | None
-    max_eval_rows: int | None
     seed: int
 
     def __post_init__(self) -> None:
@@ -32,7 +29,6 @@ class Selection:
                 f"data.eval_fraction={self.eval_fraction} must lie between 0 and 1, both excluded: 0.1 keeps a tenth "
                 "of the prompts for evaluation. Or give a file with data.eval_path."
             )
-        check_positive(max_train_rows=self.max_train_rows, max_eval_rows=self.max_eval_rows)
 
     def split(self, table: Table) -> tuple[Table, Table]:
         """Rows for training and for evaluation, both in the file's order; at least one distinct prompt for evaluation.
@@ -58,14 +54,11 @@ class Selection:
             Table(table.source, [row for row, key in rows if key in held_out]),
         )
 
-    def sample(self, train: Table, evaluation: Table) -> tuple[Table, Table]:
-        """At most the configured number of rows of each, in the file's order."""
-        return self._sample(train, self.max_train_rows), self._sample(evaluation, self.max_eval_rows)
-
-    def _sample(self, table: Table, count: int | None) -> Table:
+    def sample(self, table: Table, count: int | None) -> Table:
+        """At most so many rows, in the file's order; None for all. A larger choice includes the smaller ones."""
         if count is None or count >= len(table.rows):
             return table
-        # Ranked by line and id: by their prompts, these rows are sorted already where the file was split.
+        # Ranked by line and id, since the split has already divided the rows by the rank of their prompts.
         order = sorted(table.rows, key=lambda row: self._rank(f"{row.line} {row.columns['id']}"))
         return Table(table.source, sorted(order[:count], key=lambda row: row.line))
 
@@ -89,5 +82,5 @@ def warn_of_shared_prompts(train: Table, evaluation: Table) -> None:
         )
 
 
-def _key(prompt: Any) -> str:
+def _key(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)

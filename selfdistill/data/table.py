@@ -40,9 +40,7 @@ class Table:
         message = pa.struct([("role", pa.string()), ("content", pa.string())])
         types = {"answer": pa.string(), "golden_response": pa.list_(pa.string()), "id": pa.string()}
         types["prompt"] = pa.string() if isinstance(self.rows[0].columns["prompt"], str) else pa.list_(message)
-        names = dict.fromkeys(TYPED_COLUMNS)
-        for row in self.rows:
-            names.update(dict.fromkeys(row.columns))
+        names = dict.fromkeys([*TYPED_COLUMNS, *(name for row in self.rows for name in row.columns)])
         columns = {}
         for name in names:
             values = [row.columns.get(name) for row in self.rows]
@@ -91,14 +89,14 @@ class TableReader:
         seen: dict[str, int] = {}
         rows: list[CheckedRow] = []
         batch: list[CheckedRow] = []
-        any_row = False
         for record in source.records:
-            any_row = True
             try:
                 if record.error is not None:
                     raise BadRow(record.error)
                 row = self.reader.read(record.line, record.value)
-                self._refuse_duplicate(row, seen, source.unit)
+                name = row.columns["id"]
+                if "id" in row.present and (first := seen.setdefault(name, row.line)) != row.line:
+                    raise BadRow(f"the id '{name}' is already that of {source.unit} {first}; ids must differ")
             except BadRow as error:
                 self._refuse(source, record.line, str(error))
                 continue
@@ -112,13 +110,13 @@ class TableReader:
                 rows += self._short_enough(batch, source)
                 batch = []
         rows = self._complete(rows + self._short_enough(batch, source), source)
-        if not any_row:
+        bad = self.bad_rows[before:]
+        if not rows and not bad:
             raise UserError(f"{source.name} is empty: it has no rows.")
         if not rows:
-            bad = self.bad_rows[before]
             raise UserError(
-                f"{source.name}: all {len(self.bad_rows) - before} rows are bad, so nothing is left. "
-                f"The first: {source.unit} {bad['line']}: {_sentence(bad['reason'])}"
+                f"{source.name}: all {len(bad)} rows are bad, so nothing is left. "
+                f"The first: {source.unit} {bad[0]['line']}: {_sentence(bad[0]['reason'])}"
             )
         return Table(source, rows)
 
@@ -127,27 +125,19 @@ class TableReader:
             raise UserError(f"{source.place(line)}: {_sentence(reason)} {SKIP_HINT}")
         self.bad_rows.append({"file": source.name, "line": line, "reason": reason})
 
-    def _refuse_duplicate(self, row: CheckedRow, seen: dict[str, int], unit: str) -> None:
-        if "id" not in row.present:
-            return
-        first = seen.setdefault(row.columns["id"], row.line)
-        if first != row.line:
-            raise BadRow(f"the id '{row.columns['id']}' is already that of {unit} {first}; ids must differ")
-
     def _short_enough(self, rows: list[CheckedRow], source: RowSource) -> list[CheckedRow]:
         """The rows whose prompts are within the limit. Raw text is cut, and so is never too long."""
         limit = self.prompts.max_prompt_tokens
         if limit is None or self.prompts.prompt_tokens:
             return rows
         tokenizer = self.reader.tokenizer
-        kept, texts = [], []
+        kept, texts, short = [], [], []
         for row in rows:
             try:
                 texts.append(self.prompts.render(tokenizer, row.columns["prompt"]))
                 kept.append(row)
             except Exception as error:  # templates refuse roles or orders of turns by raising what they like
                 self._refuse(source, row.line, f"the chat template refuses these messages: {error}")
-        short = []
         for row, tokens in zip(kept, lengths(tokenizer, texts, self.reader.conversational), strict=True):
             if tokens <= limit:
                 short.append(row)
@@ -160,11 +150,12 @@ class TableReader:
         """The rows without those that lack a field which is required, or which other rows of the file have."""
         for name in OPTIONAL:
             if name in self.required or any(name in row.present for row in rows):
-                problems = [self._missing(row, name) for row in rows]
-                for row, problem in zip(rows, problems, strict=True):
-                    if problem:
+                candidates, rows = rows, []
+                for row in candidates:
+                    if problem := self._missing(row, name):
                         self._refuse(source, row.line, problem)
-                rows = [row for row, problem in zip(rows, problems, strict=True) if not problem]
+                    else:
+                        rows.append(row)
         return rows
 
     def _missing(self, row: CheckedRow, name: str) -> str | None:

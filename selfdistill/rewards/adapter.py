@@ -1,21 +1,22 @@
 """Between rewards that may give feedback and TRL, which wants numbers."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from torch import nn
 
 from selfdistill.errors import UserError
+from selfdistill.rewards.base import AsksPolicy, RewardFunction
 from selfdistill.rewards.mix import Mix
 from selfdistill.rewards.result import normalise
 from selfdistill.rewards.scorer import PolicyScorer
 from selfdistill.rollout import Rollouts
 
-# The column in which the trainer hands the batch over: what is known of it goes to the function, feedback comes back.
+# The column in which the trainer passes the whole batch. The function gets what is known of it, and its feedback is
+# written onto it.
 ROLLOUTS = "_rollouts"
-RewardFunction = Callable[..., Any]
 
 
 class AdaptedReward:
@@ -27,7 +28,7 @@ class AdaptedReward:
 
     def bind(self, scorer: PolicyScorer) -> None:
         """Hands the policy to a function that asks for it."""
-        if hasattr(self.function, "bind"):
+        if isinstance(self.function, AsksPolicy):
             self.function.bind(scorer)
 
     def __call__(self, prompts: list, completions: list, **columns: Any) -> Sequence[float | None]:
@@ -42,7 +43,7 @@ class AdaptedReward:
 
 
 class AsyncAdaptedReward(AdaptedReward):
-    """The same of a coroutine function, which TRL awaits."""
+    """The same for a coroutine function, which TRL awaits."""
 
     async def __call__(self, prompts: list, completions: list, **columns: Any) -> Sequence[float | None]:  # type: ignore[override]
         rollouts = _take_rollouts(columns)
@@ -51,9 +52,9 @@ class AsyncAdaptedReward(AdaptedReward):
 
 
 def _take_rollouts(columns: dict[str, Any]) -> Rollouts:
-    """Takes the batch out of its column, and gives the function what is known of it beyond the dataset's columns."""
+    """Takes the batch out of its column, and adds to the columns what is known of it beyond the dataset."""
     rollouts: Rollouts = columns.pop(ROLLOUTS)[0]
-    if rollouts.prompt_ids:  # a rollout function of the user's own does not say them
+    if rollouts.prompt_ids:  # unknown where the user's own rollout function made the batch
         columns["prompt_ids"] = rollouts.prompt_ids
     if rollouts.policy_logps is not None:
         rows = zip(rollouts.policy_logps, rollouts.completion_ids, strict=True)

@@ -1,12 +1,16 @@
 """How likely the reference answer becomes after the completion's reasoning. No answer is ever parsed or compared."""
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from torch import Tensor
+
 from selfdistill.errors import UserError
-from selfdistill.rewards.base import PolicyReward, answers_of, check_choice
+from selfdistill.rewards.base import PolicyReward, check_choice
+from selfdistill.rewards.batching import Ids
 from selfdistill.rewards.scorer import to_lists
 
 Reduce = Literal["mean_prob", "prod", "geo_mean", "mean_logp"]
@@ -43,64 +47,56 @@ class AnswerLikelihood(PolicyReward):
         if self.missing_delimiter == "zero" and (self.delimiter is None or self.reduce == "mean_logp"):
             raise UserError("reward.missing_delimiter=zero needs a delimiter and a reduce other than mean_logp")
 
-    def __call__(
-        self,
-        prompts: Sequence[Any],
-        completions: Sequence[Any],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        prompt_ids: Sequence[Sequence[int]] | None = None,
-        **columns: Any,
+    def _scores(
+        self, prompt_ids: Ids, completion_ids: Ids, logprobs: Sequence[Tensor] | None, columns: Mapping[str, Any]
     ) -> list[float | None]:
-        prompt_ids, completion_ids = self._token_ids(prompts, completions, prompt_ids, completion_ids)
-        accepted = answers_of(columns, self.answer_field, len(completion_ids), self.__name__)
+        answers = self._answers(columns, self.answer_field, len(completion_ids))
         opening = self.scorer.encode(self.delimiter) if self.delimiter else []
 
         scores: list[float | None] = [None] * len(completion_ids)
         # Each question is a context and an answer; the number is its place in the pass of the policy.
         questions: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
-        with_reasoning: dict[int, int] = {}
-        without_reasoning: dict[int, int] = {}
-        for row, (prompt, ids, texts) in enumerate(zip(prompt_ids, completion_ids, accepted, strict=True)):
-            content, answer = self.scorer.without_eos(ids), self.scorer.encode(texts[0]) if texts else []
+        places: dict[int, list[int]] = {}
+        for row, (prompt, ids, answer) in enumerate(zip(prompt_ids, completion_ids, answers, strict=True)):
+            content = self.scorer.without_eos(ids)
             if not content or not answer:
                 continue
             reasoning = self._reasoning(content)
             if reasoning is None and self.missing_delimiter == "zero":
                 scores[row] = 0.0
                 continue
-            after = (*prompt, *(reasoning if reasoning is not None else [*content, *opening]))
-            with_reasoning[row] = questions.setdefault((after, tuple(answer)), len(questions))
+            contexts = [(*prompt, *(reasoning if reasoning is not None else [*content, *opening]))]
             if self.debias:  # completions of one prompt share this question
-                bare = ((*prompt, *opening), tuple(answer))
-                without_reasoning[row] = questions.setdefault(bare, len(questions))
+                contexts.append((*prompt, *opening))
+            asked = [(context, tuple(answer)) for context in contexts]
+            places[row] = [questions.setdefault(question, len(questions)) for question in asked]
         if questions:
-            contexts, answers = (list(part) for part in zip(*questions, strict=True))
-            values = [self._reduced(row) for row in to_lists(self.scorer.token_logprobs(contexts, answers))]
-            for row, place in with_reasoning.items():
-                value = values[place]
-                scores[row] = self._debiased(value, values[without_reasoning[row]]) if self.debias else value
+            found = self.scorer.token_logprobs(*(list(part) for part in zip(*questions, strict=True)))
+            values = [self._reduced(row) for row in to_lists(found)]
+            for row, (place, *bare) in places.items():
+                gain = values[place] - sum(values[other] for other in bare)
+                scores[row] = min(1.0, max(0.0, gain)) if bare and self.reduce != "mean_logp" else gain
         return scores
 
     def _reasoning(self, content: list[int]) -> list[int] | None:
         """The sampled ids up to the end of the delimiter; None where it does not occur."""
         if not self.delimiter:
             return content
-        decode = self.scorer.tokenizer.decode
-        if self.delimiter not in decode(content):
+
+        def decoded(tokens: int) -> str:
+            return str(self.scorer.tokenizer.decode(content[:tokens]))
+
+        opening = self.delimiter
+        if opening not in decoded(len(content)):
             return None
-        # The shortest prefix that holds the delimiter, by bisection: every longer one holds it too.
-        low, high = 1, len(content)
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if self.delimiter in decode(content[:middle]) else (middle + 1, high)
-        text = decode(content[:low])
-        tail = text[text.index(self.delimiter) + len(self.delimiter) :]
-        if not tail.strip():
-            return content[:low]
+        # The shortest prefix that holds the delimiter: every longer one holds it too.
+        tokens = bisect_left(range(len(content)), True, lo=1, key=lambda tokens: opening in decoded(tokens))
+        text = decoded(tokens)
+        end = text.index(opening) + len(opening)
+        if not text[end:].strip():
+            return content[:tokens]
         # The last token also holds the beginning of the model's answer: only its part of the delimiter is encoded.
-        before = decode(content[: low - 1])
-        end = len(text) - len(tail)
-        return [*content[: low - 1], *self.scorer.encode(text[len(before) : end])]
+        return [*content[: tokens - 1], *self.scorer.encode(text[len(decoded(tokens - 1)) : end])]
 
     def _reduced(self, logprobs: list[float]) -> float:
         total = math.fsum(logprobs)
@@ -112,7 +108,3 @@ class AnswerLikelihood(PolicyReward):
             case "geo_mean":
                 return math.exp(total / len(logprobs))
         return total / len(logprobs)
-
-    def _debiased(self, value: float, baseline: float) -> float:
-        gain = value - baseline
-        return gain if self.reduce == "mean_logp" else min(1.0, max(0.0, gain))

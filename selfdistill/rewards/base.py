@@ -5,16 +5,19 @@ and leaves the group's baseline), or {"score", "feedback"}.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 from torch import Tensor
 
 from selfdistill.errors import UserError
+from selfdistill.models.generation import tokenize
+from selfdistill.rewards.batching import Ids
 from selfdistill.rewards.scorer import PolicyScorer
 from selfdistill.rollout import text_of
 
+RewardFunction = Callable[..., Any]
 Result = float | None | dict[str, Any]
 Feedback = Literal["none", "verdict", "answer"]
 
@@ -108,8 +111,20 @@ class Judge(Reward):
         return f"{wrong.verdict} {wrong.answer}" if self.feedback == "answer" else wrong.verdict
 
 
+@runtime_checkable
+class AsksPolicy(Protocol):
+    """A reward that is given the policy before its first call."""
+
+    def bind(self, scorer: PolicyScorer) -> None:
+        """Use this scorer from now on."""
+
+
 class PolicyReward(Reward):
-    """A reward that asks the current policy for log-probabilities. `bind` gives it the policy before the first call."""
+    """A reward that asks the current policy for log-probabilities. Subclasses give `_scores` alone.
+
+    Raises:
+        ValueError: no policy is bound, or `policy_logprobs` has not one value for each completion token.
+    """
 
     _scorer: PolicyScorer | None = None
 
@@ -123,32 +138,41 @@ class PolicyReward(Reward):
             raise ValueError(f"{type(self).__name__} needs the policy: call bind(PolicyScorer(model, tokenizer)) first")
         return self._scorer
 
-    def _token_ids(
+    def __call__(
         self,
         prompts: Sequence[Any],
         completions: Sequence[Any],
-        prompt_ids: Sequence[Sequence[int]] | None,
-        completion_ids: Sequence[Sequence[int]] | None,
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        """The ids as given. Our trainer gives both; for another caller, what is missing is encoded from the text."""
+        completion_ids: Ids | None = None,
+        prompt_ids: Ids | None = None,
+        policy_logprobs: Sequence[Tensor] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """Scores by token ids. Our trainer gives them; for another caller, they are encoded from the text."""
         if prompt_ids is None:
-            prompt_ids = self.scorer.encode_prompts(prompts)
+            prompt_ids = [tokenize(prompt, self.scorer.tokenizer) for prompt in prompts]
         if completion_ids is None:
-            completion_ids = self.scorer.encode_completions(completions)
-        return [list(ids) for ids in prompt_ids], [list(ids) for ids in completion_ids]
+            completion_ids = [self.scorer.encode(text_of(completion)) for completion in completions]
+        given, wanted = ([len(row) for row in rows] for rows in (policy_logprobs or [], completion_ids))
+        if policy_logprobs is not None and given != wanted:
+            raise ValueError(f"policy_logprobs has {given} values a row, the completions have {wanted} tokens")
+        return self._scores([list(i) for i in prompt_ids], [list(i) for i in completion_ids], policy_logprobs, columns)
+
+    def _scores(
+        self, prompt_ids: Ids, completion_ids: Ids, logprobs: Sequence[Tensor] | None, columns: Mapping[str, Any]
+    ) -> list[float | None]:
+        """The score of each completion; `logprobs` are those of its own tokens, where they are known already."""
+        raise NotImplementedError
+
+    def _answers(self, columns: Mapping[str, Any], field: str, count: int) -> list[list[int]]:
+        """The first accepted answer of each row as token ids; of a row without an answer, none."""
+        accepted = answers_of(columns, field, count, self.__name__)
+        return [self.scorer.encode(texts[0]) if texts else [] for texts in accepted]
 
 
 def check_choice(key: str, value: str, allowed: Sequence[str]) -> None:
     """Raises UserError unless the setting `reward.KEY` has one of the allowed values."""
     if value not in allowed:
         raise UserError(f"reward.{key} is {value!r}; write one of {', '.join(allowed)}")
-
-
-def check_policy_logprobs(policy_logprobs: Sequence[Tensor], completion_ids: Sequence[Sequence[int]]) -> None:
-    """Raises ValueError unless there is one log-probability for each completion token."""
-    given, wanted = [len(row) for row in policy_logprobs], [len(ids) for ids in completion_ids]
-    if given != wanted:
-        raise ValueError(f"policy_logprobs has {given} values a row, the completions have {wanted} tokens")
 
 
 def answers_of(columns: Mapping[str, Any], field: str, count: int, reward: str) -> list[list[str]]:
@@ -168,8 +192,6 @@ def answers_of(columns: Mapping[str, Any], field: str, count: int, reward: str) 
 
 
 def _as_texts(value: Any) -> list[str]:
-    if value is None:
-        return []
     values = value if isinstance(value, list | tuple) else [value]
     return [str(item) for item in values if item is not None]
 

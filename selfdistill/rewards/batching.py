@@ -1,8 +1,9 @@
 """Which rows go through the model together."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+Ids = Sequence[Sequence[int]]  # token ids, one list per row
 # Shared prompts cost a second call and an attention mask: they must save at least this share of the tokens.
 LEAST_SAVING = 0.25
 
@@ -13,8 +14,8 @@ class Batch:
 
     Attributes:
         rows: their indices.
-        prompts: for every row the place of its prompt among the batch's distinct ones, whose pass is shared; None where
-            each row goes through with a prompt of its own.
+        prompts: for each row the number of its prompt among the batch's distinct ones, which go through the model once;
+            None where each row goes through with its own prompt.
         padded_tokens: what the model computes, padding included.
     """
 
@@ -23,9 +24,7 @@ class Batch:
     padded_tokens: int
 
 
-def plan(
-    prompts: Sequence[Sequence[int]], counts: Sequence[int], budget_tokens: int, shared_budget_tokens: int | None
-) -> list[Batch]:
+def plan(prompts: Ids, counts: Sequence[int], budget_tokens: int, shared_budget_tokens: int | None) -> list[Batch]:
     """Micro-batches of all rows with something to score, with each prompt's pass shared by its rows where that pays.
 
     Args:
@@ -44,35 +43,39 @@ def plan(
     return shared if spent <= (1 - LEAST_SAVING) * without else alone
 
 
-def _alone(rows: list[int], prompts: Sequence[Sequence[int]], counts: Sequence[int], budget: int) -> Iterator[Batch]:
+def _alone(rows: list[int], prompts: Ids, counts: Sequence[int], budget: int) -> Iterator[Batch]:
     """Similar lengths together: the last row of a batch is its longest."""
     lengths = {row: len(prompts[row]) + counts[row] - 1 for row in rows}
+
+    def padded(batch: list[int]) -> int:
+        return len(batch) * lengths[batch[-1]]
+
+    for batch in _filled(sorted(rows, key=lengths.__getitem__), padded, budget):
+        yield Batch(batch, None, padded(batch))
+
+
+def _shared(rows: list[int], prompts: Ids, counts: Sequence[int], budget: int) -> Iterator[Batch]:
+    """Equal prompts together, prompts of similar length next to each other: the last of a batch is its longest."""
+
+    def held(batch: list[int]) -> int:
+        return len(batch) * (len(prompts[batch[-1]]) + max(counts[row] for row in batch))
+
+    order = sorted(rows, key=lambda row: (len(prompts[row]), tuple(prompts[row]), counts[row]))
+    for batch in _filled(order, held, budget):
+        distinct: dict[tuple[int, ...], int] = {}
+        places = [distinct.setdefault(tuple(prompts[row]), len(distinct)) for row in batch]
+        # The prompt's last token predicts the first of the completion, and goes through with it.
+        padded = len(distinct) * (len(prompts[batch[-1]]) - 1) + len(batch) * max(counts[row] for row in batch)
+        yield Batch(batch, places, padded)
+
+
+def _filled(rows: list[int], tokens: Callable[[list[int]], int], budget: int) -> Iterator[list[int]]:
+    """Neighbouring rows together for as long as their tokens stay within the budget; at least one row in each batch."""
     batch: list[int] = []
-    for row in sorted(rows, key=lengths.__getitem__):
-        if batch and (len(batch) + 1) * lengths[row] > budget:
-            yield Batch(batch, None, len(batch) * lengths[batch[-1]])
+    for row in rows:
+        if batch and tokens([*batch, row]) > budget:
+            yield batch
             batch = []
         batch.append(row)
     if batch:
-        yield Batch(batch, None, len(batch) * lengths[batch[-1]])
-
-
-def _shared(rows: list[int], prompts: Sequence[Sequence[int]], counts: Sequence[int], budget: int) -> Iterator[Batch]:
-    """Equal prompts together, prompts of similar length next to each other."""
-    batch: list[int] = []
-    for row in sorted(rows, key=lambda row: (len(prompts[row]), tuple(prompts[row]), counts[row])):
-        longest = max(counts[other] for other in [*batch, row])
-        if batch and (len(batch) + 1) * (len(prompts[row]) + longest) > budget:
-            yield _with_prompts(batch, prompts, counts)
-            batch = []
-        batch.append(row)
-    if batch:
-        yield _with_prompts(batch, prompts, counts)
-
-
-def _with_prompts(batch: list[int], prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> Batch:
-    distinct: dict[tuple[int, ...], int] = {}
-    places = [distinct.setdefault(tuple(prompts[row]), len(distinct)) for row in batch]
-    # The prompt's last token predicts the first of the completion, and goes through with it.
-    padded = len(distinct) * (len(prompts[batch[-1]]) - 1) + len(batch) * max(counts[row] for row in batch)
-    return Batch(batch, places, padded)
+        yield batch

@@ -5,14 +5,15 @@ All three drive the policy's entropy down, and all three are known to end in ove
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from selfdistill.errors import UserError
-from selfdistill.rewards.base import PolicyReward, check_choice, check_policy_logprobs
+from selfdistill.rewards.base import PolicyReward, check_choice
+from selfdistill.rewards.batching import Ids
 from selfdistill.rewards.scorer import to_lists
 
 
@@ -34,20 +35,13 @@ class _Confidence(PolicyReward):
     def __post_init__(self) -> None:
         check_choice("truncated", self.truncated, ("keep", "exclude"))
 
-    def __call__(
-        self,
-        prompts: Sequence[Any],
-        completions: Sequence[Any],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        prompt_ids: Sequence[Sequence[int]] | None = None,
-        policy_logprobs: Sequence[Tensor] | None = None,
-        **columns: Any,
+    def _scores(
+        self, prompt_ids: Ids, completion_ids: Ids, logprobs: Sequence[Tensor] | None, columns: Mapping[str, Any]
     ) -> list[float | None]:
-        prompt_ids, completion_ids = self._token_ids(prompts, completions, prompt_ids, completion_ids)
-        values = to_lists(self._values(prompt_ids, completion_ids, policy_logprobs))
+        values = to_lists(self._values(prompt_ids, completion_ids, logprobs))
         return [self._mean(ids, row) for ids, row in zip(completion_ids, values, strict=True)]
 
-    def _mean(self, ids: list[int], values: list[float]) -> float | None:
+    def _mean(self, ids: Sequence[int], values: list[float]) -> float | None:
         content = self.scorer.without_eos(ids)
         ended = len(content) < len(ids)
         if not content or (self.truncated == "exclude" and not ended):
@@ -58,9 +52,7 @@ class _Confidence(PolicyReward):
     def _token(self, value: float) -> float:
         return value
 
-    def _values(
-        self, prompt_ids: list[list[int]], completion_ids: list[list[int]], policy_logprobs: Sequence[Tensor] | None
-    ) -> Sequence[Tensor]:
+    def _values(self, prompt_ids: Ids, completion_ids: Ids, logprobs: Sequence[Tensor] | None) -> Sequence[Tensor]:
         raise NotImplementedError
 
 
@@ -89,13 +81,8 @@ class InverseLoss(_Confidence):
     def _token(self, value: float) -> float:
         return value if self.clip_logp is None else min(value, self.clip_logp)
 
-    def _values(
-        self, prompt_ids: list[list[int]], completion_ids: list[list[int]], policy_logprobs: Sequence[Tensor] | None
-    ) -> Sequence[Tensor]:
-        if policy_logprobs is None:
-            return self.scorer.token_logprobs(prompt_ids, completion_ids)
-        check_policy_logprobs(policy_logprobs, completion_ids)
-        return policy_logprobs
+    def _values(self, prompt_ids: Ids, completion_ids: Ids, logprobs: Sequence[Tensor] | None) -> Sequence[Tensor]:
+        return self.scorer.token_logprobs(prompt_ids, completion_ids) if logprobs is None else logprobs
 
 
 class SelfCertainty(_Confidence):
@@ -104,16 +91,12 @@ class SelfCertainty(_Confidence):
     z_t are the logits that predict token t.
     """
 
-    def _values(
-        self, prompt_ids: list[list[int]], completion_ids: list[list[int]], policy_logprobs: Sequence[Tensor] | None
-    ) -> Sequence[Tensor]:
+    def _values(self, prompt_ids: Ids, completion_ids: Ids, logprobs: Sequence[Tensor] | None) -> Sequence[Tensor]:
         return self.scorer.token_statistics(prompt_ids, completion_ids).self_certainty
 
 
 class Entropy(_Confidence):
     """r = −(1/|y|) Σ_t H(p_t): minus the entropy of the distribution behind each token (RENT, arXiv 2505.22660)."""
 
-    def _values(
-        self, prompt_ids: list[list[int]], completion_ids: list[list[int]], policy_logprobs: Sequence[Tensor] | None
-    ) -> Sequence[Tensor]:
+    def _values(self, prompt_ids: Ids, completion_ids: Ids, logprobs: Sequence[Tensor] | None) -> Sequence[Tensor]:
         return [-row for row in self.scorer.token_statistics(prompt_ids, completion_ids).entropy]

@@ -1,14 +1,12 @@
 """Several rewards at once."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from selfdistill.errors import UserError
-from selfdistill.rewards.base import Result, Reward
+from selfdistill.rewards.base import AsksPolicy, Result, Reward, RewardFunction
 from selfdistill.rewards.result import normalise
 from selfdistill.rewards.scorer import PolicyScorer
-
-RewardFunction = Callable[..., Any]
 
 
 class Mix(Reward):
@@ -40,7 +38,7 @@ class Mix(Reward):
     def bind(self, scorer: PolicyScorer) -> None:
         """Hand the policy to every part that asks for it."""
         for _, function, _ in self.parts:
-            if hasattr(function, "bind"):
+            if isinstance(function, AsksPolicy):
                 function.bind(scorer)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], **columns: Any) -> list[Result]:

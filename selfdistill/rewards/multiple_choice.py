@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from functools import cached_property
 
 from selfdistill.errors import UserError
 from selfdistill.rewards.base import BadAnswer, Judge, Wrong
@@ -34,10 +33,6 @@ class MultipleChoice(Judge):
             )
         self.choices = self.choices.upper()
 
-    @cached_property
-    def _letter_alone(self) -> re.Pattern[str]:
-        return re.compile(rf"(?:^|(?<=[\s*:]))[(*]*([{self.choices}])(?=[\s.,;:!?)*]|$)")
-
     def choice(self, text: str) -> tuple[str | None, str]:
         """The chosen letter, or None and what is wrong with the form."""
         form = f"<answer>X</answer>, where X is one of {', '.join(self.choices)}"
@@ -48,7 +43,7 @@ class MultipleChoice(Judge):
             return None, f"What stands between <answer> and </answer> is not a single letter. End with {form}."
         if self.require_tags:
             return None, f"The answer is not marked. End with {form}."
-        alone = self._letter_alone.findall(text)
+        alone = re.findall(rf"(?:^|(?<=[\s*:]))[(*]*([{self.choices}])(?=[\s.,;:!?)*]|$)", text)
         return (alone[-1], "") if alone else (None, f"No choice was found. End with {form}.")
 
     def judge(self, completion: str, answers: list[str]) -> Wrong | None:

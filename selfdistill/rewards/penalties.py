@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import TrainerState
+
 from selfdistill.errors import UserError
 from selfdistill.rewards.base import Reward
+from selfdistill.rewards.batching import Ids
 from selfdistill.statistics import repetition
 
 
@@ -25,13 +28,7 @@ class RepetitionPenalty(Reward):
         if self.ngram_tokens < 1:
             raise UserError(f"reward.ngram_tokens is {self.ngram_tokens}; write a whole number of at least 1")
 
-    def __call__(
-        self,
-        prompts: Sequence[Any],
-        completions: Sequence[Any],
-        completion_ids: Sequence[Sequence[int]],
-        **columns: Any,
-    ) -> list[float]:
+    def __call__(self, completion_ids: Ids, **columns: Any) -> list[float]:
         return [-repetition(ids, self.ngram_tokens) for ids in completion_ids]
 
 
@@ -49,13 +46,7 @@ class LengthFloor(Reward):
         if self.min_tokens < 1:
             raise UserError(f"reward.min_tokens is {self.min_tokens}; write a whole number of at least 1")
 
-    def __call__(
-        self,
-        prompts: Sequence[Any],
-        completions: Sequence[Any],
-        completion_ids: Sequence[Sequence[int]],
-        **columns: Any,
-    ) -> list[float]:
+    def __call__(self, completion_ids: Ids, **columns: Any) -> list[float]:
         return [-max(0.0, 1 - len(ids) / self.min_tokens) for ids in completion_ids]
 
 
@@ -77,9 +68,9 @@ class RandomReward(Reward):
         self._step, self._calls = -1, 0
 
     def __call__(
-        self, prompts: Sequence[Any], completions: Sequence[Any], trainer_state: Any = None, **columns: Any
+        self, completions: Sequence[Any], trainer_state: TrainerState | None = None, **columns: Any
     ) -> list[float]:
-        step = int(getattr(trainer_state, "global_step", 0))
+        step = 0 if trainer_state is None else trainer_state.global_step
         self._calls = self._calls + 1 if step == self._step else 0
         self._step = step
         draw = random.Random(f"{self.seed}/{step}/{self._calls}/{os.environ.get('RANK', '0')}")

@@ -113,10 +113,7 @@ class PythonTests(Reward):
     def _judge(self, code: str, tests: list[str]) -> Result:
         if not tests:
             return None
-        if not code.strip():
-            outcomes = [("format", "The response holds no code.")] * len(tests)
-        else:
-            outcomes = self._run(code, tests)
+        outcomes = self._run(code, tests) if code.strip() else [("format", "The response holds no code.")] * len(tests)
         passed = sum(kind == "ok" for kind, _ in outcomes)
         score = passed / len(tests) if self.partial else float(passed == len(tests))
         if self.feedback == "none":

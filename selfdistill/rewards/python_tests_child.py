@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 
 MESSAGE_CHARACTERS = 600
 REFUSED = (
@@ -71,19 +72,17 @@ def what_came_out(test: str, namespace: dict) -> str:
 
 def run(test: str, namespace: dict) -> tuple[str, str]:
     """The kind of result (ok, wrong, timeout, error) and what to say about it."""
+    text = ""
     try:
-        exec(compile(test, "<test>", "exec"), namespace)
-        return "ok", ""
+        try:
+            exec(compile(test, "<test>", "exec"), namespace)
+            return "ok", ""
+        except AssertionError as error:
+            with suppress(Exception):
+                text = str(error) or what_came_out(test, namespace)
+            return "wrong", text[:MESSAGE_CHARACTERS] or "The assertion does not hold."
     except OutOfTime:
         return "timeout", "The time limit was exceeded."
-    except AssertionError as error:
-        try:
-            text = str(error) or what_came_out(test, namespace)
-        except OutOfTime:
-            return "timeout", "The time limit was exceeded."
-        except Exception:
-            text = ""
-        return "wrong", text[:MESSAGE_CHARACTERS] or "The assertion does not hold."
     except BaseException as error:
         return "error", describe(error)
 

@@ -1,10 +1,11 @@
 """What a reward function may return, brought to one form."""
 
-import contextlib
 import math
-import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 from selfdistill.errors import UserError
 
@@ -23,58 +24,52 @@ def normalise(
     Raises:
         UserError: anything else, with the function's name, the row and what was returned.
     """
-    if hasattr(result, "tolist"):  # a tensor or an array
+    if isinstance(result, Tensor | np.ndarray):
         result = result.tolist()
+    who = f"reward function {name}"
     if isinstance(result, str | bytes | Mapping) or not isinstance(result, Sequence):
-        raise UserError(f"reward function {name} returned {_described(result)}; return {FORMS}")
+        raise UserError(f"{who} returned {_described(result)}; return {FORMS}")
     if len(result) != count:
-        raise UserError(
-            f"reward function {name} returned {len(result)} entries for {count} completions; return {FORMS}"
-        )
+        raise UserError(f"{who} returned {len(result)} entries for {count} completions; return {FORMS}")
     scores: list[float | None] = []
     feedback: list[str | None] = []
     for row, entry in enumerate(result):
-        text = None
+        place, text = f"{who}, row {row}", None
         if isinstance(entry, Mapping):
             if "score" not in entry:
-                raise UserError(
-                    f'reward function {name}, row {row}: {_described(entry)} has no "score"; return {FORMS}'
-                )
+                raise UserError(f'{place}: {_described(entry)} has no "score"; return {FORMS}')
             entry, text = entry["score"], entry.get("feedback")
-        scores.append(_score(entry, name, row))
-        feedback.append(_feedback(text, name, row))
+        scores.append(_score(entry, place))
+        feedback.append(_feedback(text, place))
     last = getattr(function, "last_feedback", None)
     if last is not None and not any(feedback):
         if isinstance(last, str) or not isinstance(last, Sequence) or len(last) != count:
             raise UserError(
-                f"reward function {name}: its last_feedback is {_described(last)}; "
-                f"make it a list of {count} entries, each text or None"
+                f"{who}: its last_feedback is {_described(last)}; make it a list of {count} entries, each text or None"
             )
-        feedback = [_feedback(text, name, row) for row, text in enumerate(last)]
+        feedback = [_feedback(text, f"{who}, row {row}") for row, text in enumerate(last)]
     return scores, feedback
 
 
-def _score(value: Any, name: str, row: int) -> float | None:
+def _score(value: Any, place: str) -> float | None:
     if value is None:
         return None
-    if hasattr(value, "item"):  # a zero-dimensional tensor or array scalar
-        with contextlib.suppress(ValueError, RuntimeError):
-            value = value.item()
-    if not isinstance(value, numbers.Real):
-        raise UserError(f"reward function {name}, row {row}: the score is {_described(value)}; return {FORMS}")
-    score = float(value)
-    if math.isinf(score):
+    try:
+        infinite = math.isinf(value)  # takes tensors and arrays of one number too, and refuses text
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"{place}: the score is {_described(value)}; return {FORMS}") from None
+    if infinite:
         raise UserError(
-            f"reward function {name}, row {row}: the score is {score}; an infinite score makes every advantage of its "
-            f"group undefined. Return a finite number, or None for a completion that cannot be judged"
+            f"{place}: the score is {float(value)}; an infinite score makes every advantage of its group undefined. "
+            f"Return a finite number, or None for a completion that cannot be judged"
         )
-    return None if math.isnan(score) else score
+    return None if math.isnan(value) else float(value)
 
 
-def _feedback(value: Any, name: str, row: int) -> str | None:
+def _feedback(value: Any, place: str) -> str | None:
     if value is None or isinstance(value, str):
         return value or None
-    raise UserError(f"reward function {name}, row {row}: the feedback is {_described(value)}; return {FORMS}")
+    raise UserError(f"{place}: the feedback is {_described(value)}; return {FORMS}")
 
 
 def _described(value: Any) -> str:

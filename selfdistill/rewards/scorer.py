@@ -5,13 +5,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, DynamicLayer
 
 from selfdistill.losses.head import finish_
-from selfdistill.models.structure import evaluating, scale_and_soft_cap
-from selfdistill.rewards.batching import plan
+from selfdistill.models.generation import pad_left
+from selfdistill.models.structure import evaluating, inner_model, scale_and_soft_cap
+from selfdistill.rewards.batching import Batch, Ids, plan
 
 # Logits held at any moment: 2^25 float32 are 128 MiB, about 220 tokens of a vocabulary of 152 thousand.
 LOGITS_AT_ONCE = 2**25
@@ -43,14 +46,19 @@ class PolicyScorer:
     adapters and sharding apply as they do in training.
 
     Args:
-        model: a transformers causal LM, or a callable that takes `input_ids` (B, S) and returns `.logits` (B, S, V).
+        model: a transformers causal LM, or a module that takes `input_ids` (B, S) and returns `.logits` (B, S, V).
         tokenizer: gives the EOS id, and encodes answers.
         micro_batch_tokens: padded tokens a forward pass.
         temperature: logits are divided by it, as the trainer does with the sampling temperature.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, micro_batch_tokens: int = 16384, temperature: float = 1.0
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        micro_batch_tokens: int = 16384,
+        temperature: float = 1.0,
     ) -> None:
         if micro_batch_tokens < 1:
             raise ValueError(f"micro_batch_tokens is {micro_batch_tokens}, it must be at least 1")
@@ -60,53 +68,39 @@ class PolicyScorer:
         self.tokenizer = tokenizer
         self.micro_batch_tokens = micro_batch_tokens
         self.temperature = temperature
-        self._head_verified: bool | None = None
+        inner = inner_model(model)
+        self._pretrained: PreTrainedModel | None = inner if isinstance(inner, PreTrainedModel) else None
+        # What `_look_at_model` finds out before the first row: the head, where it may be called apart.
+        self._looked = False
+        self._head: nn.Module | None = None
         self._shares_prompts = False
 
     @property
     def eos_ids(self) -> set[int]:
         """Every id that ends a completion: the tokenizer's, and those the model's generation stops at."""
-        stops = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        found = [getattr(self.tokenizer, "eos_token_id", None), *(stops if isinstance(stops, list) else [stops])]
+        stops = None if self._pretrained is None else self._pretrained.generation_config.eos_token_id
+        found = [self.tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])]
         return {eos for eos in found if eos is not None}
 
     @property
     def vocabulary_size(self) -> int:
-        return getattr(self._text_config(), "vocab_size", None) or len(self.tokenizer)
+        return getattr(self._text_config, "vocab_size", None) or len(self.tokenizer)
 
-    def _text_config(self) -> Any:
+    @property
+    def _text_config(self) -> PretrainedConfig | None:
         """The part of the model's configuration that is about text; None where there is none."""
-        find = getattr(getattr(self.model, "config", None), "get_text_config", None)
-        return find() if find else None
+        return None if self._pretrained is None else self._pretrained.config.get_text_config()
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text without special tokens."""
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def encode_prompts(self, prompts: Sequence[Any]) -> list[list[int]]:
-        """Ids of prompts as TRL encodes them: messages by the chat template, strings as text."""
-        encoded = []
-        for prompt in prompts:
-            if isinstance(prompt, str):
-                encoded.append(list(self.tokenizer(prompt)["input_ids"]))
-            else:
-                text = self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-                encoded.append(self.encode(text))
-        return encoded
-
-    def encode_completions(self, completions: Sequence[Any]) -> list[list[int]]:
-        """Ids of completions given as text or messages. Sampled ids, where they are at hand, are to be preferred."""
-        return [self.encode(c if isinstance(c, str) else c[-1]["content"]) for c in completions]
 
     def without_eos(self, ids: Sequence[int]) -> list[int]:
         """The ids without a closing EOS."""
         return list(ids[:-1]) if ids and ids[-1] in self.eos_ids else list(ids)
 
     def token_logprobs(
-        self,
-        prompt_ids: Sequence[Sequence[int]],
-        completion_ids: Sequence[Sequence[int]],
-        target_ids: Sequence[Sequence[int]] | None = None,
+        self, prompt_ids: Ids, completion_ids: Ids, target_ids: Ids | None = None
     ) -> list[Float[Tensor, " _T"]]:
         """log π(target_t | prompt, completion_<t) for every row, float32 on the model's device.
 
@@ -119,23 +113,18 @@ class PolicyScorer:
         Raises:
             ValueError: an empty prompt, more targets than completion tokens, lists of different lengths.
         """
-        return self._score(prompt_ids, completion_ids, target_ids, statistics=False).logprobs
-
-    def token_statistics(
-        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
-    ) -> TokenStatistics:
-        """Log-probability, entropy and self-certainty at every completion token, in one pass."""
-        return self._score(prompt_ids, completion_ids, None, statistics=True)
-
-    @torch.no_grad()
-    def _score(
-        self,
-        prompt_ids: Sequence[Sequence[int]],
-        completion_ids: Sequence[Sequence[int]],
-        target_ids: Sequence[Sequence[int]] | None,
-        statistics: bool,
-    ) -> TokenStatistics:
         targets = completion_ids if target_ids is None else target_ids
+        return [row[0] for row in self._score(prompt_ids, completion_ids, targets, statistics=False)]
+
+    def token_statistics(self, prompt_ids: Ids, completion_ids: Ids) -> TokenStatistics:
+        """Log-probability, entropy and self-certainty at every completion token, in one pass."""
+        rows = self._score(prompt_ids, completion_ids, completion_ids, statistics=True)
+        return TokenStatistics(*([row[kind] for row in rows] for kind in range(3)))
+
+    def _score(
+        self, prompt_ids: Ids, completion_ids: Ids, targets: Ids, *, statistics: bool
+    ) -> list[Float[Tensor, "K _T"]]:
+        """The values of each row's targets: their log-probabilities and, with `statistics`, the other two kinds."""
         if not len(prompt_ids) == len(completion_ids) == len(targets):
             raise ValueError(f"{len(prompt_ids)} prompts, {len(completion_ids)} completions and {len(targets)} targets")
         for row, (prompt, completion, target) in enumerate(zip(prompt_ids, completion_ids, targets, strict=True)):
@@ -145,109 +134,96 @@ class PolicyScorer:
                 raise ValueError(f"row {row} has {len(target)} targets for {len(completion)} completion tokens")
 
         counts = [len(target) for target in targets]
-        # The token before a position predicts it, so the last scored token itself is not needed as input.
-        contexts = [list(c[: max(n - 1, 0)]) for c, n in zip(completion_ids, counts, strict=True)]
-        empty = torch.empty(0, device=self._device())
-        rows = [(empty, empty, empty)] * len(targets)
+        found = [torch.empty(3 if statistics else 1, 0, device=self._device)] * len(targets)
         with evaluating(self.model):
-            if self._head_verified is None and any(targets):
-                self._look_at_model(next(p[0] for p in prompt_ids if p))
+            if not self._looked and any(targets):
+                self._look_at_model(next(prompt[0] for prompt in prompt_ids if prompt))
             for batch in plan(prompt_ids, counts, self.micro_batch_tokens, self._shared_budget_tokens()):
-                prompts = [list(prompt_ids[row]) for row in batch.rows]
-                suffixes = [contexts[row] for row in batch.rows]
-                wanted = [token for row in batch.rows for token in targets[row]]
-                if batch.prompts is None:
-                    call, positions = self._whole_rows(prompts, suffixes)
-                else:
-                    call, positions = self._after_shared_prompts(prompts, suffixes, batch.prompts)
-                values = self._forward(call, positions, torch.tensor(wanted, device=self._device()), statistics)
-                lengths = [counts[row] for row in batch.rows]
-                for row, *parts in zip(batch.rows, *(v.split(lengths) for v in values), strict=True):
-                    rows[row] = (parts[0], parts[1], parts[2])
-        logprobs, entropy, certainty = zip(*rows, strict=True) if rows else ((), (), ())
-        return TokenStatistics(list(logprobs), list(entropy), list(certainty))
+                call, predicting = self._call(batch, prompt_ids, completion_ids, counts)
+                wanted = torch.tensor([token for row in batch.rows for token in targets[row]], device=self._device)
+                values = self._forward(call, predicting, wanted, statistics)
+                for row, part in zip(batch.rows, values.split([counts[row] for row in batch.rows], dim=1), strict=True):
+                    found[row] = part
+        return found
 
-    def _whole_rows(self, prompts: list[list[int]], contexts: list[list[int]]) -> tuple[dict[str, Any], list[int]]:
-        """Arguments of one call with every row from its beginning, and the flat positions that predict the targets.
+    def _call(
+        self, batch: Batch, prompt_ids: Ids, completion_ids: Ids, counts: Sequence[int]
+    ) -> tuple[dict[str, Any], Bool[Tensor, "B S"]]:
+        """The arguments of one call of the model, and which of its positions predict the targets.
 
-        Padding stands on the right, where a causal model never looks.
+        With shared prompts, their pass has been made, and a row begins with the last token of its prompt. The token
+        before a position predicts it, so the last target itself is no input. Padding stands on the right, where a
+        causal model never looks.
         """
-        inputs = [[*prompt, *context] for prompt, context in zip(prompts, contexts, strict=True)]
-        width = max(map(len, inputs))
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in inputs], device=self._device())
-        positions = [
-            index * width + place
-            for index, (prompt, row) in enumerate(zip(prompts, inputs, strict=True))
-            for place in range(len(prompt) - 1, len(row))
-        ]
-        return {"input_ids": ids, "use_cache": False} if self._is_pretrained() else {"input_ids": ids}, positions
+        prompts = [list(prompt_ids[row]) for row in batch.rows]
+        beginnings = prompts if batch.prompts is None else [prompt[-1:] for prompt in prompts]
+        inputs, predicting = [], []
+        for row, beginning in zip(batch.rows, beginnings, strict=True):
+            inputs.append([*beginning, *completion_ids[row][: counts[row] - 1]])
+            predicting.append([False] * (len(beginning) - 1) + [True] * counts[row])
+        call: dict[str, Any] = {"input_ids": self._padded(inputs)}
+        if batch.prompts is not None:
+            call |= self._pass_of_prompts([prompt[:-1] for prompt in prompts], batch.prompts, call["input_ids"])
+        elif self._pretrained is not None:
+            call["use_cache"] = False
+        return call, self._padded(predicting)
 
-    def _after_shared_prompts(
-        self, prompts: list[list[int]], contexts: list[list[int]], places: list[int]
-    ) -> tuple[dict[str, Any], list[int]]:
-        """The same after one pass of the distinct prompts, whose keys and values every row of the prompt takes over.
+    def _pass_of_prompts(
+        self, prefixes: Sequence[list[int]], places: Sequence[int], following: Int[Tensor, "B S"]
+    ) -> dict[str, Any]:
+        """One pass of the distinct prompts; the arguments with which each row takes over its prompt's keys and values.
 
-        Prompts are padded on the left and completions on the right, as in generation.
+        Args:
+            prefixes: the prompt of each row, without its last token.
+            places: for each row the number of its prompt among the distinct ones.
+            following: the rows' further tokens.
         """
-        device = self._device()
-        distinct = dict(zip(places, (prompt[:-1] for prompt in prompts), strict=True))
-        prefixes = [distinct[place] for place in range(len(distinct))]
-        width = max(map(len, prefixes))
-        ids = torch.tensor([[0] * (width - len(row)) + row for row in prefixes], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prefixes], device=device)
+        assert self._head is not None
+        distinct = dict(zip(places, prefixes, strict=True))
+        ids, mask = pad_left([distinct[place] for place in sorted(distinct)], 0, self._device)
         order = (mask.cumsum(-1) - 1).clamp(min=0)
-        call = {"input_ids": ids, "attention_mask": mask, "position_ids": order, "use_cache": True}
         # Nothing is scored yet: the head gets one token of each prompt.
-        cache = self._with_head_hook(lambda _, arguments: (arguments[0][:, :1],), call).past_key_values
-        which = torch.tensor(places, device=device)
+        with self._head.register_forward_pre_hook(lambda _, arguments: (arguments[0][:, :1],)):
+            cache = self.model(input_ids=ids, attention_mask=mask, position_ids=order, use_cache=True).past_key_values
+        which = torch.tensor(places, device=self._device)
         cache.reorder_cache(which)
-
-        suffixes = [[prompt[-1], *context] for prompt, context in zip(prompts, contexts, strict=True)]
-        longest = max(map(len, suffixes))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in suffixes], device=device)
         mask = mask[which]
-        call = {
-            "input_ids": ids,
-            "attention_mask": torch.cat([mask, torch.ones_like(ids)], dim=1),
-            "position_ids": mask.sum(-1, keepdim=True) + torch.arange(longest, device=device),
+        return {
+            "attention_mask": torch.cat([mask, torch.ones_like(following)], dim=1),
+            "position_ids": mask.sum(-1, keepdim=True) + torch.arange(following.size(1), device=self._device),
             "past_key_values": cache,
             "use_cache": True,
         }
-        return call, [index * longest + place for index, row in enumerate(suffixes) for place in range(len(row))]
 
     def _shared_budget_tokens(self) -> int | None:
         """Tokens whose keys and values fit into CACHE_AT_ONCE, at most `micro_batch_tokens`; None = don't share."""
-        text = self._text_config()
-        if not (self._shares_prompts and self._head_verified):
+        text = self._text_config
+        if text is None or not self._shares_prompts:
             return None
-        heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 0)
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         values = 2 * text.num_hidden_layers * heads * width
         bytes_per_token = values * next(self.model.parameters()).element_size()
         return min(self.micro_batch_tokens, CACHE_AT_ONCE // max(1, bytes_per_token))
 
     def _forward(
-        self, call: dict[str, Any], positions: list[int], wanted: Int[Tensor, " N"], statistics: bool
-    ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"]]:
-        """Statistics of all targets of one micro-batch, flat, row after row."""
-        where = torch.tensor(positions, device=self._device())
-        if not self._head_verified:
-            logits = self.model(**call).logits
-            flat = logits.reshape(-1, logits.shape[-1])
-            return self._read(lambda rows: flat[where[rows]], wanted, statistics)
+        self, call: dict[str, Any], predicting: Bool[Tensor, "B S"], wanted: Int[Tensor, " N"], statistics: bool
+    ) -> Float[Tensor, "K N"]:
+        """The values of all targets of one call, row after row."""
+        if self._head is None:
+            return self._read(self.model(**call).logits, lambda logits: logits, predicting, wanted, statistics)
         found: list[Tensor] = []
 
-        def score_instead(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        def score_instead(head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             hidden = arguments[0]
-            if hidden.shape[:-1] != call["input_ids"].shape:
+            if hidden.shape[:-1] != predicting.shape:
                 raise ValueError("the model adds tokens of its own (a learned prompt): positions can't be told apart")
-            needed = hidden.reshape(-1, hidden.shape[-1])[where.to(hidden.device)]
-            # `module.forward` and not `module()`: this very hook must not run again.
-            found.extend(self._read(lambda rows: self._finish(module.forward(needed[rows])), wanted, statistics))
+            found.append(self._read(hidden, lambda some: self._logits(head, some), predicting, wanted, statistics))
             return (hidden[:1, :1],)
 
-        self._with_head_hook(score_instead, call)
-        return found[0], found[1], found[2]
+        with self._head.register_forward_pre_hook(score_instead):
+            self.model(**call)
+        return found[0]
 
     def _look_at_model(self, token: int) -> None:
         """One call with one token tells what may be done with this model.
@@ -256,82 +232,65 @@ class PolicyScorer:
         share their prompt's pass if all that the model keeps of it are plain keys and values (no state-space layer, no
         sliding window).
         """
-        self._head_verified = self._shares_prompts = False
-        if self._head() is None:
+        self._looked = True
+        head = None if self._pretrained is None else self._pretrained.get_output_embeddings()
+        if head is None:
             return
         found: list[Tensor] = []
+        with head.register_forward_pre_hook(lambda _, arguments: found.append(self._logits(head, arguments[0]))):
+            output = self.model(input_ids=torch.tensor([[token]], device=self._device), use_cache=True)
+        if not found or found[0].shape != output.logits.shape:
+            return
+        if torch.allclose(found[0].float(), output.logits.float(), rtol=1e-2, atol=1e-2):
+            self._head = head
+            cache = output.get("past_key_values")
+            layers = cache.layers if isinstance(cache, Cache) else []
+            self._shares_prompts = bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
-        def look(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            found.append(self._finish(module.forward(arguments[0])))
-
-        ids = torch.tensor([[token]], device=self._device())
-        call = {"input_ids": ids, "use_cache": True} if self._is_pretrained() else {"input_ids": ids}
-        output = self._with_head_hook(look, call)
-        if found and found[0].shape == output.logits.shape:
-            ours, theirs = found[0].float(), output.logits.float()
-            self._head_verified = torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2)
-        layers = getattr(getattr(output, "past_key_values", None), "layers", [])
-        self._shares_prompts = bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
-
-    def _with_head_hook(self, hook: Callable[..., Any], call: dict[str, Any]) -> Any:
-        """The model's output for a call, with a hook in front of its head meanwhile."""
-        head = self._head()
-        assert head is not None
-        handle = head.register_forward_pre_hook(hook)
-        try:
-            return self.model(**call)
-        finally:
-            handle.remove()
+    def _logits(self, head: nn.Module, hidden: Tensor) -> Tensor:
+        """What the head makes of hidden states, and what some architectures do with it afterwards."""
+        logits = head.forward(hidden)  # and not `head()`: the hook that asks for them must not run again
+        text = self._text_config
+        return logits if text is None else finish_(logits, *scale_and_soft_cap(text))
 
     def _read(
-        self, logits_of: Any, targets: Int[Tensor, " N"], statistics: bool
-    ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"], Float[Tensor, " N"]]:
-        """Log-probabilities, and where asked entropy and self-certainty, from logits that come a chunk at a time."""
+        self,
+        states: Tensor,
+        logits_of: Callable[[Tensor], Tensor],
+        predicting: Bool[Tensor, "B S"],
+        wanted: Int[Tensor, " N"],
+        statistics: bool,
+    ) -> Float[Tensor, "K N"]:
+        """Log-probabilities, with `statistics` also entropy and self-certainty, of logits made a chunk at a time."""
+        states = states.flatten(0, 1)
+        positions = predicting.flatten().nonzero().squeeze(-1).to(states.device)
         chunk = max(1, LOGITS_AT_ONCE // self.vocabulary_size)
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        for start in range(0, len(targets), chunk):
-            rows = slice(start, start + chunk)
-            logits = logits_of(rows)
+        parts = []
+        for where, targets in zip(positions.split(chunk), wanted.split(chunk), strict=True):
+            logits = logits_of(states[where])
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             if self.temperature != 1.0:
                 logits = logits / self.temperature
             normaliser = logits.logsumexp(-1)
-            logprobs = logits.gather(-1, targets[rows, None].to(logits.device)).squeeze(-1) - normaliser
-            entropy = certainty = logprobs
+            values = [logits.gather(-1, targets[:, None].to(logits.device)).squeeze(-1) - normaliser]
             if statistics:
-                entropy = normaliser - ((logits - normaliser[:, None]).exp() * logits).sum(-1)
-                certainty = normaliser - logits.mean(-1)
-            parts.append((logprobs.float(), entropy.float(), certainty.float()))
-        logprobs, entropy, certainty = (torch.cat(part) for part in zip(*parts, strict=True))
-        return logprobs, entropy, certainty
+                values.append(normaliser - ((logits - normaliser[:, None]).exp() * logits).sum(-1))
+                values.append(normaliser - logits.mean(-1))
+            parts.append(torch.stack(values).float())
+        return torch.cat(parts, dim=1)
 
-    def _is_pretrained(self) -> bool:
-        return isinstance(self.model, nn.Module) and self._text_config() is not None
+    def _padded(self, rows: Sequence[list[Any]]) -> Tensor:
+        """One row per list, padded on the right with 0 or False."""
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(self._device)
 
-    def _head(self) -> nn.Module | None:
-        find = getattr(self.model, "get_output_embeddings", None)
-        head = find() if find else None
-        return head if isinstance(head, nn.Module) else None
-
-    def _finish(self, logits: Tensor) -> Tensor:
-        """What some architectures do with the head's products."""
-        text = self._text_config()
-        return logits if text is None else finish_(logits, *scale_and_soft_cap(text))
-
+    @property
     def _device(self) -> torch.device:
-        if (device := getattr(self.model, "device", None)) is not None:
-            return torch.device(device)
-        parameter = next(self.model.parameters(), None) if isinstance(self.model, nn.Module) else None
-        return torch.device("cpu") if parameter is None else parameter.device
+        return next(self.model.parameters()).device
 
 
 def to_lists(tensors: Sequence[Tensor]) -> list[list[float]]:
     """The values of many small tensors as Python floats, with one transfer from the device."""
     if not tensors:
         return []
-    flat = torch.cat([tensor.detach() for tensor in tensors]).float().tolist()
-    result, start = [], 0
-    for tensor in tensors:
-        result.append(flat[start : start + len(tensor)])
-        start += len(tensor)
-    return result
+    flat = torch.cat([tensor.detach() for tensor in tensors]).float().cpu()
+    return [part.tolist() for part in flat.split([len(tensor) for tensor in tensors])]

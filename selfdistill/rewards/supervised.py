@@ -2,14 +2,15 @@
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from selfdistill.errors import UserError
-from selfdistill.rewards.base import PolicyReward, answers_of, check_choice, check_policy_logprobs
+from selfdistill.rewards.base import PolicyReward, check_choice
+from selfdistill.rewards.batching import Ids
 from selfdistill.rewards.scorer import to_lists
 
 Mode = Literal["completion_cross_entropy", "answer_perplexity"]
@@ -79,51 +80,31 @@ class Supervised(PolicyReward):
             warnings.warn(SEED_WARNING, stacklevel=3)
             self.include_eos = False  # that formula knows no EOS
 
-    def __call__(
-        self,
-        prompts: Sequence[Any],
-        completions: Sequence[Any],
-        completion_ids: Sequence[Sequence[int]] | None = None,
-        prompt_ids: Sequence[Sequence[int]] | None = None,
-        policy_logprobs: Sequence[Tensor] | None = None,
-        **columns: Any,
+    def _scores(
+        self, prompt_ids: Ids, completion_ids: Ids, logprobs: Sequence[Tensor] | None, columns: Mapping[str, Any]
     ) -> list[float | None]:
-        prompt_ids, sampled = self._token_ids(prompts, completions, prompt_ids, completion_ids)
-        accepted = answers_of(columns, self.answer_field, len(sampled), self.__name__)
-        answers = [self.scorer.encode(texts[0]) if texts else [] for texts in accepted]
-        texts = [self.scorer.without_eos(ids) for ids in sampled]
-        scorable = [row for row in range(len(sampled)) if texts[row] and answers[row]]
+        answers = self._answers(columns, self.answer_field, len(completion_ids))
+        texts = [self.scorer.without_eos(ids) for ids in completion_ids]
+        scorable = [row for row, text in enumerate(texts) if text and answers[row]]
         # Where EOS was emitted, one more answer token is scored. Otherwise a policy that is sure of the first tokens
         # and stops there would pay nothing for it, and training would end in completions of one letter.
-        written = texts if self.coverage == "seed" else sampled
+        written = texts if self.coverage == "seed" else completion_ids
         if self.include_eos:
             answers = [[*answer, self.scorer.tokenizer.eos_token_id] for answer in answers]
-        if policy_logprobs is not None:
-            check_policy_logprobs(policy_logprobs, sampled)
-
-        own = to_lists(policy_logprobs) if policy_logprobs is not None else None
+        own = None if logprobs is None else to_lists(logprobs)
         nats = self._nats(scorable, prompt_ids, written, answers, own)
-        scores: list[float | None] = [None] * len(sampled)
+        scores: list[float | None] = [None] * len(texts)
         for row in scorable:
-            covered = len(written[row] if self.include_eos else texts[row])
-            scores[row] = self._combine(nats[row], covered, len(answers[row])) - self._overlong(
-                len(texts[row]), len(answers[row]) - self.include_eos
-            )
+            wanted, text = len(answers[row]), len(texts[row])
+            score = self._combine(nats[row], len(written[row]) if self.include_eos else text, wanted)
+            excess = text / (wanted - self.include_eos) - self.overlong_ratio
+            scores[row] = score - self.overlong_weight * max(0.0, excess)
         return scores
 
-    def _overlong(self, written: int, wanted: int) -> float:
-        """The penalty for a completion that is longer than the answer, in tokens without EOS."""
-        return self.overlong_weight * max(0.0, written / wanted - self.overlong_ratio)
-
     def _nats(
-        self,
-        rows: list[int],
-        prompts: list[list[int]],
-        written: list[list[int]],
-        answers: list[list[int]],
-        own: list[list[float]] | None,
+        self, rows: list[int], prompts: Ids, written: Ids, answers: Ids, own: list[list[float]] | None
     ) -> dict[int, list[float]]:
-        """Cross-entropy of each answer token, for each of `rows`; the policy is asked for what `own` does not say."""
+        """Cross-entropy of each answer token, for each of `rows`; the policy is asked for what `own` does not have."""
         known: dict[int, list[float]] = {}
         # Each question is a prompt, a context and the tokens to score there; the rows share it where it is the same.
         questions: dict[tuple[tuple[int, ...], ...], list[int]] = {}
@@ -150,25 +131,22 @@ class Supervised(PolicyReward):
         cover = min(1.0, written / wanted)
         if not nats:  # only under `seed`, whose shift leaves nothing of a one-token completion
             return 0.0
-        perplexity = self.mode == "answer_perplexity"
+        cost_of = _exp if self.mode == "answer_perplexity" else float
         mean = math.fsum(nats) / len(nats)
-        cost = _exp(mean) if perplexity else mean
+        cost = cost_of(mean)
         match self.coverage:
             case "seed":
                 return -cost * cover
             case "divide":
-                score = -cost / cover
+                return -cost / cover
             case "pad":
                 covered = nats[: min(written, wanted)]
                 price = math.log(self.scorer.vocabulary_size) if self.missing_nats is None else self.missing_nats
-                price = max(price, mean)
-                padded = (math.fsum(covered) + (wanted - len(covered)) * price) / wanted
-                score = -_exp(padded) if perplexity else -padded
+                padded = (math.fsum(covered) + (wanted - len(covered)) * max(price, mean)) / wanted
+                return -cost_of(padded)
             case "additive":
-                score = -cost - self.coverage_weight * (1 - cover)
-            case "prob":
-                score = cover * math.exp(-mean)
-        return score
+                return -cost - self.coverage_weight * (1 - cover)
+        return cover * math.exp(-mean)  # coverage=prob
 
 
 def _exp(nats: float) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,9 +50,8 @@ def parse_calls(text: str) -> list[Call]:
 def _json_call(entry: Any) -> Call:
     if not isinstance(entry, dict) or not isinstance(entry.get("Action"), str):
         raise FormatError(f'A tool call has no "Action" with the name of a tool. Write {FORM}.')
-    return Call(
-        entry["Action"].strip(), _arguments(entry.get("Action_Input", entry.get("Action Input")), entry["Action"])
-    )
+    name, value = entry["Action"], entry.get("Action_Input", entry.get("Action Input"))
+    return Call(name.strip(), _arguments(value, name))
 
 
 def _line_call(body: str, line: re.Match[str], following: re.Match[str] | None) -> Call:
@@ -60,19 +60,15 @@ def _line_call(body: str, line: re.Match[str], following: re.Match[str] | None) 
     if not found:
         raise FormatError(f'"Action: {name}" is not followed by a line "Action Input:".')
     raw = rest[found.end() :].strip()
-    if not raw.startswith("{"):
-        return Call(name, _arguments(raw.split("\n")[0], name))
-    try:
-        value, _ = json.JSONDecoder().raw_decode(raw)  # the model may go on writing after the object
-    except json.JSONDecodeError as error:
-        raise FormatError(f"The input of {name} is not valid JSON: {error.msg} at character {error.pos}.") from None
-    return Call(name, _arguments(value, name))
+    if raw.startswith("{"):  # the model may go on writing after the object
+        return Call(name, _arguments(raw, name, lambda text: json.JSONDecoder().raw_decode(text)[0]))
+    return Call(name, _arguments(raw.split("\n")[0], name))
 
 
-def _arguments(value: Any, name: str) -> dict[str, Any]:
+def _arguments(value: Any, name: str, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
     if isinstance(value, str):
         try:
-            value = json.loads(value) if value.strip() else {}
+            value = parse(value) if value.strip() else {}
         except json.JSONDecodeError as error:
             raise FormatError(f"The input of {name} is not valid JSON: {error.msg} at character {error.pos}.") from None
     if value is None:
@@ -88,7 +84,7 @@ def _canonical(value: Any) -> Any:
     5 and "5", true and "true" are the same argument; the order of keys and surrounding space don't matter.
     """
     if isinstance(value, dict):
-        return {str(key): _canonical(item) for key, item in sorted(value.items())}
+        return {key: _canonical(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_canonical(item) for item in value]
     if isinstance(value, float) and value.is_integer():
@@ -98,17 +94,15 @@ def _canonical(value: Any) -> Any:
 
 def differences(given: list[Call], wanted: list[Call]) -> list[str]:
     """What has to change in `given`, one sentence each; empty where the calls agree in any order."""
-    given = list(given)
-    missing = []
+    given, missing, problems = list(given), [], []
     for call in wanted:
-        same = next((g for g in given if g.name == call.name and not _different(g, call)), None)
+        same = next((other for other in given if other.name == call.name and not _different(other, call)), None)
         if same is None:
             missing.append(call)
         else:
             given.remove(same)
-    problems = []
     for call in missing:
-        near = next((g for g in given if g.name == call.name), None)
+        near = next((other for other in given if other.name == call.name), None)
         if near is None:
             problems.append(f"A call of {call.name} is missing.")
             continue

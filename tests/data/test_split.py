@@ -43,7 +43,7 @@ def test_order_of_the_rows_does_not_move_prompts(tmp_path):
 @settings(max_examples=60, deadline=None)
 def test_identical_prompts_never_land_on_both_sides(names, fraction, seed):
     try:
-        train, evaluation = Selection(fraction, None, None, seed).split(table(names))
+        train, evaluation = Selection(fraction, seed).split(table(names))
     except UserError:
         assert max(1, round(fraction * len(set(names)))) >= len(set(names))
         return

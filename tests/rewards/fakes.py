@@ -4,12 +4,13 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
 EOS = len(LETTERS)
 
 
-class CharTokenizer:
+class CharTokenizer(PreTrainedTokenizerBase):
     """One id per letter; EOS follows the letters and never comes out of a text."""
 
     eos_token_id = EOS
@@ -44,6 +45,7 @@ class ReciteModel(nn.Module):
     def __init__(self, prompt: list[int], answer: list[int], confidence: float) -> None:
         super().__init__()
         self.text, self.confidence, self.start = [*prompt, *answer, EOS], confidence, len(prompt)
+        self.anchor = nn.Parameter(torch.empty(0))  # a model is where its parameters are
 
     def forward(self, input_ids: Tensor) -> SimpleNamespace:
         vocabulary = EOS + 1

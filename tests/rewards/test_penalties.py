@@ -1,6 +1,5 @@
-from types import SimpleNamespace
-
 import pytest
+from transformers import TrainerState
 
 from selfdistill.errors import UserError
 from selfdistill.rewards import LengthFloor, RandomReward, RepetitionPenalty
@@ -23,7 +22,7 @@ def test_length_floor():
 
 def test_random_reward_depends_on_seed_step_and_call_alone():
     def draws(reward, step):
-        return reward(prompts=[""] * 64, completions=[""] * 64, trainer_state=SimpleNamespace(global_step=step))
+        return reward(prompts=[""] * 64, completions=[""] * 64, trainer_state=TrainerState(global_step=step))
 
     unbroken = RandomReward(seed=1)
     first = [draws(unbroken, step) for step in (0, 0, 1, 2)]

@@ -5,6 +5,7 @@ import torch
 from selfdistill.errors import UserError
 from selfdistill.rewards import Mix, PolicyScorer, normalise
 from selfdistill.rewards.exact import ExactMatch
+from tests.rewards.fakes import CharTokenizer, TableModel
 
 
 def test_every_accepted_form():
@@ -80,7 +81,7 @@ def test_mix_binds_what_can_be_bound():
         def bind(self, scorer):
             self.scorer = scorer
 
-    needs, scorer = Needs(), PolicyScorer(None, None)
+    needs, scorer = Needs(), PolicyScorer(TableModel(torch.zeros(28, 28)), CharTokenizer())
     Mix({"a": needs, "b": lambda **_: []}).bind(scorer)
     assert needs.scorer is scorer
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from selfdistill.models.structure import evaluating
-from selfdistill.rewards import PolicyScorer
+from selfdistill.rewards import PolicyReward, PolicyScorer
 from selfdistill.rewards.scorer import to_lists
 from tests.rewards.fakes import CharTokenizer, TableModel, ids
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -249,14 +249,21 @@ def test_misuse_is_refused():
 
 
 def test_prompts_are_encoded_as_the_trainer_does():
-    tokenizer = tiny_tokenizer()
-    scorer = PolicyScorer(tiny_model(), tokenizer)
-    chat = [{"role": "user", "content": "hi"}]
-    assert tokenizer.decode(scorer.encode_prompts([chat])[0]) == "<|user|>hi<|end|><|assistant|>"
-    assert scorer.encode_prompts(["hi"]) == [tokenizer("hi")["input_ids"]]
-    assert (
-        scorer.encode_completions(["hi", [{"role": "assistant", "content": "hi"}]]) == [tokenizer("hi").input_ids] * 2
+    class Ids(PolicyReward):
+        def _scores(self, prompt_ids, completion_ids, logprobs, columns):
+            self.seen = prompt_ids, completion_ids
+            return []
+
+    tokenizer, reward = tiny_tokenizer(), Ids()
+    reward.bind(PolicyScorer(tiny_model(), tokenizer))
+    reward(
+        prompts=[[{"role": "user", "content": "hi"}], "hi"],
+        completions=["hi", [{"role": "assistant", "content": "hi"}]],
     )
+    prompts, completions = reward.seen
+    assert tokenizer.decode(prompts[0]) == "<|user|>hi<|end|><|assistant|>"
+    assert prompts[1] == tokenizer("hi")["input_ids"]
+    assert completions == [tokenizer("hi").input_ids] * 2
 
 
 def test_to_lists_keeps_rows_apart():
