@@ -12,7 +12,6 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.cache_utils import Cache, DynamicLayer
 
 from selfdistill.losses.head import finish_
-from selfdistill.models.generation import pad_left
 from selfdistill.models.structure import evaluating, inner_model, scale_and_soft_cap
 from selfdistill.rewards.batching import Batch, Ids, plan
 
@@ -180,7 +179,9 @@ class PolicyScorer:
         """
         assert self._head is not None
         distinct = dict(zip(places, prefixes, strict=True))
-        ids, mask = pad_left([distinct[place] for place in sorted(distinct)], 0, self._device)
+        rows = [torch.tensor(distinct[place], device=self._device) for place in sorted(distinct)]
+        ids = pad_sequence(rows, batch_first=True, padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
         order = (mask.cumsum(-1) - 1).clamp(min=0)
         # Nothing is scored yet: the head gets one token of each prompt.
         with self._head.register_forward_pre_hook(lambda _, arguments: (arguments[0][:, :1],)):
