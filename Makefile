@@ -23,7 +23,7 @@ demo: $(BIN)/.installed
 test: $(BIN)/.installed
 	# against a real vLLM where `make vllm` was run: in one process, which starts one server
 	$(BIN)/python -m pytest tests/vllm
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --ignore tests/vllm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/vllm
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES += sorted((ROOT / "experiments").rglob("README.md"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PROGRAMS = r"(?:python|pip|make|git|vllm|accelerate|eval|selfdistill-\w+)"
+PROGRAMS = r"(?:python|pip|make|git|vllm|accelerate|torchrun|eval|selfdistill-\w+)"
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
