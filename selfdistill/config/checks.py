@@ -19,6 +19,7 @@ from selfdistill.config.targets import check_trust, declares, targets
 from selfdistill.config.values import mismatch
 from selfdistill.errors import UserError
 from selfdistill.limits import check_limits
+from selfdistill.losses.divergence import Divergence
 
 
 def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> Run:
@@ -132,7 +133,8 @@ def _check_read(run: Run, cfg: DictConfig, overridden: set[str]) -> None:
 
     d, vllm, untaught = run.distillation, run.hardware.vllm, run.teacher is None
     vllm_keys = [f"hardware.vllm.{field.name}" for field in fields(vllm) if field.name != "mode"]
-    divergence = [f"distillation.{name}" for name in ("top_k", "tail", "pointwise_clip", "jsd_normalize")]
+    names = {field.name for field in fields(Divergence)} - {"alpha", "temperature"}
+    divergence = [f"distillation.{name}" for name in sorted(names)]
     with_alpha = ["alpha", "distillation.alpha", *divergence]
     threshold_read = d.route == "failures" or _context_follows(cfg, "success_threshold")
     # Whether the teacher is served is asked last, since the answer takes an import.

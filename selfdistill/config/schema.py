@@ -10,7 +10,7 @@ Target = dict[str, Any]  # `_target_` and the arguments that it is called with
 
 
 @dataclass(frozen=True)
-class Lora:
+class Adapter:
     r: int = field(metadata=number(1))
     alpha: int = field(metadata=number(1))
     dropout: float = field(metadata=number(0, 1))
@@ -18,11 +18,11 @@ class Lora:
 
 
 @dataclass(frozen=True)
-class Model:
+class Student:
     name: str
     loader: str = field(metadata=one_of("transformers", "unsloth"))
     tuning: str = field(metadata=one_of("lora", "full"))
-    lora: Lora
+    lora: Adapter
     dtype: str = field(metadata=one_of("auto", "float32", "bfloat16", "float16"))
     load_in_4bit: bool
     attn_implementation: str | None
@@ -117,7 +117,7 @@ class Run:
     rollout: Rollout
     distillation: Distillation
     training: Training
-    model: Model
+    model: Student
     hardware: Hardware
     data: Target
     reward: Target | None

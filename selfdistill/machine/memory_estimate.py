@@ -2,7 +2,7 @@
 
 from omegaconf import DictConfig
 
-from selfdistill.config.schema import Model, Run
+from selfdistill.config.schema import Run, Student
 from selfdistill.config.targets import declares
 
 GIB = 2**30
@@ -41,7 +41,7 @@ def estimate(run: Run | DictConfig, trained: int | None = None) -> dict[str, flo
     return parts
 
 
-def _bytes_each(model: Model | DictConfig) -> float:
+def _bytes_each(model: Student | DictConfig) -> float:
     """Memory of one weight of the frozen model."""
     if model.load_in_4bit:
         return 0.55  # four bits and the scales of their blocks

@@ -9,7 +9,7 @@ LEAST_SAVING = 0.25
 
 
 @dataclass(frozen=True)
-class Batch:
+class ScoringBatch:
     """Rows of one micro-batch.
 
     Attributes:
@@ -24,7 +24,9 @@ class Batch:
     padded_tokens: int
 
 
-def plan(prompts: Ids, counts: Sequence[int], budget_tokens: int, shared_budget_tokens: int | None) -> list[Batch]:
+def plan(
+    prompts: Ids, counts: Sequence[int], budget_tokens: int, shared_budget_tokens: int | None
+) -> list[ScoringBatch]:
     """Micro-batches of all rows with something to score, with each prompt's pass shared by its rows where that pays.
 
     Args:
@@ -43,7 +45,7 @@ def plan(prompts: Ids, counts: Sequence[int], budget_tokens: int, shared_budget_
     return shared if spent <= (1 - LEAST_SAVING) * without else alone
 
 
-def _alone(rows: list[int], prompts: Ids, counts: Sequence[int], budget: int) -> Iterator[Batch]:
+def _alone(rows: list[int], prompts: Ids, counts: Sequence[int], budget: int) -> Iterator[ScoringBatch]:
     """Similar lengths together: the last row of a batch is its longest."""
     lengths = {row: len(prompts[row]) + counts[row] - 1 for row in rows}
 
@@ -51,10 +53,10 @@ def _alone(rows: list[int], prompts: Ids, counts: Sequence[int], budget: int) ->
         return len(batch) * lengths[batch[-1]]
 
     for batch in _filled(sorted(rows, key=lengths.__getitem__), padded, budget):
-        yield Batch(batch, None, padded(batch))
+        yield ScoringBatch(batch, None, padded(batch))
 
 
-def _shared(rows: list[int], prompts: Ids, counts: Sequence[int], budget: int) -> Iterator[Batch]:
+def _shared(rows: list[int], prompts: Ids, counts: Sequence[int], budget: int) -> Iterator[ScoringBatch]:
     """Equal prompts together, prompts of similar length next to each other: the last of a batch is its longest."""
 
     def held(batch: list[int]) -> int:
@@ -66,7 +68,7 @@ def _shared(rows: list[int], prompts: Ids, counts: Sequence[int], budget: int) -
         places = [distinct.setdefault(tuple(prompts[row]), len(distinct)) for row in batch]
         # The prompt's last token predicts the first of the completion, and goes through with it.
         padded = len(distinct) * (len(prompts[batch[-1]]) - 1) + len(batch) * max(counts[row] for row in batch)
-        yield Batch(batch, places, padded)
+        yield ScoringBatch(batch, places, padded)
 
 
 def _filled(rows: list[int], tokens: Callable[[list[int]], int], budget: int) -> Iterator[list[int]]:

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from selfdistill.losses.head import finish_
 from selfdistill.models.structure import evaluating, inner_model, scale_and_soft_cap
-from selfdistill.rewards.batching import Batch, Ids, plan
+from selfdistill.rewards.batching import Ids, ScoringBatch, plan
 
 # Logits held at any moment: 2^25 float32 are 128 MiB, about 220 tokens of a vocabulary of 152 thousand.
 LOGITS_AT_ONCE = 2**25
@@ -146,7 +146,7 @@ class PolicyScorer:
         return found
 
     def _call(
-        self, batch: Batch, prompt_ids: Ids, completion_ids: Ids, counts: Sequence[int]
+        self, batch: ScoringBatch, prompt_ids: Ids, completion_ids: Ids, counts: Sequence[int]
     ) -> tuple[dict[str, Any], Bool[Tensor, "B S"]]:
         """The arguments of one call of the model, and which of its positions predict the targets.
 

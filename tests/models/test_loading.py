@@ -3,7 +3,7 @@ from dataclasses import fields
 
 import pytest
 
-from selfdistill.config.schema import Model
+from selfdistill.config.schema import Student
 from selfdistill.models.loading import load_configured, load_model
 from tests.command import composed
 
@@ -18,4 +18,4 @@ def test_the_configuration_group_is_loaded_and_holds_every_key():
     model, tokenizer = load_configured(group)
     assert str(model.dtype) == "torch.bfloat16"
     assert tokenizer.padding_side == "left"
-    assert set(inspect.signature(load_model).parameters) - {"key"} <= {field.name for field in fields(Model)}
+    assert set(inspect.signature(load_model).parameters) - {"key"} <= {field.name for field in fields(Student)}

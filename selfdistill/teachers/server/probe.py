@@ -11,10 +11,10 @@ from typing import Any, Protocol, runtime_checkable
 from selfdistill.config.suggestions import guess
 from selfdistill.errors import UserError
 from selfdistill.teachers.server.client import Client, MalformedReply, ReplyError, RequestRefused, all_of, part
-from selfdistill.teachers.server.prompt_logprobs import Row, TopKRefused, choices_of, score_rows
+from selfdistill.teachers.server.prompt_logprobs import TokenRow, TopKRefused, choices_of, score_rows
 
 # Low ids exist in every vocabulary. The same row for every model, so that a model is recognised by its answer.
-PROBE = Row(list(range(5, 37)), 1)
+PROBE = TokenRow(list(range(5, 37)), 1)
 # Text in which tokenizers differ: digits, spaces, capitals, accents, other scripts, code, control characters, emoji.
 PROBE_TEXT = (
     "The 3 quick brown foxes can't jump 12345.67 times over  the lazy dog's back.\n\tdef f(x): return x**2 != None\n"
@@ -105,7 +105,7 @@ async def largest_k(client: Client, model: str, vocabulary: int) -> int:
         RequestRefused: the server refuses the whole vocabulary and names no limit.
     """
     try:
-        await score_rows(client, model, [Row(PROBE.ids[:2], 1)], vocabulary)
+        await score_rows(client, model, [TokenRow(PROBE.ids[:2], 1)], vocabulary)
     except TopKRefused as refusal:
         return refusal.limit
     return vocabulary

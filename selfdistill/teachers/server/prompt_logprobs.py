@@ -17,7 +17,7 @@ SLACK = 1e-3
 ALL = -1
 
 
-class Row(NamedTuple):
+class TokenRow(NamedTuple):
     """A prompt and its completion as one list of token ids."""
 
     ids: list[int]
@@ -32,7 +32,7 @@ class TopKRefused(UserError):
         self.limit = limit
 
 
-async def score_rows(client: Client, model: str, rows: Sequence[Row], k: int) -> list[TopTokens]:
+async def score_rows(client: Client, model: str, rows: Sequence[TokenRow], k: int) -> list[TopTokens]:
     """What the model says of each row's completion, in one request.
 
     Raises:

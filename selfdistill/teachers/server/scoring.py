@@ -8,7 +8,7 @@ from safetensors.torch import load, save
 from selfdistill.errors import UserError
 from selfdistill.losses import TopTokens
 from selfdistill.teachers.server.client import Client, all_of
-from selfdistill.teachers.server.prompt_logprobs import ALL, Row, score_rows, scoring_body
+from selfdistill.teachers.server.prompt_logprobs import ALL, TokenRow, score_rows, scoring_body
 from selfdistill.teachers.server.reply_cache import ReplyCache, cache_key
 
 # Bounds what a server holds at once for one request: prompt log-probabilities of the whole vocabulary take much memory.
@@ -44,7 +44,7 @@ class Scorer:
         self.context_tokens: int | None = None
         self.vocabulary_size: int | None = None
 
-    def rows(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[Row]:
+    def rows(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> list[TokenRow]:
         """Prompts and completions, one of each per row, as `score` takes them.
 
         Raises:
@@ -57,7 +57,7 @@ class Scorer:
         for prompt, completion in zip(prompt_ids, completion_ids, strict=True):
             if not prompt:
                 raise ValueError("a teacher prompt without tokens: nothing precedes the first token to be scored")
-            row = Row([int(token) for token in (*prompt, *completion)], len(prompt))
+            row = TokenRow([int(token) for token in (*prompt, *completion)], len(prompt))
             if self.context_tokens is not None and len(row.ids) >= self.context_tokens and completion:
                 raise UserError(
                     f"The teacher's prompt of {len(prompt)} tokens and the completion of {len(completion)} do not fit "
@@ -67,7 +67,7 @@ class Scorer:
             rows.append(row)
         return rows
 
-    async def score(self, rows: Sequence[Row]) -> list[TopTokens]:
+    async def score(self, rows: Sequence[TokenRow]) -> list[TopTokens]:
         """What the model says of each row's completion."""
         known = [self._known(row) for row in rows]
         missing = [row for row, answer in zip(rows, known, strict=True) if answer is None]
@@ -75,10 +75,10 @@ class Scorer:
         asked = (answer for reply in replies for answer in reply)
         return [answer if answer is not None else next(asked) for answer in known]
 
-    def batches(self, rows: Sequence[Row]) -> list[list[Row]]:
+    def batches(self, rows: Sequence[TokenRow]) -> list[list[TokenRow]]:
         """Rows that share a request: few enough that every connection has work, small enough for the server."""
         most = max(1, math.ceil(len(rows) / self.client.max_concurrency))
-        batches: list[list[Row]] = []
+        batches: list[list[TokenRow]] = []
         tokens = 0
         for row in rows:
             if not batches or len(batches[-1]) >= most or tokens + len(row.ids) > REQUEST_TOKENS:
@@ -88,18 +88,18 @@ class Scorer:
             tokens += len(row.ids)
         return batches
 
-    def _known(self, row: Row) -> TopTokens | None:
+    def _known(self, row: TokenRow) -> TopTokens | None:
         """The answer that needs no request."""
         if row.prompt_tokens == len(row.ids):
             return TopTokens.empty(self.top_k or 0)
         stored = self.cache.get(self._key(row)) if self.cache is not None else None
         return None if stored is None else TopTokens(**load(stored))
 
-    def _key(self, row: Row) -> bytes:
+    def _key(self, row: TokenRow) -> bytes:
         body = scoring_body(self.model, [row.ids], self.k)
         return cache_key(self.identity, "prompt_logprobs", body, row.prompt_tokens)
 
-    async def _ask(self, rows: list[Row]) -> list[TopTokens]:
+    async def _ask(self, rows: list[TokenRow]) -> list[TopTokens]:
         answers = await score_rows(self.client, self.model, rows, self.k)
         for row, answer in zip(rows, answers, strict=True):
             largest = int(answer.ids.max()) if answer.ids.numel() else 0
