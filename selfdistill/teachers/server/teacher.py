@@ -21,8 +21,8 @@ from selfdistill.teachers.context import Context, NoContext
 from selfdistill.teachers.interface import BaseTeacher, TeacherRequest
 from selfdistill.teachers.server import probe
 from selfdistill.teachers.server.client import Client, ServerUnavailable
+from selfdistill.teachers.server.prompt_logprobs import Scorer
 from selfdistill.teachers.server.reply_cache import ReplyCache, mean_difference
-from selfdistill.teachers.server.scoring import Scorer
 from selfdistill.teachers.server.writing import Sampling, Writer, Written, show_golden
 
 T = TypeVar("T")
