@@ -36,6 +36,7 @@ class Rollouts:
         advantages: of the policy gradient, each rollout's mean over its tokens.
         teacher_prompts: what the teacher is shown; None for a rollout without a signal.
         sent_to_teacher: prompt and completion as token ids, as the teacher gets them; None where it gets nothing.
+            Recorded at step 0 alone, since it takes all ids off the device.
     """
 
     prompts: Sequence[Prompt]

@@ -217,7 +217,7 @@ class SelfDistillTrainer(RolloutTrainer):
         }
         if self.distillation.route == "failures":
             shown["advantages"] = output["advantages"].masked_fill(active, 0.0)
-        if self.on_rollouts is not None:
+        if self.on_rollouts is not None and not self.state.global_step:  # who looks at the prompts does so at step 0
             sent = iter(TeacherRequest.of({**output, **shown}).sent())
             rollouts.sent_to_teacher = [next(sent) if taught else None for taught in active.tolist()]
         return shown
