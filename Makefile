@@ -1,5 +1,6 @@
 # make demo   own environment, then the main job on the embedded model
-# make test   own environment, then the tests; those of the real vLLM server run where `make vllm` was run
+# make test   own environment, then the tests
+# make test-long   the tests marked long, and those against a real vLLM server where `make vllm` was run
 # make vllm   a real vLLM for the CPU, in an environment of its own
 # make lint   style and types
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint vllm clean
+.PHONY: demo test test-long lint vllm clean
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -21,9 +22,12 @@ demo: $(BIN)/.installed
 	$(BIN)/python -m selfdistill.train experiment=grpo_supervised
 
 test: $(BIN)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" --ignore tests/vllm
+
+test-long: $(BIN)/.installed
 	# against a real vLLM where `make vllm` was run: in one process, which starts one server
 	$(BIN)/python -m pytest tests/vllm
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/vllm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m long --ignore tests/vllm
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .
