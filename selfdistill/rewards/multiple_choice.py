@@ -60,9 +60,12 @@ class MultipleChoice(Judge):
             rf"(?i:{DECLARED}){OPENING}(?:([{self.choices}])(?!\w)|((?i:[{self.choices}]))(?={CLOSING}\s*(?:[.,;:!?]|$)))",
             rf"(?:^|(?<=[\s*:])){OPENING}([{self.choices}])(?=[\s.,;:!?)\]*_`$\"']|$)(?!(?<=A)\s+(?!because|since)[a-z])",
         ):
-            letters = [m[1] or m[m.lastindex or 1] for m in re.finditer(pattern, text) if not self._hesitates(text[m.end() :])]
+            matches = list(re.finditer(pattern, text))
+            letters = [m[m.lastindex or 1] for m in matches if not self._hesitates(text[m.end() :])]
             if letters:
                 return letters[-1].upper(), ""
+            if matches:
+                break
         return None, f"No choice was found. End with {form}."
 
     @property
