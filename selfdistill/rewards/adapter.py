@@ -71,7 +71,7 @@ def adapt(reward_funcs: Any) -> tuple[list[Any], list[float] | None]:
     rewards: list[Any] = []
     weights: list[float] = []
     for function in functions:
-        parts = function.parts if isinstance(function, Mix) else [(_name(function), function, 1.0)]
+        parts = function.parts if isinstance(function, Mix) else [(name_of(function), function, 1.0)]
         for name, part, weight in parts:
             rewards.append(part if isinstance(part, str | nn.Module) else _adapted(name, part))
             weights.append(weight)
@@ -85,7 +85,8 @@ def _adapted(name: str, function: Any) -> AdaptedReward:
     return AsyncAdaptedReward(name, function) if coroutine else AdaptedReward(name, function)
 
 
-def _name(function: Any) -> str:
+def name_of(function: Any) -> str:
+    """What a reward is called in the logs."""
     function = _inner(function)
     return getattr(function, "__name__", None) or type(function).__name__
 

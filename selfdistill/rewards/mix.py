@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from selfdistill.errors import UserError
-from selfdistill.rewards.base import AsksPolicy, Result, Reward, RewardFunction
+from selfdistill.rewards.base import AsksPolicy, Result, Reward, RewardFunction, is_verifiable
 from selfdistill.rewards.result import normalise
 from selfdistill.rewards.scorer import PolicyScorer
 
@@ -34,6 +34,11 @@ class Mix(Reward):
         self.parts: list[tuple[str, RewardFunction, float]] = [
             (str(name), function, float(weights.get(name, 1.0))) for name, function in rewards.items()
         ]
+
+    @property
+    def judge(self) -> RewardFunction | None:
+        """The first part that tells right from wrong, which is what an evaluation asks for."""
+        return next((function for _, function, _ in self.parts if is_verifiable(function)), None)
 
     def bind(self, scorer: PolicyScorer) -> None:
         """Hand the policy to every part that asks for it."""

@@ -41,12 +41,13 @@ class Evaluations(TrainerCallback):
         """The metrics of the model after `step`, which is evaluated once."""
         if self._latest is None or self._latest[0] != step:
             with self.record.busy("evaluating"):
-                metrics = self.evaluator.evaluate(model, self.tokenizer)
+                evaluation = self.evaluator.evaluate(model, self.tokenizer)
+            metrics = dict(evaluation.metrics)
             self.before = self.before or metrics
             forgotten = forgetting(self.before, metrics)
             if forgotten is not None:
                 metrics["eval/forgetting"] = forgotten
-            self.record.evaluation(step, metrics)
+            self.record.evaluation(step, metrics, evaluation.items)
             self._latest = step, metrics
         return self._latest[1]
 

@@ -40,5 +40,6 @@ def plan_of(run: Run, parts: Parts) -> console.Plan:
         num_generations=run.num_generations,
         adapter=f"LoRA, rank {run.model.lora.r}" if run.model.tuning == "lora" else "",
         teacher="" if trainer.teacher is None else str(trainer.teacher),
+        judge=parts.judged_by,
         memory_gib=estimate(run, trained=trained),
     )
