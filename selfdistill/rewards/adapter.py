@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from functools import partial
+from logging import getLogger
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,11 @@ from selfdistill.rewards.mix import Mix
 from selfdistill.rewards.result import normalise
 from selfdistill.rewards.scorer import PolicyScorer
 from selfdistill.rollout import Rollouts
+
+# TRL prints a row's columns in every step in which no reward applies to it; the monitors say so once.
+getLogger("trl.trainer.grpo_trainer").addFilter(
+    lambda record: "All reward functions returned None" not in record.getMessage()
+)
 
 # The column in which the trainer passes the whole batch. The function gets what is known of it, and its feedback is
 # written onto it.

@@ -95,7 +95,7 @@ class Session:
         trainer.on_rollouts = partial(self._look_at_rollouts, parts)
 
     def _look_at_rollouts(self, parts: Parts, rollouts: Rollouts, _: Mapping[str, Any]) -> None:
-        for name, value in rollout_metrics(rollouts).items():
+        for name, value in rollout_metrics(rollouts, rewarded=bool(parts.trainer.rewards)).items():
             parts.trainer.note(name, value)
         self.record.rollouts(parts, rollouts)
 

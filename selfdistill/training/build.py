@@ -30,6 +30,7 @@ from selfdistill.training.arguments import trainer_arguments, use_cuda
 from selfdistill.training.checkpoints import CHECKPOINTS
 from selfdistill.training.row_checks import answer_field, check_rows
 from selfdistill.training.trainer import SelfDistillTrainer
+from selfdistill.training.update_size import UpdateSize
 
 
 @dataclass
@@ -73,7 +74,7 @@ def build(run: Run, folder: Path) -> Parts:
                 print(line)
     if isinstance(teacher, ServerTeacher) and teacher.mode == "write":
         teacher, data = written_by(teacher, run, data)
-    check_rows(reward, data.train, run.rollout, str(run.data.get("path", run.data["_target_"])))
+    check_rows(reward, data.train, run.rollout, str(run.data.get("path", run.data["_target_"])), tokenizer)
 
     trainer = SelfDistillTrainer(
         model=model,
@@ -86,6 +87,7 @@ def build(run: Run, folder: Path) -> Parts:
         processing_class=tokenizer,
         peft_config=None if has_adapter else lora_config(**asdict(run.model.lora)),
     )
+    trainer.add_callback(UpdateSize(trainer))
     evaluator, judged_by = _evaluator(run, settings, reward, data, trainer)
     return Parts(tokenizer, data, trainer, evaluator, judged_by, monitors, exporter)
 

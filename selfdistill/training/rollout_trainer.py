@@ -18,7 +18,7 @@ from selfdistill.config.settings import RolloutSource
 from selfdistill.errors import UserError
 from selfdistill.models.structure import has_dropout, is_reference
 from selfdistill.rewards.adapter import ROLLOUTS
-from selfdistill.rollout import Prompt, Rollouts, text_of
+from selfdistill.rollout import Prompt, Rollouts, shown_in, text_of
 from selfdistill.teachers.interface import REQUEST, BaseTeacher
 from selfdistill.training import checkpoints
 from selfdistill.training.demonstrations import demonstrated_groups, demonstration_ids
@@ -122,8 +122,10 @@ class RolloutTrainer(GRPOTrainer):
         return [chosen[(first + i) // num_generations - groups.start] for i in range(count)]
 
     def _demonstration(self, index: int) -> list[int]:
-        row = {name: values[index] for name, values in self._rollouts.columns.items()}
-        field = self.rollout.demonstration_field
+        field, columns = self.rollout.demonstration_field, self._rollouts.columns
+        row = {name: values[index] for name, values in columns.items()}
+        if field in columns:
+            row[field] = shown_in(columns, field)[index]
         return demonstration_ids(row, field, self._tokenizer, self.max_completion_length)
 
     def _generating(self) -> AbstractContextManager[None]:
