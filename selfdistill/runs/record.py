@@ -51,6 +51,9 @@ class NoRecord:
     def evaluation(self, step: int, metrics: dict[str, float], items: Sequence[Item]) -> None:
         """Enters an evaluation, its metrics and its rows; later ones are compared with that of step 0."""
 
+    def kept(self, metric: str, step: int | None, value: float | None) -> None:
+        """Says which step's weights become the model, where the best ones by a metric were asked for."""
+
     def rollouts(self, parts: Parts, rollouts: Rollouts) -> None:
         """Keeps a step's completions, of all processes; the first ones are written to prompts.md."""
 
@@ -108,6 +111,13 @@ class Record(NoRecord):
             self.folder.update_summary(eval={"before": metrics})
         self.folder.log_metrics(step, metrics)
         self.logger.log(step, metrics)
+
+    def kept(self, metric: str, step: int | None, value: float | None) -> None:
+        if step is None or value is None:
+            self.screen.print(f"no step was better than the others by {metric}: model/ is that of the last one")
+            return
+        self.folder.update_summary(best={"metric": metric, "step": step, "value": value})
+        self.screen.print(f"model/ is that of step {step}, the best by {metric}: {value:.3f}")
 
     def rollouts(self, parts: Parts, rollouts: Rollouts) -> None:
         self._rows = completion_rows(rollouts)

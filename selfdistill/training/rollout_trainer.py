@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,15 @@ class RolloutTrainer(GRPOTrainer):
     def _windows_per_generation(self) -> float:
         """How many optimizer steps the rollouts generated together are spread over."""
         return self._micro_batches_per_generation / self.current_gradient_accumulation_steps
+
+    @property
+    def planned_steps(self) -> int:
+        """Optimizer steps of the whole training: as configured, or as many as the epochs take."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        generations = len(self.train_dataset) // self._prompts_per_generation
+        batches = generations * self._micro_batches_per_generation * self.num_iterations
+        return ceil(self.args.num_train_epochs * ceil(batches / self.args.gradient_accumulation_steps))
 
     @property
     def _micro_batches_per_generation(self) -> int:
