@@ -15,8 +15,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from selfdistill.config.batch import batch_of
 from selfdistill.config.messages import WITHOUT, explain
 from selfdistill.config.schema import Run
-from selfdistill.config.trl_names import OUR_KEYS, instead_of
 from selfdistill.config.targets import check_trust, declares, targets
+from selfdistill.config.trl_names import OUR_KEYS, instead_of
 from selfdistill.config.values import mismatch
 from selfdistill.errors import UserError
 from selfdistill.limits import check_limits
@@ -228,9 +228,7 @@ def _check_batch(run: Run) -> None:
     if run.max_steps is None and run.epochs is None:
         raise UserError("max_steps=null leaves open when the run ends: write max_steps=100, or epochs=3.")
     if run.keep_best is not None and run.keep_best.startswith("eval/") and not (run.eval or {}).get("every"):
-        raise UserError(
-            f"keep_best={run.keep_best} needs evaluations during the training: write eval.every=20, or so."
-        )
+        raise UserError(f"keep_best={run.keep_best} needs evaluations during the training: write eval.every=20, or so.")
     if run.reward is not None and run.num_generations == 1 and (run.teacher is None or run.distillation.policy_weight):
         without = "." if run.teacher is None else ", or policy_weight=0."
         raise UserError(f"num_generations=1 leaves a policy gradient nothing to compare: write at least 2{without}")

@@ -176,8 +176,8 @@ class Evaluator:
             texts = tokenizer.batch_decode(completion_ids[span], skip_special_tokens=True)
             ids = {"completion_ids": completion_ids[span], "prompt_ids": prompt_ids[span]}
             verdicts = _scores(key, scorer, rows, texts, **ids)
-            for number, (row, text, verdict) in enumerate(zip(rows, texts, verdicts, strict=True)):
-                items.append(Item(suite, str(row.get("id") or number), row["prompt"], text, verdict))
+            for place, (row, text, verdict) in enumerate(zip(rows, texts, verdicts, strict=True)):
+                items.append(Item(suite, str(row.get("id") or place), row["prompt"], text, verdict))
             scores = [verdict for verdict in verdicts if verdict is not None]
             if not scores:
                 raise UserError(f"{key} could judge none of {len(rows)} rows: does the data have the column it reads?")

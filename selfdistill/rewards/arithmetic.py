@@ -16,7 +16,7 @@ VALUE = re.compile(rf"{SIGN}\\[dt]?frac\{{({NUMBER})\}}\{{({NUMBER})\}}|{FRACTIO
 
 def last_number(text: str) -> float | None:
     """The last number in a text, or None: 1,234.5 and −3 and 2e5 and 3/4 are one number each, in 5-3 the last is 3."""
-    found = [match for match in VALUE.finditer(text.replace("−", "-"))]
+    found = list(VALUE.finditer(text.replace("−", "-")))
     if not found:
         return None
     parts = [float(part.replace(",", "")) for part in found[-1].groups() if part is not None]

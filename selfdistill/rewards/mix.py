@@ -26,8 +26,8 @@ class Mix(Reward):
             raise UserError("reward.rewards is empty; name at least one reward")
         if unknown := sorted(set(weights) - set(rewards)):
             raise UserError(
-                f"reward.weights names {', '.join(unknown)}, which reward.rewards does not have ({', '.join(rewards)}); "
-                f"to leave it out write ~reward.weights.{unknown[0]}"
+                f"reward.weights names {', '.join(unknown)}, which reward.rewards does not have "
+                f"({', '.join(rewards)}); to leave it out write ~reward.weights.{unknown[0]}"
             )
         for name, function in rewards.items():
             if not callable(function):

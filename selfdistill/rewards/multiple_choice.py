@@ -12,7 +12,8 @@ OPENING, CLOSING = r"[\s(\[{*_`$\"']*", r"[)\]}*_`$\"']*"
 BOXED = r"\\boxed\s*\{\s*(?:\\(?:text|mathrm|mathbf)\s*\{\s*)?\(?"
 # What says that the letter behind it is the choice.
 DECLARED = (
-    r"(?:\b(?:answer|choice|option)(?:\s+(?:is|would\s+be|should\s+be|must\s+be)(?:\s+(?:option|choice))?\s*:?|\s*[:=])"
+    r"(?:\b(?:answer|choice|option)"
+    r"(?:\s+(?:is|would\s+be|should\s+be|must\s+be)(?:\s+(?:option|choice))?\s*:?|\s*[:=])"
     r"|(?<!not )(?<!n't )\b(?:choose|pick|select|go\s+with)(?:\s+(?:option|choice))?)"
 )
 

@@ -35,8 +35,8 @@ def check_rows(
         tokenizer: the student's, to tell how long answers are; that is not checked without it.
 
     Raises:
-        UserError: a reward compares with answers and no row has one, or has no signal for answers as these are, or a row lacks the demonstration that takes the
-            place of the student's completion.
+        UserError: a reward compares with answers and no row has one, or has no signal for answers as these are, or a
+            row lacks the demonstration that takes the place of the student's completion.
     """
     parts = {f"reward.rewards.{name}": part for name, part, _ in reward.parts} if isinstance(reward, Mix) else {}
     for key, part in (parts or {"reward": reward}).items():

@@ -38,7 +38,9 @@ class UpdateSize(TrainerCallback):
             model = self.trainer.accelerator.unwrap_model(self.trainer.model)
             self._watched = [_Watched(module) for module in _matrices(model)]
 
-    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         for watched in self._watched:
             ratio, changed = watched.compared()
             self.trainer.note("monitor/update_ratio", ratio)
