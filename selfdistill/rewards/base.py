@@ -138,8 +138,8 @@ class AsksPolicy(Protocol):
 class PolicyReward(Reward):
     """A reward that asks the current policy for log-probabilities. Subclasses give `_scores` alone.
 
-    It judges the model as it is, at temperature 1, whatever the sampling temperature. TRL's own log-probabilities, which
-    are at that temperature, take the place of a pass only where it is 1.
+    It judges the model as it is, at temperature 1, whatever the sampling temperature. TRL's own log-probabilities,
+    which are at that temperature, take the place of a pass only where it is 1.
 
     Raises:
         ValueError: no policy is bound, or `policy_logprobs` has not one value for each completion token.

@@ -25,7 +25,8 @@ class MultipleChoice(Judge):
     The choice is the letter in the last <answer>…</answer>, alone or before the text of its option ("B) 42 J"). Without
     such tags it is the letter in the last \\boxed{…}, else the last one that is declared ("the answer is B",
     "Answer: b", "I choose B"), else the last letter that stands by itself ("B", "(B)", "B."), so that letters inside
-    words and chemical formulas don't count. An "A" before a word in small letters is an article or the subject of a sentence.
+    words and chemical formulas don't count. An "A" before a word in small letters is an article, or the subject of a
+    sentence.
 
     Args:
         answer_field, feedback: see `Judge`; the verdict also says what is wrong with the form.

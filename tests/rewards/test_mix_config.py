@@ -52,7 +52,8 @@ def test_the_form_alone() -> None:
 
 
 def test_each_parts_mean_is_logged(tmp_path: Path) -> None:
-    line = ["reward=mix", r"reward.rewards.form.pattern=\\S", "dry_run=true", "logger=none", "eval=none", "hardware=cpu"]
+    line = ["reward=mix", r"reward.rewards.form.pattern=\\S", "dry_run=true", "logger=none", "eval=none"]
+    line += ["hardware=cpu"]
     done = command([*line, "completions_per_step=8", "rollout.max_completion_tokens=8", "hydra.run.dir=run"], tmp_path)
     assert done.code == 0, done.err
     step = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])

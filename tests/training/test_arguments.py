@@ -15,7 +15,6 @@ from selfdistill.training.arguments import ARGUMENTS, SelfDistillConfig, trainer
 from tests.command import composed
 
 
-
 def arguments(folder: Path, *overrides: str) -> tuple[config.Run, SelfDistillConfig]:
     run = config.check(composed(["hardware=cpu", *overrides]))
     return run, trainer_arguments(run, folder)
