@@ -58,9 +58,9 @@ def check_targets(run: Run, trainer_arguments: Collection[str]) -> None:
         UserError: an argument that is unknown, missing or of the wrong type.
     """
     for key, node in targets(asdict(run)):
-        bind(key, node)
-        if re.fullmatch(r"reward(\.rewards\.[^.]+)?|eval\.(retention_)?scorer(\.rewards\.[^.]+)?", key):
+        if re.fullmatch(r"(reward|eval\.(retention_)?scorer)(\.rewards\.[^.]+)?", key):
             check_call(key, node, find(key, node["_target_"]))
+        bind(key, node)
     for argument in run.training.arguments:
         if argument not in trainer_arguments:
             raise UserError(

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from selfdistill.errors import UserError
 from selfdistill.rewards.base import Result, Reward, check_choice, shorten
@@ -69,6 +69,8 @@ class PythonTests(Reward):
         file_mib: largest file it may write.
         workers: processes at a time; None = number of cores.
     """
+
+    verifiable: ClassVar[bool] = True
 
     allow_code_execution: bool = False
     tests_field: str = "tests"

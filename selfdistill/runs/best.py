@@ -49,10 +49,13 @@ class KeepBest(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         if not self._evaluated and "loss" in event["logs"]:
             self._look(event["logs"], state, control)
+        # Monitors that may stop a run enter a best step of their own.
+        state.best_global_step, state.best_metric = self._step, self._value
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         if self._evaluated:
             self._look(event["metrics"], state, control)
+        state.best_global_step, state.best_metric = self._step, self._value
 
     def _look(self, metrics: Mapping[str, Any], state: TrainerState, control: TrainerControl) -> None:
         named = standard_names(metrics)
@@ -65,7 +68,6 @@ class KeepBest(TrainerCallback):
         if ready and (self._value is None or self._sign * value > self._sign * self._value):
             self._step, self._value = state.global_step, value
             control.should_save = True
-        state.best_global_step, state.best_metric = self._step, self._value
 
 
 def load_best(trainer: SelfDistillTrainer, run: Path) -> int | None:

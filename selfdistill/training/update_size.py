@@ -7,6 +7,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 # Of so many matrices, evenly spread over the model, so many rows are looked at, every so many steps.
@@ -23,7 +24,8 @@ class UpdateSize(TrainerCallback):
     entries that the step changed; in bfloat16 an update below about 1/256 of an entry is rounded away.
 
     Embeddings are left out, since a step leaves most rows of a large one as they are. Nothing is noted where a
-    parameter is sharded over processes.
+    parameter is sharded over processes, under DeepSpeed, which steps at a time of its own, and while the learning rate
+    is below half of the configured one, in a warm-up or near the end of a schedule.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -31,10 +33,11 @@ class UpdateSize(TrainerCallback):
         self._watched: list[_Watched] = []
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any
     ) -> None:
         self._watched = []
-        if state.global_step % EVERY == 0:
+        slow = event["optimizer"].param_groups[0]["lr"] < args.learning_rate / 2
+        if state.global_step % EVERY == 0 and not slow and not self.trainer.is_deepspeed_enabled:
             model = self.trainer.accelerator.unwrap_model(self.trainer.model)
             self._watched = [_Watched(module) for module in _matrices(model)]
 
@@ -71,12 +74,18 @@ def _matrices(model: nn.Module) -> Sequence[nn.Module]:
     embeddings = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
     adapters = [m for m in model.modules() if isinstance(m, LoraLayer) and _adapter(m) is not None]
     linear = [m for m in model.modules() if type(m) is nn.Linear and m.weight.requires_grad and id(m) not in embeddings]
-    found = [m for m in adapters or linear if all(type(p) is nn.Parameter and p.numel() for p in m.parameters())]
+    found = [m for m in adapters or linear if not any(_is_sharded(p) for p in m.parameters())]
     return found[:: max(1, -(-len(found) // MATRICES))]
 
 
+def _is_sharded(parameter: nn.Parameter) -> bool:
+    return isinstance(parameter, DTensor) or not parameter.numel()
+
+
 def _adapter(module: LoraLayer) -> str | None:
-    """The adapter of a linear layer that is trained."""
+    """The adapter that is trained, of a linear layer."""
+    if not isinstance(module.get_base_layer(), nn.Linear):
+        return None
     names = [name for name in module.active_adapters if name in module.lora_A and name in module.lora_B]
     return next((name for name in names if module.lora_B[name].weight.requires_grad), None)
 

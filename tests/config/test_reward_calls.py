@@ -49,7 +49,7 @@ def test_what_can_be_called_passes(name: str, more: list[str]) -> None:
         ("without_prompts", [], r"does not take prompts, completions, completion_ids"),
         ("Good", [], r"is a class, which is built once: write reward\._partial_=false"),
         ("Bad", ["reward._partial_=false"], r"does not take the data's columns"),
-        ("good", ["reward._partial_=false"], r"(write reward\._partial_=true|reward\.completions is missing)"),
+        ("good", ["reward._partial_=false"], r"is a function, which each batch calls: write reward\._partial_=true"),
     ],
 )
 def test_what_cannot_be_called_is_told(name: str, more: list[str], told: str) -> None:

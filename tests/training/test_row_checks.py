@@ -1,6 +1,7 @@
 """What a composition reads, the rows must have; the messages on the command line are in test_bad_input."""
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from selfdistill import RolloutSource
 from selfdistill.errors import UserError
 from selfdistill.rewards import AnswerLikelihood, ExactMatch, InverseLoss, Mix, Supervised
 from selfdistill.training.row_checks import check_rows
+from tests.command import command
 from tests.tiny import tiny_tokenizer
 
 
@@ -39,6 +41,16 @@ def test_answers_of_one_token_give_supervised_no_signal(answers: list[str], refu
     for reward, wrong in ((Supervised(), refused), (Supervised(include_eos=True), False), (AnswerLikelihood(), False)):
         with pytest.raises(UserError, match="2 of 3 .*reward=answer_likelihood") if wrong else nullcontext():
             check_rows(reward, rows, RolloutSource(), "f.jsonl", tiny_tokenizer())
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("experiment", ["sft", "sdft"])
+def test_questions_with_answers_are_demonstrations(experiment: str, tmp_path: Path) -> None:
+    rows = "".join(f'{{"prompt": "add {i} 1", "answer": "{i + 1}"}}\n' for i in range(9))
+    (tmp_path / "my.jsonl").write_text(rows)
+    small = ["completions_per_step=4", "rollout.max_completion_tokens=8", "dry_run=true", "logger=none", "hardware=cpu"]
+    done = command([f"experiment={experiment}", "data=jsonl", "data.path=my.jsonl", "eval=none", *small], tmp_path)
+    assert done.code == 0, done.err
 
 
 def test_a_part_of_a_mix_is_named() -> None:

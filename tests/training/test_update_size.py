@@ -18,6 +18,7 @@ class Noting:
     def __init__(self, model: torch.nn.Module) -> None:
         self.model, self.accelerator = model, self
         self.noted: dict[str, list[float]] = {}
+        self.is_deepspeed_enabled = False
 
     def unwrap_model(self, model: torch.nn.Module) -> torch.nn.Module:
         return model
@@ -26,13 +27,20 @@ class Noting:
         self.noted.setdefault(name, []).append(value)
 
 
-def stepped(model: torch.nn.Module, learning_rate: float, folder: Path, step: int = 0) -> dict[str, list[float]]:
+def stepped(
+    model: torch.nn.Module, learning_rate: float, folder: Path, step: int = 0, configured: float | None = None
+) -> dict[str, list[float]]:
     trainer: Any = Noting(model)
-    callback, args = UpdateSize(trainer), TrainingArguments(output_dir=str(folder), report_to=[], use_cpu=True)
+    callback, args = (
+        UpdateSize(trainer),
+        TrainingArguments(
+            output_dir=str(folder), report_to=[], use_cpu=True, learning_rate=configured or learning_rate
+        ),
+    )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     model(torch.tensor([[5, 6, 7]]), labels=torch.tensor([[5, 6, 7]])).loss.backward()
     state, control = TrainerState(global_step=step), TrainerControl()
-    callback.on_pre_optimizer_step(args, state, control)
+    callback.on_pre_optimizer_step(args, state, control, optimizer=optimizer)
     optimizer.step()
     callback.on_optimizer_step(args, state, control)
     return trainer.noted
@@ -47,6 +55,7 @@ def test_full_training(tmp_path: Path) -> None:
     assert noted["monitor/updated_fraction"][0] > 0.99
     assert len(noted["monitor/update_ratio"]) == 7  # of 14 matrices every second
     assert stepped(model, 1e-3, tmp_path, step=EVERY - 1) == {}
+    assert stepped(model, 1e-3, tmp_path, configured=3e-3) == {}
 
 
 def test_an_adapters_effect_is_compared_with_the_matrix_it_is_added_to(tmp_path: Path) -> None:
