@@ -1,4 +1,4 @@
-# make demo   own environment, then the main job on the embedded model
+# make demo   own environment, then a model that learns: SDPO on the embedded one
 # make test   own environment, then the tests
 # make test-long   the tests marked long, and those against a real vLLM server where `make vllm` was run
 # make vllm   a real vLLM for the CPU, in an environment of its own
