@@ -16,6 +16,7 @@ from selfdistill.config.batch import batch_of
 from selfdistill.config.messages import WITHOUT, explain
 from selfdistill.config.schema import Run
 from selfdistill.config.targets import check_trust, declares, targets
+from selfdistill.config.trl_names import OUR_KEYS, instead_of
 from selfdistill.config.values import mismatch
 from selfdistill.errors import UserError
 from selfdistill.limits import check_limits
@@ -44,10 +45,13 @@ def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> Run:
         check_trust(key, node["_target_"], values["trusted_prefixes"])
     _check_limits(cfg, Run, values)
     run = cast(Run, OmegaConf.to_object(typed))
-    _check_read(run, cfg, {override.lstrip("+~").split("=")[0] for override in overrides})
+    given = {override.lstrip("+~").split("=")[0] for override in overrides}
+    _check_read(run, cfg, given)
+    _check_arguments(run)
     _check_signal(run)
     _check_batch(run)
     _check_machine(run)
+    _check_teacher_model(run, given)
     return run
 
 
@@ -154,6 +158,8 @@ def _check_read(run: Run, cfg: DictConfig, overridden: set[str]) -> None:
     refuse(own_answers, "rollout.on_policy_fraction is 1", "rollout.demonstration_field")
     no_adapter = "model.tuning=full has no adapter. Write model.tuning=lora"
     refuse(run.model.tuning == "full", no_adapter, "model.lora")
+    epochs_decide = "epochs decides in its place. Write epochs=null"
+    refuse(run.epochs is not None, epochs_decide, "max_steps")
     in_its_place = "hardware.accumulation_steps decides in its place. Write hardware.accumulation_steps=null"
     refuse(run.hardware.accumulation_steps is not None, in_its_place, "completions_per_step")
     refuse(vllm.mode is None, "hardware.vllm.mode is null", *vllm_keys)
@@ -163,6 +169,24 @@ def _context_follows(cfg: DictConfig, key: str) -> bool:
     """Whether the teacher's context takes this value from elsewhere in the configuration."""
     context = OmegaConf.select(cfg, "teacher.context")
     return isinstance(context, DictConfig) and key in context and OmegaConf.is_interpolation(context, key)
+
+
+def _check_arguments(run: Run) -> None:
+    """What has a key of ours is set there: what config.yaml records is then what the run did."""
+    for argument in run.training.arguments:
+        if argument in OUR_KEYS:
+            raise UserError(f"training.arguments.{argument}: {instead_of(argument)}")
+
+
+def _check_teacher_model(run: Run, given: set[str]) -> None:
+    """The embedded model, which a method's file may name so that it runs by itself, teaches no other student."""
+    weights = (run.teacher or {}).get("weights") or {}
+    unnamed = weights.get("name") == "embedded" and "teacher.weights.name" not in given
+    if unnamed and run.model.name != "embedded":
+        raise UserError(
+            f"teacher.weights.name is missing: name the model that teaches {run.model.name}, one with the same "
+            "tokenizer: teacher.weights.name=FOLDER_OR_HUB_NAME."
+        )
 
 
 def _check_signal(run: Run) -> None:
@@ -201,6 +225,10 @@ def _check_signal(run: Run) -> None:
 
 def _check_batch(run: Run) -> None:
     batch_of(run)
+    if run.max_steps is None and run.epochs is None:
+        raise UserError("max_steps=null leaves open when the run ends: write max_steps=100, or epochs=3.")
+    if run.keep_best is not None and run.keep_best.startswith("eval/") and not (run.eval or {}).get("every"):
+        raise UserError(f"keep_best={run.keep_best} needs evaluations during the training: write eval.every=20, or so.")
     if run.reward is not None and run.num_generations == 1 and (run.teacher is None or run.distillation.policy_weight):
         without = "." if run.teacher is None else ", or policy_weight=0."
         raise UserError(f"num_generations=1 leaves a policy gradient nothing to compare: write at least 2{without}")

@@ -86,7 +86,7 @@ def _groups(file: Path) -> list[str]:
     """The groups that a primary configuration chooses from."""
     defaults = yaml.safe_load(file.read_text(encoding="utf-8"))["defaults"]
     entries = [key for entry in defaults if isinstance(entry, dict) for key in entry]
-    return [entry for entry in entries if not entry.startswith("override ")]
+    return [entry for entry in entries if not entry.startswith("override ") and "@" not in entry]
 
 
 def _group(folder: Path, name: str) -> str:

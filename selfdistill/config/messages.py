@@ -10,6 +10,7 @@ from yaml import MarkedYAMLError, YAMLError
 
 from selfdistill.config.schema import Run
 from selfdistill.config.suggestions import closest
+from selfdistill.config.trl_names import OUR_KEYS, instead_of
 from selfdistill.errors import UserError
 
 # What Hydra and OmegaConf raise for a mistake on the command line or in a configuration file.
@@ -76,7 +77,17 @@ def unknown_key(key: str, error: BaseException) -> str:
     known = [
         name for name in (parent if isinstance(parent, DictConfig) else Run.__dataclass_fields__) if name != "hydra"
     ]
+    if above == "training.arguments":
+        return f"{key} is not a key: {_argument(last)}"
+    if above == "eval.scorer":
+        return f"{key} is not a key: choose the judge first, e.g. reward@eval.scorer=exact_match."
     return f"{key} is not a key: {closest(last, known) if known else f'{above} has no keys here.'}"
+
+
+def _argument(name: str) -> str:
+    if name in OUR_KEYS:
+        return instead_of(name)
+    return f"to add it among the arguments of trl.GRPOConfig write a plus sign, +training.arguments.{name}=…"
 
 
 def _syntax(error: OverrideParseException) -> str:

@@ -18,6 +18,12 @@ class Adapter:
 
 
 @dataclass(frozen=True)
+class Rates:
+    lora: float = field(metadata=number(above=0))
+    full: float = field(metadata=number(above=0))
+
+
+@dataclass(frozen=True)
 class Student:
     name: str
     loader: str = field(metadata=one_of("transformers", "unsloth"))
@@ -32,7 +38,7 @@ class Student:
     adapter_path: str | None
     max_seq_tokens: int = field(metadata=number(1))
     max_completion_tokens: int = field(metadata=number(1))
-    learning_rate: float = field(metadata=number(above=0))
+    rates: Rates
     chat_template_kwargs: dict[str, Any]
     retention_path: str | None
     parameters_billion: float | None = field(metadata=number(0))
@@ -102,8 +108,11 @@ class Run:
     alpha: float
     num_generations: int = field(metadata=number(1))
     completions_per_step: int = field(metadata=number(1))
-    max_steps: int = field(metadata=number(1))
+    max_steps: int | None = field(metadata=number(1))
+    epochs: float | None = field(metadata=number(above=0))
+    rates: Rates
     learning_rate: float = field(metadata=number(above=0))
+    keep_best: str | None
     policy_weight: float
     name: str | None
     group: str | None

@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
+from selfdistill.config.reward_calls import check_call
 from selfdistill.config.schema import Run
 from selfdistill.config.secrets import escaped
 from selfdistill.config.suggestions import closest
@@ -57,6 +58,8 @@ def check_targets(run: Run, trainer_arguments: Collection[str]) -> None:
         UserError: an argument that is unknown, missing or of the wrong type.
     """
     for key, node in targets(asdict(run)):
+        if re.fullmatch(r"(reward|eval\.(retention_)?scorer)(\.rewards\.[^.]+)?", key):
+            check_call(key, node, find(key, node["_target_"]))
         bind(key, node)
     for argument in run.training.arguments:
         if argument not in trainer_arguments:

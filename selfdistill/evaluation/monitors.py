@@ -6,6 +6,7 @@ a group, and whose teacher has nothing to say, shows a loss that looks normal an
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from statistics import fmean
@@ -33,6 +34,11 @@ _HINTS = {
     "reward_spread": "completions of one prompt all get the same reward, so the policy gradient is zero; "
     "the prompts are too easy or too hard, or the reward is constant",
     "grad_norm": "the update is unstable; lower the learning rate or max_grad_norm",
+    "unscored": "the reward returns None for nearly every completion; does the data have the column that it reads?",
+    "update_ratio": "the weights hardly move; raise learning_rate (adapters want about ten times the rate of full "
+    "training)",
+    "updated_fraction": "most steps are too small for the weights' precision and are rounded away; "
+    "write model.dtype=float32, or raise learning_rate",
     "sampler_gap": "the sampler's log-probabilities differ from the trainer's; its weights or its precision differ",
     "no_signal": "nothing is learnt; check the reward on a few completions and what the teacher sees (prompts.md)",
 }
@@ -103,6 +109,10 @@ class Monitors:
             a teacher gives signal (distill/active_fraction above 0).
         grad_norm: norm of the gradient before clipping; NaN is alarming.
         sampler_gap: mean absolute difference of the sampler's and the trainer's token log-probabilities, nats.
+        unscored: share of the completions for which no reward gave a score, 0 to 1.
+        update_ratio: how far one optimizer step moves the weights, relative to their size (of an adapter: those that it
+            is added to); measured now and then.
+        updated_fraction: share of the trained weights that such a step changes at all, 0 to 1.
         no_signal: alarming when no row has a teacher's signal and no prompt's rewards differ, or when the gradient's
             norm is under `below`.
         initial_values: how many values make up the mean that `below_initial` refers to.
@@ -118,6 +128,9 @@ class Monitors:
     reward_spread: Setting = None
     grad_norm: Setting = None
     sampler_gap: Setting = None
+    unscored: Setting = None
+    update_ratio: Setting = None
+    updated_fraction: Setting = None
     no_signal: Setting = None
     initial_values: int = 5
 
@@ -239,6 +252,9 @@ def standard_names(metrics: Mapping[str, Any]) -> dict[str, Any]:
     if metrics.get("step_time") is not None and metrics.get("time/generate_s") is not None:
         elsewhere = sum(metrics.get(name) or 0.0 for name in ("time/generate_s", "time/reward_s", "time/teacher_s"))
         named.setdefault("time/update_s", max(0.0, metrics["step_time"] - elsewhere))
+    for name, value in metrics.items():
+        if part := re.fullmatch(r"rewards/(.+)/mean", name):
+            named.setdefault(f"reward/{part[1]}", value)
     # TRL's reward_std is over the whole batch, so it also counts differences between prompts, which teach nothing.
     if metrics.get("reward_std") is not None:
         spread = 0.0 if metrics.get("frac_reward_zero_std") == 1.0 else metrics["reward_std"]

@@ -37,6 +37,7 @@ class Plan:
         num_generations: completions of one prompt, G.
         adapter: for example "LoRA, rank 32"; empty for full training.
         teacher: for example "ema 0.99, sees a demonstration"; empty without one.
+        judge: who judges the answers of the evaluation.
         memory_gib: estimate by part, for example {"weights": 1.2, "optimizer": 0.1}.
     """
 
@@ -51,6 +52,7 @@ class Plan:
     num_generations: int
     adapter: str = ""
     teacher: str = ""
+    judge: str = ""
     memory_gib: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -80,6 +82,7 @@ def plan_table(plan: Plan) -> Group:
         "parameters": f"{count(plan.parameters)}, {count(plan.trained)} trained ({share:.1%}; {method})",
         "device": plan.device,
         "teacher": plan.teacher,
+        "judge": plan.judge,
         "data": f"{plan.train_rows:,} rows to train on, {plan.eval_rows:,} held out",
         "a step": f"{arithmetic} = {batch.completions}: {prompts:g} prompts x {plan.num_generations} generations",
         "the run": f"{plan.max_steps:,} steps = {total:,} completions = {passes:.2f} passes over the data",

@@ -2,6 +2,7 @@
 
     config.yaml        the composed configuration, resolved, secrets masked
     metrics.jsonl      one JSON object a logged step
+    evaluation.jsonl   the rows of each evaluation, with the model's answer and the verdict
     completions.jsonl  sampled completions with reward, feedback and advantage
     prompts.md         the prompts of student and teacher at step 0, as they went into the models
     bad_rows.jsonl     rows of the data that were skipped, and why

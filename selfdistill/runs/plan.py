@@ -35,10 +35,11 @@ def plan_of(run: Run, parts: Parts) -> console.Plan:
         trained=trained,
         train_rows=len(parts.data.train),
         eval_rows=len(parts.data.eval) if parts.data.eval is not None else 0,
-        max_steps=trainer.args.max_steps,
+        max_steps=trainer.planned_steps,
         batch=batch_of(run),
         num_generations=run.num_generations,
         adapter=f"LoRA, rank {run.model.lora.r}" if run.model.tuning == "lora" else "",
         teacher="" if trainer.teacher is None else str(trainer.teacher),
+        judge=parts.judged_by,
         memory_gib=estimate(run, trained=trained),
     )

@@ -3,7 +3,7 @@
 The other processes have a record that does nothing, so that no other code has to ask which process it is in.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ from omegaconf import DictConfig
 from transformers import TrainerCallback
 
 from selfdistill.config import Run
+from selfdistill.evaluation.evaluator import Item
 from selfdistill.rollout import Rollouts
 from selfdistill.runs import console
 from selfdistill.runs.callbacks import CompletionsCallback, MonitorCallback, ProgressCallback, RecordCallback
+from selfdistill.runs.evaluated import EVALUATION, write_items
 from selfdistill.runs.folder import RunFolder, Status
 from selfdistill.runs.loggers import RunLogger
 from selfdistill.runs.plan import plan_of
@@ -46,8 +48,11 @@ class NoRecord:
         """Shows a word while the context lasts."""
         return nullcontext()
 
-    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Enters the metrics of an evaluation; later ones are compared with that of step 0."""
+    def evaluation(self, step: int, metrics: dict[str, float], items: Sequence[Item]) -> None:
+        """Enters an evaluation, its metrics and its rows; later ones are compared with that of step 0."""
+
+    def kept(self, metric: str, step: int | None, value: float | None) -> None:
+        """Says which step's weights become the model, where the best ones by a metric were asked for."""
 
     def rollouts(self, parts: Parts, rollouts: Rollouts) -> None:
         """Keeps a step's completions, of all processes; the first ones are written to prompts.md."""
@@ -100,11 +105,19 @@ class Record(NoRecord):
     def busy(self, word: str) -> AbstractContextManager[object]:
         return self.screen.status(word) if self.screen.is_terminal else nullcontext()
 
-    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+    def evaluation(self, step: int, metrics: dict[str, float], items: Sequence[Item]) -> None:
+        write_items(self.folder.path / EVALUATION, step, items)
         if step == 0:
             self.folder.update_summary(eval={"before": metrics})
         self.folder.log_metrics(step, metrics)
         self.logger.log(step, metrics)
+
+    def kept(self, metric: str, step: int | None, value: float | None) -> None:
+        if step is None or value is None:
+            self.screen.print(f"no step was better than the others by {metric}: model/ is that of the last one")
+            return
+        self.folder.update_summary(best={"metric": metric, "step": step, "value": value})
+        self.screen.print(f"model/ is that of step {step}, the best by {metric}: {value:.3f}")
 
     def rollouts(self, parts: Parts, rollouts: Rollouts) -> None:
         self._rows = completion_rows(rollouts)

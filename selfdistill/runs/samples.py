@@ -11,11 +11,15 @@ from selfdistill.statistics import completion_metrics, reward_spread
 PROMPT_SAMPLES = 4
 
 
-def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
+def rollout_metrics(rollouts: Rollouts, *, rewarded: bool) -> dict[str, float]:
     """How repetitive and how varied the completions are, and how far the rewards of one prompt differ."""
     metrics = completion_metrics(rollouts.completion_ids)
     spread = reward_spread(rollouts.scores, rollouts.num_generations)
-    return metrics if spread is None else {**metrics, "monitor/reward_spread": spread}
+    if spread is not None:
+        metrics["monitor/reward_spread"] = spread
+    if rewarded:
+        metrics["monitor/unscored"] = sum(score is None for score in rollouts.scores) / max(len(rollouts), 1)
+    return metrics
 
 
 def completion_rows(rollouts: Rollouts) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from selfdistill import config
 from selfdistill.config.targets import make
 from selfdistill.errors import UserError
 from selfdistill.rollout import Rollouts
+from selfdistill.runs.best import KeepBest, load_best
 from selfdistill.runs.callbacks import MainDecides, use_callbacks
 from selfdistill.runs.evaluations import Evaluations
 from selfdistill.runs.folder import RunFolder
@@ -32,21 +33,23 @@ from selfdistill.training.checkpoints import CompleteCallback, StepBegun, newest
 
 
 def resumed_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, config.Run]:
-    """The configuration of the run that `resume` names, and the run; of the command line only `max_steps` may differ.
+    """The configuration of the run that `resume` names, and the run; of the command line only its length may differ.
 
     Raises:
         UserError: not a run's folder, a configuration that does not pass, or another key was given beside it.
     """
     for override in overrides:
         key = override.lstrip("+~").split("=")[0]
-        if key not in ("resume", "max_steps"):
+        if key not in ("resume", "max_steps", "epochs"):
             raise UserError(
                 f"{key} cannot be changed when a run is resumed: its configuration is in {cfg.resume}/config.yaml."
             )
     saved = RunFolder.open(Path(cfg.resume), write=False).config
     saved.resume = cfg.resume
     if any(o.startswith("max_steps=") for o in overrides):
-        saved.max_steps = cfg.max_steps
+        saved.max_steps, saved.epochs = cfg.max_steps, None
+    if any(o.startswith("epochs=") for o in overrides):
+        saved.epochs = cfg.epochs
     try:
         return saved, config.check(saved)
     except UserError as error:
@@ -88,6 +91,8 @@ class Session:
             if self._evaluations.before is None:
                 self._evaluations.at(0, trainer.model)
             callbacks.append(self._evaluations)
+        if self.run.keep_best is not None and self.processes.is_main:
+            callbacks.append(KeepBest(self.run.keep_best, self.folder))
         callbacks.append(self.interruption)
         if self.processes.count > 1:
             callbacks.append(MainDecides())
@@ -95,7 +100,7 @@ class Session:
         trainer.on_rollouts = partial(self._look_at_rollouts, parts)
 
     def _look_at_rollouts(self, parts: Parts, rollouts: Rollouts, _: Mapping[str, Any]) -> None:
-        for name, value in rollout_metrics(rollouts).items():
+        for name, value in rollout_metrics(rollouts, rewarded=bool(parts.trainer.rewards)).items():
             parts.trainer.note(name, value)
         self.record.rollouts(parts, rollouts)
 
@@ -119,10 +124,19 @@ class Session:
     def end(self, parts: Parts) -> None:
         """Saves the model, evaluates and exports it."""
         trainer, interrupted = parts.trainer, self.interruption.requested
+        best = None
+        if self.run.keep_best is not None and not interrupted:
+            best = load_best(trainer, self.folder.path)
+            self.record.kept(self.run.keep_best, best, trainer.state.best_metric)
         trainer.save_model(str(self.folder.path / MODEL))
         evaluations: dict[str, dict[str, float]] = {}
         if self._evaluations is not None and not interrupted:
-            after = self._evaluations.at(trainer.state.global_step, trainer.model)
+            is_last = best in (None, trainer.state.global_step)
+            after = (
+                self._evaluations.at(trainer.state.global_step, trainer.model)
+                if is_last
+                else self._evaluations.again(trainer.model)
+            )
             evaluations = {"before": self._evaluations.before or after, "after": after}
             self.final_accuracy = after.get("eval/accuracy")
         self.record.end(parts, evaluations, interrupted=interrupted)

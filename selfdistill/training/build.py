@@ -15,8 +15,13 @@ from selfdistill.config.schema import Run
 from selfdistill.config.targets import make
 from selfdistill.data import DataSplits
 from selfdistill.errors import UserError
-from selfdistill.evaluation.evaluator import EvalSettings, Evaluator, load_retention
+from selfdistill.evaluation.evaluator import EvalSettings, Evaluator, Scorer, load_retention
 from selfdistill.models.loading import load_configured, lora_config
+from selfdistill.rewards.adapter import name_of
+from selfdistill.rewards.base import AsksPolicy, is_verifiable
+from selfdistill.rewards.exact import ExactMatch
+from selfdistill.rewards.mix import Mix
+from selfdistill.rewards.scorer import PolicyScorer
 from selfdistill.teachers import Teacher
 from selfdistill.teachers.context import Demonstration
 from selfdistill.teachers.server import ServerTeacher
@@ -25,6 +30,7 @@ from selfdistill.training.arguments import trainer_arguments, use_cuda
 from selfdistill.training.checkpoints import CHECKPOINTS
 from selfdistill.training.row_checks import answer_field, check_rows
 from selfdistill.training.trainer import SelfDistillTrainer
+from selfdistill.training.update_size import UpdateSize
 
 
 @dataclass
@@ -32,6 +38,7 @@ class Parts:
     """A run that is ready to start.
 
     Attributes:
+        judged_by: who judges the evaluation's answers, for the plan.
         evaluator: None without the group `eval`; so are the monitors and the exporter without theirs.
     """
 
@@ -39,6 +46,7 @@ class Parts:
     data: DataSplits
     trainer: SelfDistillTrainer
     evaluator: Evaluator | None
+    judged_by: str
     monitors: Any
     exporter: Any
 
@@ -66,7 +74,7 @@ def build(run: Run, folder: Path) -> Parts:
                 print(line)
     if isinstance(teacher, ServerTeacher) and teacher.mode == "write":
         teacher, data = written_by(teacher, run, data)
-    check_rows(reward, data.train, run.rollout, str(run.data.get("path", run.data["_target_"])))
+    check_rows(reward, data.train, run.rollout, str(run.data.get("path", run.data["_target_"])), tokenizer)
 
     trainer = SelfDistillTrainer(
         model=model,
@@ -79,7 +87,9 @@ def build(run: Run, folder: Path) -> Parts:
         processing_class=tokenizer,
         peft_config=None if has_adapter else lora_config(**asdict(run.model.lora)),
     )
-    return Parts(tokenizer, data, trainer, _evaluator(run, settings, data, tokenizer), monitors, exporter)
+    trainer.add_callback(UpdateSize(trainer))
+    evaluator, judged_by = _evaluator(run, settings, reward, data, trainer)
+    return Parts(tokenizer, data, trainer, evaluator, judged_by, monitors, exporter)
 
 
 def _prepare_process(run: Run) -> None:
@@ -130,18 +140,38 @@ def written_by(server: ServerTeacher, run: Run, data: DataSplits) -> tuple[Teach
     return teacher, replace(data, train=kept)
 
 
+def judge(run: Run, settings: EvalSettings, reward: Any) -> tuple[Scorer, str]:
+    """Who judges the task in an evaluation, and what the plan says of it.
+
+    `eval.scorer`, where it is given; else the run's own reward, where it tells right from wrong; else exact match.
+    """
+    if settings.scorer is not None:
+        return settings.scorer, f"{name_of(settings.scorer)} (eval.scorer)"
+    own = reward.judge if isinstance(reward, Mix) else reward
+    if own is not None and is_verifiable(own):
+        return own, f"{name_of(own)}, as the reward"
+    why = "there is no reward" if reward is None else f"{name_of(reward)} does not tell right from wrong"
+    return ExactMatch(), f"exact_match, since {why} (another one: reward@eval.scorer=NAME)"
+
+
 def _evaluator(
-    run: Run, settings: EvalSettings | None, data: DataSplits, tokenizer: PreTrainedTokenizerBase
-) -> Evaluator | None:
+    run: Run, settings: EvalSettings | None, reward: Any, data: DataSplits, trainer: SelfDistillTrainer
+) -> tuple[Evaluator | None, str]:
     """Rows without an answer, such as raw text, are left out where the scorer compares with one."""
     if settings is None:
-        return None
-    compares = answer_field(settings.scorer) is not None
+        return None, "nothing"
+    scorer, said = judge(run, settings, reward)
+    tokenizer = trainer.processing_class
+    if isinstance(scorer, AsksPolicy):
+        scorer.bind(PolicyScorer(trainer.accelerator.unwrap_model(trainer.model), tokenizer))
+    compares = answer_field(scorer) is not None
     chat, limit = bool(tokenizer.chat_template), settings.max_rows_per_suite
-    return Evaluator(
+    evaluator = Evaluator(
         settings,
         (row for row in data.eval if not compares or row["answer"] or row["golden_response"]),
         load_retention(settings.retention_path, max_rows_per_suite=limit, chat=chat),
+        scorer=scorer,
         seed=run.seed,
         chat_template_kwargs=run.model.chat_template_kwargs,
     )
+    return evaluator, said

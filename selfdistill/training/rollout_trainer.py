@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from selfdistill.config.settings import RolloutSource
 from selfdistill.errors import UserError
 from selfdistill.models.structure import has_dropout, is_reference
 from selfdistill.rewards.adapter import ROLLOUTS
-from selfdistill.rollout import Prompt, Rollouts, text_of
+from selfdistill.rollout import Prompt, Rollouts, shown_in, text_of
 from selfdistill.teachers.interface import REQUEST, BaseTeacher
 from selfdistill.training import checkpoints
 from selfdistill.training.demonstrations import demonstrated_groups, demonstration_ids
@@ -68,6 +69,15 @@ class RolloutTrainer(GRPOTrainer):
     def _windows_per_generation(self) -> float:
         """How many optimizer steps the rollouts generated together are spread over."""
         return self._micro_batches_per_generation / self.current_gradient_accumulation_steps
+
+    @property
+    def planned_steps(self) -> int:
+        """Optimizer steps of the whole training: as configured, or as many as the epochs take."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        generations = len(self.train_dataset) // self._prompts_per_generation
+        batches = generations * self._micro_batches_per_generation * self.num_iterations
+        return ceil(self.args.num_train_epochs * ceil(batches / self.args.gradient_accumulation_steps))
 
     @property
     def _micro_batches_per_generation(self) -> int:
@@ -122,8 +132,10 @@ class RolloutTrainer(GRPOTrainer):
         return [chosen[(first + i) // num_generations - groups.start] for i in range(count)]
 
     def _demonstration(self, index: int) -> list[int]:
-        row = {name: values[index] for name, values in self._rollouts.columns.items()}
-        field = self.rollout.demonstration_field
+        field, columns = self.rollout.demonstration_field, self._rollouts.columns
+        row = {name: values[index] for name, values in columns.items()}
+        if field in columns:
+            row[field] = shown_in(columns, field)[index]
         return demonstration_ids(row, field, self._tokenizer, self.max_completion_length)
 
     def _generating(self) -> AbstractContextManager[None]:

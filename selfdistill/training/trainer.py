@@ -104,6 +104,11 @@ class SelfDistillTrainer(RolloutTrainer):
         self.policy_weight = 1.0 if teacher is None else self.distillation.policy_weight
         if not self.rewards:
             self.policy_weight = 0.0
+        if self.policy_weight and args is not None and args.num_generations == 1:
+            raise UserError(
+                "num_generations=1 leaves a policy gradient nothing to compare: give at least 2, or with a teacher "
+                "Distillation(policy_weight=0)."
+            )
         if args is not None and weights is not None and args.reward_weights is None:
             args.reward_weights = weights
         self._means = {"train": Means(), "eval": Means()}

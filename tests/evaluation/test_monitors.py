@@ -35,6 +35,26 @@ def test_an_alarm_needs_its_steps_in_a_row_and_is_raised_once():
     assert steps_of_alarms(monitors, [{"monitor/repetition": value} for value in values]) == [6, 12]
 
 
+@pytest.mark.parametrize(
+    ("metric", "value", "steps", "told"),
+    [
+        ("monitor/update_ratio", 1e-6, [1, 11, 21, 31], "the weights hardly move; raise learning_rate"),
+        ("monitor/updated_fraction", 0.08, [1, 11, 21, 31], "model.dtype=float32"),
+        ("monitor/unscored", 1.0, [1, 2, 3, 4], "the reward returns None"),
+    ],
+)
+def test_a_run_that_cannot_learn_is_told_so_early(metric: str, value: float, steps: list[int], told: str) -> None:
+    monitors = composed("default")
+    alarms = [alarm for step in steps for alarm in monitors.observe({"step": step, metric: value})]
+    assert [alarm.step for alarm in alarms] == [steps[2]]
+    assert told in alarms[0].message
+    assert not composed("off").observe({"step": 100, metric: value})
+
+
+def test_each_reward_has_a_mean_of_its_own() -> None:
+    assert standard_names({"rewards/form/mean": 0.5, "rewards/form/std": 0.1})["reward/form"] == 0.5
+
+
 def test_a_limit_itself_is_not_alarming():
     monitors = Monitors(length=Threshold(below=2.0, above=10.0))
     assert steps_of_alarms(monitors, [{"monitor/length_tokens": v} for v in (2.0, 10.0, 1.9, 5.0, 10.1)]) == [3, 5]
