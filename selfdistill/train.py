@@ -19,6 +19,7 @@ from selfdistill import config
 from selfdistill.config import doors
 from selfdistill.config.conf import CONF
 from selfdistill.runs import sweep
+from selfdistill.runs.resumed import resumed_config
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -26,7 +27,10 @@ def run(cfg: DictConfig) -> float | None:
     hydra_config: Any = HydraConfig.get()  # a DictConfig, though Hydra declares a dataclass
     overrides = sweep.overrides_of(hydra_config)
     with sweep.job(cfg) as job:
-        checked = config.check(cfg, overrides)
+        if cfg.get("resume"):
+            cfg, checked = resumed_config(cfg, overrides, hydra_config)
+        else:
+            checked = config.check(cfg, overrides)
 
         # Nothing heavy is imported before the configuration has passed.
         from selfdistill.config.targets import check_targets
@@ -34,8 +38,6 @@ def run(cfg: DictConfig) -> float | None:
         from selfdistill.training.arguments import ARGUMENTS
         from selfdistill.training.build import build
 
-        if checked.resume:
-            cfg, checked = session.resumed_config(cfg, overrides)
         check_targets(checked, ARGUMENTS)
         if checked.check:
             plan.show_plan(cfg, checked)

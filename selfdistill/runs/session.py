@@ -31,28 +31,6 @@ from selfdistill.training.build import Parts
 from selfdistill.training.checkpoints import CompleteCallback, StepBegun, newest_checkpoint
 
 
-def resumed_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, config.Run]:
-    """The configuration of the run that `resume` names, and the run; of the command line only `max_steps` may differ.
-
-    Raises:
-        UserError: not a run's folder, a configuration that does not pass, or another key was given beside it.
-    """
-    for override in overrides:
-        key = override.lstrip("+~").split("=")[0]
-        if key not in ("resume", "max_steps"):
-            raise UserError(
-                f"{key} cannot be changed when a run is resumed: its configuration is in {cfg.resume}/config.yaml."
-            )
-    saved = RunFolder.open(Path(cfg.resume), write=False).config
-    saved.resume = cfg.resume
-    if any(o.startswith("max_steps=") for o in overrides):
-        saved.max_steps = cfg.max_steps
-    try:
-        return saved, config.check(saved)
-    except UserError as error:
-        raise UserError(f"{cfg.resume}/config.yaml: {error}") from None
-
-
 class Session:
     """A run that is under way: what every process of it does, in the same order.
 

@@ -1,0 +1,84 @@
+"""What `hydra.*` may say: Hydra builds its callbacks and plugins before the run's own checks, so they are checked here.
+
+Keys that would have no effect on a run are refused as well, with what to write instead.
+"""
+
+import inspect
+from collections.abc import Mapping
+from functools import wraps
+from typing import Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from selfdistill.config.targets import check_trust, find, targets
+from selfdistill.errors import UserError, quoted
+
+# Where Hydra's launchers and sweepers, and the parts that these are made of, are at home.
+PLUGINS = ("hydra_plugins.", "hydra._internal.core_plugins.", "optuna.samplers.", "optuna.pruners.")
+OURS = "selfdistill."
+INSTEAD = {
+    "hydra.job.name": "name=NAME names the run",
+    "hydra.job.chdir": "a run writes to its own folder, whatever the current one is: see output_dir",
+    "hydra.verbose": "a run's own log is in its folder",
+    "hydra.output_subdir": "a run's folder has .hydra in it; write hydra.run.dir=FOLDER for another folder",
+    "hydra.job_logging": "a run keeps its own log in its folder",
+    "hydra.hydra_logging": "a run keeps its own log in its folder",
+}
+
+
+def check_composed(cfg: DictConfig) -> None:
+    """Checks the node `hydra` of a configuration that was just composed.
+
+    Raises:
+        UserError: something would be built that is no plugin of Hydra's and no callback of ours, or a key has no effect.
+    """
+    hydra = cfg.hydra
+    for override in hydra.overrides.hydra:
+        key = str(override).lstrip("+~").split("=")[0].replace("/", ".").split("@")[0]
+        for refused, instead in INSTEAD.items():
+            if key == refused or key.startswith(f"{refused}."):
+                raise UserError(f"{key} has no effect here: {instead}.")
+    if hydra.output_subdir is not None:
+        raise UserError(f"hydra.output_subdir has no effect here: {INSTEAD['hydra.output_subdir']}.")
+    for name in ("job_logging", "hydra_logging"):
+        if (hydra[name] or {}).get("handlers"):
+            raise UserError(f"hydra.{name}.handlers has no effect here: {INSTEAD[f'hydra.{name}']}.")
+    built: Any = {name: OmegaConf.to_container(hydra[name]) for name in ("callbacks", "launcher", "sweeper")}
+    for key, node in targets(built, "hydra"):
+        _check_target(key, node)
+    # The optuna sweeper calls what this names.
+    if extender := (built["sweeper"] or {}).get("custom_search_space"):
+        check_trust("hydra.sweeper.custom_search_space", extender, cfg.get("trusted_prefixes") or [])
+        find("hydra.sweeper.custom_search_space", extender)
+
+
+def _check_target(key: str, node: Mapping[str, Any]) -> None:
+    name = node["_target_"]
+    if key.startswith("hydra.callbacks"):
+        if not (isinstance(name, str) and name.startswith(OURS) and _is_class(key, name, Callback)):
+            raise UserError(f"{key}._target_={quoted(name)}: only the callbacks that come with selfdistill are run.")
+    elif not (isinstance(name, str) and name.startswith(PLUGINS) and _is_class(key, name, object)):
+        raise UserError(f"{key}._target_={quoted(name)}: only Hydra's launchers and sweepers can stand here.")
+
+
+def _is_class(key: str, name: str, kind: type) -> bool:
+    found = find(key, name)
+    return inspect.isclass(found) and issubclass(found, kind)
+
+
+def guard_composition() -> None:
+    """Has Hydra check all that it composes: it has no hook between that and what it then builds and calls itself."""
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+
+    load = ConfigLoaderImpl.load_configuration
+    if hasattr(load, "__wrapped__"):
+        return
+
+    @wraps(load)
+    def checked(*args: Any, **kwargs: Any) -> DictConfig:
+        cfg = load(*args, **kwargs)
+        check_composed(cfg)
+        return cfg
+
+    ConfigLoaderImpl.load_configuration = checked  # type: ignore[method-assign]
