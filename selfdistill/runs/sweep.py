@@ -84,10 +84,13 @@ def check_jobs(config: DictConfig) -> list[list[str]]:
     """
     from hydra import compose
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     given = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    parsed = OverridesParser.create().parse_overrides([*given, *overrides_of(config.hydra)])
+    # glob(…) looks for options
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+    parsed = parser.parse_overrides([*given, *overrides_of(config.hydra)])
     (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     runs = [check(compose(config.hydra.job.config_name, list(job)), list(job)) for job in jobs]
 
