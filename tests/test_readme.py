@@ -173,7 +173,7 @@ RULES: list[tuple[str, Callable[[str, Place], None]]] = [
     (r"git clone \S+ && cd \S+$", _clone),
     (r"vllm serve |.*-m vllm\.entrypoints", _vllm),
     (r"accelerate launch -m |torchrun ", _launch),
-    (r'eval "\$\(selfdistill-train ', _completion),
+    (r'eval "\$\(selfdistill ', _completion),
 ]
 
 

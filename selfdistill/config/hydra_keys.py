@@ -6,6 +6,7 @@ Keys that would have no effect on a run are refused as well, with what to write 
 import inspect
 from collections.abc import Mapping
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
@@ -17,6 +18,7 @@ from selfdistill.errors import UserError, quoted
 # Where Hydra's launchers and sweepers, and the parts that these are made of, are at home.
 PLUGINS = ("hydra_plugins.", "hydra._internal.core_plugins.", "optuna.samplers.", "optuna.pruners.")
 OURS = "selfdistill."
+LOGGING = ("logging.", "colorlog.")
 INSTEAD = {
     "hydra.job.name": "name=NAME names the run",
     "hydra.job.chdir": "a run writes to its own folder, whatever the current one is: see output_dir",
@@ -42,8 +44,10 @@ def check_composed(cfg: DictConfig) -> None:
     if hydra.output_subdir is not None:
         raise UserError(f"hydra.output_subdir has no effect here: {INSTEAD['hydra.output_subdir']}.")
     for name in ("job_logging", "hydra_logging"):
-        if (hydra[name] or {}).get("handlers"):
-            raise UserError(f"hydra.{name}.handlers has no effect here: {INSTEAD[f'hydra.{name}']}.")
+        _check_logging(f"hydra.{name}", OmegaConf.to_container(hydra[name]))
+    for place in hydra.searchpath:
+        if str(place).startswith("file://") and not Path(str(place).removeprefix("file://")).is_dir():
+            raise UserError(f"hydra.searchpath: there is no folder {str(place).removeprefix('file://')}.")
     built: Any = {name: OmegaConf.to_container(hydra[name]) for name in ("callbacks", "launcher", "sweeper")}
     for key, node in targets(built, "hydra"):
         _check_target(key, node)
@@ -60,6 +64,16 @@ def _check_target(key: str, node: Mapping[str, Any]) -> None:
             raise UserError(f"{key}._target_={quoted(name)}: only the callbacks that come with selfdistill are run.")
     elif not (isinstance(name, str) and name.startswith(PLUGINS) and _is_class(key, name, object)):
         raise UserError(f"{key}._target_={quoted(name)}: only Hydra's launchers and sweepers can stand here.")
+
+
+def _check_logging(key: str, node: Any) -> None:
+    """Python's logging builds whatever stands under `()` and `class`."""
+    if not isinstance(node, Mapping):
+        return
+    for name, value in node.items():
+        if name == "()" or (name == "class" and not str(value).startswith(LOGGING)):
+            raise UserError(f"{key}.{name}={quoted(value)}: only Python's own logging can stand here.")
+        _check_logging(f"{key}.{name}", value)
 
 
 def _is_class(key: str, name: str, kind: type) -> bool:

@@ -1,7 +1,7 @@
 """Keeps API keys and passwords out of the files that a run leaves behind."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -10,7 +10,7 @@ from selfdistill.errors import MASK, without_passwords
 
 _SECRET_KEY = re.compile(
     r"(^|_)(api_?key|secret|secrets|password|passwd|credential|credentials|authorization)($|_)"
-    r"|^(hf|hub|access|auth|api|bearer|write)_token$|^token$",
+    r"|^(hf|hub|push_to_hub|access|auth|api|bearer|write|refresh)_token$|^token$",
     re.IGNORECASE,
 )
 # Shorter values are left alone outside of their own key: they would mask ordinary words.
@@ -109,11 +109,24 @@ class Redactor:
                     self._secrets.add(secret)
         if not (isinstance(value, str) and value and value not in ("???", MASK) and is_secret_key(str(key))):
             kept = isinstance(raw, str) and "${oc.env:" in raw and without_passwords(value) != value
-            return _Interpolation(without_passwords(raw)) if kept and _hides_nothing(raw) else self._mask(value, raw)
+            return _Interpolation(raw) if kept and _hides_nothing(raw) else self._mask(value, raw)
         if len(value) >= _SHORTEST_IN_TEXT:
             self._secrets.add(value)
         from_environment = isinstance(raw, str) and raw.startswith("${oc.env:") and raw.count("${") == 1
         return _Interpolation(self.text(raw)) if from_environment else MASK
+
+
+def masked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping of arguments whose secrets are masked: texts under secret keys, and passwords in addresses."""
+    return {
+        key: value if not isinstance(value, str) else MASK if is_secret_key(key) else without_passwords(value)
+        for key, value in values.items()
+    }
+
+
+def without_secrets(overrides: Sequence[str]) -> list[str]:
+    """A command line's keys, secrets masked."""
+    return Redactor(OmegaConf.create()).arguments(overrides)
 
 
 def escaped(value: Any) -> Any:

@@ -20,7 +20,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from selfdistill.config import COMPOSITION_ERRORS, check, explain, fail
 from selfdistill.config.targets import check_targets
-from selfdistill.errors import UserError
+from selfdistill.config.secrets import without_secrets
+from selfdistill.errors import UserError, without_passwords
+from selfdistill.files import write_atomically
 from selfdistill.runs.folder import RunFolder
 
 JOBS = "jobs.jsonl"
@@ -41,6 +43,16 @@ class CheckSweep(Callback):
         with open_dict(config.hydra.run):
             config.hydra.run.folder = None if config.hydra.run.dir == "." else config.hydra.run.dir
             config.hydra.run.dir = "."
+
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        """Takes the secrets out of multirun.yaml, which Hydra's sweepers write before their first job."""
+        file = Path(config.hydra.sweep.dir) / "multirun.yaml"
+        overrides = overrides_of(config.hydra)
+        if config.hydra.mode == RunMode.MULTIRUN and file.is_file() and without_secrets(overrides) != overrides:
+            written = file.read_text(encoding="utf-8")
+            for override, mask in zip(overrides, without_secrets(overrides), strict=True):
+                written = written.replace(override, mask)
+            write_atomically(file, without_passwords(written))
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Composes and checks every job, so that a bad one stops the sweep at once; `check=true` ends it here.
@@ -137,7 +149,8 @@ def job(cfg: DictConfig) -> Iterator[Job]:
 
 def _write(this: Job, folder: Path, status: str, message: str | None) -> str:
     hydra_config = HydraConfig.get()
-    line: dict[str, Any] = {"job": hydra_config.job.num, "overrides": overrides_of(hydra_config)}
+    overrides = without_secrets(overrides_of(hydra_config))
+    line: dict[str, Any] = {"job": hydra_config.job.num, "overrides": overrides}
     if this.folder is not None and not this.folder.path.exists():
         status = "refused"  # before it began
     elif this.folder is not None:

@@ -114,7 +114,7 @@ def attempt(line: list[str], checked: bool) -> Trial:
     from selfdistill import train
 
     def work() -> None:
-        sys.argv = ["selfdistill-train", *line, *(["--check"] if checked else FAST)]
+        sys.argv = ["selfdistill", *line, *(["--check"] if checked else FAST)]
         train.main()
 
     with empty_folder() as folder:

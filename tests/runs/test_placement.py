@@ -123,7 +123,7 @@ def test_an_own_experiment_and_an_own_primary_configuration(tmp_path: Path) -> N
 def test_the_shell_completes_groups_and_keys(
     typed: str, offered: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COMP_LINE", f"selfdistill-train {typed}")
+    monkeypatch.setenv("COMP_LINE", f"selfdistill {typed}")
     outcome = command(["--shell-completion", "query=bash"], tmp_path)
     assert (outcome.code, outcome.err) == (0, "")
     assert offered <= set(outcome.out.split())
