@@ -18,8 +18,7 @@ from omegaconf import DictConfig
 from selfdistill import config
 from selfdistill.config import doors
 from selfdistill.config.conf import CONF
-from selfdistill.runs import sweep
-from selfdistill.runs.resumed import resumed_config
+from selfdistill.runs import preflight, sweep
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -27,10 +26,11 @@ def run(cfg: DictConfig) -> float | None:
     hydra_config: Any = HydraConfig.get()  # a DictConfig, though Hydra declares a dataclass
     overrides = sweep.overrides_of(hydra_config)
     with sweep.job(cfg) as job:
-        if cfg.get("resume"):
-            cfg, checked = resumed_config(cfg, overrides, hydra_config)
+        if cfg.resume:
+            preflight.look_for_run(cfg.resume, hydra_config)
         else:
             checked = config.check(cfg, overrides)
+            preflight.look_for_files(checked)
 
         # Nothing heavy is imported before the configuration has passed.
         from selfdistill.config.targets import check_targets
@@ -38,6 +38,8 @@ def run(cfg: DictConfig) -> float | None:
         from selfdistill.training.arguments import ARGUMENTS
         from selfdistill.training.build import build
 
+        if cfg.resume:
+            cfg, checked = session.resumed_config(cfg, overrides)
         check_targets(checked, ARGUMENTS)
         if checked.check:
             plan.show_plan(cfg, checked)

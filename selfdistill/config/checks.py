@@ -228,6 +228,11 @@ def _check_batch(run: Run) -> None:
 
 def _check_machine(run: Run) -> None:
     model, vllm = run.model, run.hardware.vllm
+    modules = model.lora.target_modules
+    if not isinstance(modules, str) and not (isinstance(modules, list) and all(isinstance(m, str) for m in modules)):
+        raise UserError(
+            f"model.lora.target_modules={quoted(modules)}: write all-linear, or a list of names, e.g. [q_proj,v_proj]."
+        )
     if model.load_in_4bit and model.tuning == "full":
         raise UserError("model.load_in_4bit=true cannot be trained in full: write model.tuning=lora.")
     if model.adapter_path and model.tuning == "full":

@@ -11,7 +11,7 @@ Target = dict[str, Any]  # `_target_` and the arguments that it is called with
 
 @dataclass(frozen=True)
 class Adapter:
-    r: int = field(metadata=number(1))
+    r: int = field(metadata=number(1, 4096))
     alpha: int = field(metadata=number(1))
     dropout: float = field(metadata=number(0, 1))
     target_modules: Any
@@ -31,6 +31,7 @@ class Student:
     local_files_only: bool
     adapter_path: str | None
     max_seq_tokens: int = field(metadata=number(1))
+    max_prompt_tokens: int | None = field(metadata=number(1))
     max_completion_tokens: int = field(metadata=number(1))
     learning_rate: float = field(metadata=number(above=0))
     chat_template_kwargs: dict[str, Any]
@@ -56,7 +57,7 @@ class Hardware:
     accumulation_steps: int | None = field(metadata=number(1))
     gradient_checkpointing: bool
     memory_gib: float | None = field(metadata=number(0))
-    threads: int | None = field(metadata=number(1))
+    threads: int | None = field(metadata=number(1, 1024))
     vllm: Vllm
 
 

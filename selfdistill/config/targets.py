@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from selfdistill.config.schema import Run
 from selfdistill.config.secrets import escaped
 from selfdistill.config.suggestions import closest
-from selfdistill.config.values import mismatch
+from selfdistill.config.values import as_hinted, mismatch
 from selfdistill.errors import UserError, quoted
 
 # Whole libraries are not trusted: torch.load, transformers.pipeline and many others run code that a file brings.
@@ -170,6 +170,21 @@ def _hint(parameter: inspect.Parameter, target: Callable[..., Any]) -> Any:
         return Any
 
 
+def _as_hinted(node: Any, key: str) -> Any:
+    """A copy of plain mappings and lists, with the arguments of every `_target_` in the type that it annotates."""
+    if isinstance(node, list):
+        return [_as_hinted(item, key) for item in node]
+    if not isinstance(node, Mapping):
+        return node
+    copy = {name: _as_hinted(value, f"{key}.{name}") for name, value in node.items()}
+    if "_target_" in node:
+        target = find(key, node["_target_"])
+        for name, parameter in (_parameters(target) or {}).items():
+            if name in copy:
+                copy[name] = as_hinted(copy[name], _hint(parameter, target))
+    return copy
+
+
 def make(node: Mapping[str, Any] | None, key: str, **later: Any) -> Any:
     """What the group `key` stands for; None where it is null.
 
@@ -183,7 +198,7 @@ def make(node: Mapping[str, Any] | None, key: str, **later: Any) -> Any:
         return None
     parameters = _parameters(find(key, node["_target_"])) or {}
     given = {name: value for name, value in later.items() if name in parameters}
-    literal = escaped(escaped(dict(node)))  # Hydra would resolve a `${` in the text, and the result once more
+    literal = escaped(escaped(_as_hinted(node, key)))  # Hydra would resolve a `${` in the text, and the result once more
     try:
         # "all": plain lists and dictionaries
         built = instantiate(literal | {"_partial_": True} if given else literal, _convert_="all")

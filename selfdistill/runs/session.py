@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from selfdistill import config
+from selfdistill.config.permissions import granted_again
 from selfdistill.config.targets import make
 from selfdistill.errors import UserError
 from selfdistill.rollout import Rollouts
@@ -29,6 +30,31 @@ from selfdistill.teachers.server.client import ServerUnavailable
 from selfdistill.training.arguments import use_cuda
 from selfdistill.training.build import Parts
 from selfdistill.training.checkpoints import CompleteCallback, StepBegun, newest_checkpoint
+
+
+def resumed_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, config.Run]:
+    """The configuration of the run that `resume` names, and the run; of the command line only `max_steps` may differ.
+
+    What runs code of others, and secrets, which are not recorded, are given again (`config.permissions`).
+
+    Raises:
+        UserError: not a run's folder, a configuration that does not pass, or another key was given beside it.
+    """
+    saved = RunFolder.open(Path(cfg.resume), write=False).config
+    again = granted_again(saved, cfg, overrides, f"resume={cfg.resume}")
+    for override in overrides:
+        key = override.lstrip("+~").split("=")[0]
+        if key not in ("resume", "max_steps", "check", *again):
+            raise UserError(
+                f"{key} cannot be changed when a run is resumed: its configuration is in {cfg.resume}/config.yaml."
+            )
+    saved.resume, saved.check = cfg.resume, cfg.check
+    if any(o.startswith("max_steps=") for o in overrides):
+        saved.max_steps = cfg.max_steps
+    try:
+        return saved, config.check(saved)
+    except UserError as error:
+        raise UserError(f"{cfg.resume}/config.yaml: {error}") from None
 
 
 class Session:

@@ -24,6 +24,7 @@ from selfdistill.config.secrets import without_secrets
 from selfdistill.errors import UserError, without_passwords
 from selfdistill.files import write_atomically
 from selfdistill.runs.folder import RunFolder
+from selfdistill.runs.preflight import look_for_files
 
 JOBS = "jobs.jsonl"
 GOOD = ("finished", "stopped", "checked")
@@ -105,6 +106,8 @@ def check_jobs(config: DictConfig) -> list[list[str]]:
     parsed = parser.parse_overrides([*given, *overrides_of(config.hydra)])
     (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     runs = [check(compose(config.hydra.job.config_name, list(job)), list(job)) for job in jobs]
+    for run in runs:
+        look_for_files(run)
 
     from selfdistill.training.arguments import ARGUMENTS  # imports torch and trl, which takes seconds
 
