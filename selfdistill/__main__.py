@@ -36,8 +36,9 @@ def usage() -> str:
     listed = "\n".join(f"  {name:<15} {does}" for name, does in commands().items())
     completion = 'eval "$(selfdistill --shell-completion install=bash)"'
     return (
-        f"{(__doc__ or '').strip()}\n\ncommands\n{listed}\n\nselfdistill COMMAND --help lists a command's groups and keys; "
-        f"--version, the version.\nCompletion in this shell (bash, zsh or fish): {completion}"
+        f"{(__doc__ or '').strip()}\n\ncommands\n{listed}\n\n"
+        "selfdistill COMMAND --help lists a command's groups and keys; --version, the version.\n"
+        f"Completion in this shell (bash, zsh or fish): {completion}"
     )
 
 
@@ -67,7 +68,7 @@ def main() -> None:
 
 
 def _completed_command() -> str:
-    """The command whose keys the shell asks for, taken out of the line; prints the commands where that is what is asked.
+    """The command whose keys the shell asks for, taken out of the line; where it asks for a command, prints them all.
 
     Raises:
         SystemExit: after the commands.

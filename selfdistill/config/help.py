@@ -117,7 +117,9 @@ def _is_choice(argument: str) -> bool:
 def _check_completion(arguments: Sequence[str]) -> None:
     task, _, shell = "".join(arguments).partition("=")
     if len(arguments) != 1 or task not in ("install", "uninstall", "query") or shell not in ("bash", "zsh", "fish"):
-        raise UserError('--shell-completion: write eval "$(selfdistill --shell-completion install=bash)", or zsh, fish.')
+        raise UserError(
+            '--shell-completion: write eval "$(selfdistill --shell-completion install=bash)", or zsh, fish.'
+        )
     if task == "query" and "COMP_LINE" not in os.environ:
         raise UserError("--shell-completion query= is what the shell asks, with the line in COMP_LINE: write install=.")
 

@@ -9,6 +9,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
@@ -33,7 +34,7 @@ def check_composed(cfg: DictConfig) -> None:
     """Checks the node `hydra` of a configuration that was just composed.
 
     Raises:
-        UserError: something would be built that is no plugin of Hydra's and no callback of ours, or a key has no effect.
+        UserError: something would be built that is neither a plugin of Hydra's nor ours, or a key has no effect.
     """
     hydra = cfg.hydra
     for override in hydra.overrides.hydra:
@@ -61,7 +62,7 @@ def _check_target(key: str, node: Mapping[str, Any]) -> None:
     name = node["_target_"]
     if key.startswith("hydra.callbacks"):
         if not (isinstance(name, str) and name.startswith(OURS) and _is_class(key, name, Callback)):
-            raise UserError(f"{key}._target_={quoted(name)}: only the callbacks that come with selfdistill are run.")
+            raise UserError(f"{key}._target_={quoted(name)}: only selfdistill's own callbacks are run.")
     elif not (isinstance(name, str) and name.startswith(PLUGINS) and _is_class(key, name, object)):
         raise UserError(f"{key}._target_={quoted(name)}: only Hydra's launchers and sweepers can stand here.")
 
@@ -81,6 +82,15 @@ def _is_class(key: str, name: str, kind: type) -> bool:
     return inspect.isclass(found) and issubclass(found, kind)
 
 
+def _more_is_better() -> None:
+    """Optuna maximises unless told otherwise: a run returns its accuracy, and the plugin itself would minimise it."""
+    store = ConfigStore.instance()
+    if "optuna.yaml" in store.list("hydra/sweeper"):
+        node = store.load("hydra/sweeper/optuna.yaml").node
+        node.direction = "maximize"
+        store.store(group="hydra/sweeper", name="optuna", node=node, provider="selfdistill")
+
+
 def guard_composition() -> None:
     """Has Hydra check all that it composes: it has no hook between that and what it then builds and calls itself."""
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -91,6 +101,7 @@ def guard_composition() -> None:
 
     @wraps(load)
     def checked(*args: Any, **kwargs: Any) -> DictConfig:
+        _more_is_better()
         cfg = load(*args, **kwargs)
         check_composed(cfg)
         return cfg

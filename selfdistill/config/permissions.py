@@ -39,8 +39,8 @@ def granted_again(saved: DictConfig, given: DictConfig, overrides: Iterable[str]
             value = f"[{','.join(map(str, wanted))}]" if OmegaConf.is_list(wanted) else str(wanted).lower()
             grant = f"{'++' if key in remote else ''}{key}={shortened(value)}"
             raise UserError(
-                f"{command}: its config.yaml has {grant.lstrip('+')}, which lets it run code that is not selfdistill's. "
-                f"If you know where the folder comes from, write: {command} {grant}"
+                f"{command}: its config.yaml has {grant.lstrip('+')}, which lets it run code that is not ours. If "
+                f"you know where the folder comes from, write: {command} {grant}"
             )
     hidden = list(dict.fromkeys(key.split("[")[0] for key in masked_keys(saved)))
     for key in hidden:

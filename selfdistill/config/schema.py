@@ -111,6 +111,7 @@ class Run:
     tags: list[str]
     output_dir: str
     resume: str | None
+    repeat: str | None
     check: bool
     dry_run: bool
     allow_code_execution: bool

@@ -198,7 +198,9 @@ def make(node: Mapping[str, Any] | None, key: str, **later: Any) -> Any:
         return None
     parameters = _parameters(find(key, node["_target_"])) or {}
     given = {name: value for name, value in later.items() if name in parameters}
-    literal = escaped(escaped(_as_hinted(node, key)))  # Hydra would resolve a `${` in the text, and the result once more
+    literal = escaped(
+        escaped(_as_hinted(node, key))
+    )  # Hydra would resolve a `${` in the text, and the result once more
     try:
         # "all": plain lists and dictionaries
         built = instantiate(literal | {"_partial_": True} if given else literal, _convert_="all")

@@ -57,7 +57,7 @@ def open_source(
     if format is not None and format not in FORMATS:
         raise UserError(f"data.format={format}: write one of {', '.join(FORMATS)}{guess(format, FORMATS)}")
     if path.startswith(EMBEDDED_PREFIX):
-        return _file_source(_embedded_file(path.removeprefix(EMBEDDED_PREFIX), key), path, "jsonl")
+        return _file_source(embedded_file(path.removeprefix(EMBEDDED_PREFIX), key), path, "jsonl")
     file = Path(path).expanduser()
     format = format or _guess_format(path, file, key)
     if format == "hub":
@@ -107,7 +107,8 @@ def _near_file(file: Path) -> str:
     return f"; did you mean {near}?" if near else f". In {file.parent.absolute()}: {_listing(file.parent)}."
 
 
-def _embedded_file(name: str, key: str) -> Path:
+def embedded_file(name: str, key: str) -> Path:
+    """The file of data that comes with the package."""
     folder = Path(str(importlib.resources.files("selfdistill.data"))) / "embedded"
     names = sorted(p.stem for p in folder.glob("*.jsonl"))
     if name not in names:

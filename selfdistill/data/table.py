@@ -193,7 +193,9 @@ class TableReader:
         if len(too_long) == 1:
             reason += "raise that or shorten the prompt"
         else:
-            reason += f"so have {len(too_long)} of {rows} prompts, and the longest ({source.unit} {line}) has {longest}: "
+            reason += (
+                f"so have {len(too_long)} of {rows} prompts, and the longest ({source.unit} {line}) has {longest}: "
+            )
             reason += f"write data.max_prompt_tokens={longest.count}" if longest.whole else "shorten them"
         raise UserError(f"{source.place(first)}: {_sentence(reason)} {SKIP_HINT}")
 

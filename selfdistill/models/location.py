@@ -35,7 +35,7 @@ def look_for_model(name: str, key: str, *, local_files_only: bool = False) -> No
     if folder.is_file():
         raise UserError(f"{key}={name} is a file: write the folder that it lies in.")
     parts = folder.parts
-    is_path = not HUB_NAME.fullmatch(name) or parts[0] in (".", "..")
+    is_path = not HUB_NAME.fullmatch(name) or name.startswith((".", "~", "/"))
     if is_path or (len(parts) > 1 and folder.parent.is_dir()):
         above = folder.parent
         names = [entry.name for entry in above.iterdir() if entry.is_dir()] if above.is_dir() else []

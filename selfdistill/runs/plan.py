@@ -53,7 +53,9 @@ def _anywhere(run: Run) -> Run:
     """The run on whatever device is here: a plan for a GPU may be checked on a machine that has none."""
     here = run.hardware.device if torch.cuda.is_available() else "cpu"
     vllm = replace(run.hardware.vllm, mode=run.hardware.vllm.mode if torch.cuda.is_available() else None)
-    return replace(run, hardware=replace(run.hardware, device=here, precision="fp32" if here == "cpu" else "auto", vllm=vllm))
+    return replace(
+        run, hardware=replace(run.hardware, device=here, precision="fp32" if here == "cpu" else "auto", vllm=vllm)
+    )
 
 
 def _tokenizer(run: Run) -> PreTrainedTokenizerBase | None:
@@ -74,10 +76,12 @@ def _planned(run: Run, data: DataSplits | None, max_steps: int) -> console.Plan:
     model, gpu = run.model, torch.cuda.is_available() and run.hardware.device != "cpu"
     known = round((model.parameters_billion or 0) * 1e9)
     trained = known if model.tuning == "full" else int(known * ADAPTER_SHARE * model.lora.r)
-    kind = run.hardware.precision if not gpu else precision(run.hardware)
+    here = run.hardware.device != "cuda" or gpu
+    kind = precision(run.hardware) if here else run.hardware.precision
+    device = torch.cuda.get_device_name() if gpu else "cpu" if here else "cuda"
     return console.Plan(
         model=model.name,
-        device=f"{torch.cuda.get_device_name()}, {kind}" if gpu else f"{run.hardware.device}, {kind}",
+        device=f"{device}, {kind}",
         parameters=known,
         trained=trained,
         train_rows=len(data.train) if data else 0,

@@ -19,8 +19,8 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from selfdistill.config import COMPOSITION_ERRORS, check, explain, fail
-from selfdistill.config.targets import check_targets
 from selfdistill.config.secrets import without_secrets
+from selfdistill.config.targets import check_targets
 from selfdistill.errors import UserError, without_passwords
 from selfdistill.files import write_atomically
 from selfdistill.runs.folder import RunFolder

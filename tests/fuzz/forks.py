@@ -133,7 +133,12 @@ def empty_folder() -> Iterator[Path]:
 
 def prepare() -> None:
     """Imports what a run imports, once, with one thread, which a fork takes over."""
-    os.environ |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "WANDB_MODE": "offline",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     import torch
 
     torch.set_num_threads(1)
