@@ -26,14 +26,18 @@ VALUES = (
     "ä", "日本", "🙂", "a=b", "=5", "==", "'", '"', "\\", "\\n", "a\tb", "../..", "/dev/null", "/proc/x", ".", "~/x",
     "os.system", "selfdistill", "selfdistill.rewards", "torch.Tensor", "embedded", "embedded:far_train", "@", "a@b",
     "glob(*)", "choice(1,2)", "range(1,3)", "interval(0,1)", "shuffle(1,2)", "int(3)", "str(3)", "9" * 400,
-    "x" * 100_000, "a " * 3_000, "10000", "100000", "99999999999999999999", "0x10", "1_000", "2026-11-21", "http://u:p@h:1/v1",
+    "x" * 100_000, "a " * 3_000, "10000", "100000", "99999999999999999999", "0x10", "1_000", "2026-11-21",
+    "http://u:p@h:1/v1",
 )  # fmt: skip
 FLAGS = (
     "--check", "--multirun", "-m", "--cfg", "--cfg job", "--cfg hydra", "--cfg all", "--resolve", "--info",
-    "--info all", "--info searchpath", "--info defaults", "--info defaults-tree", "--info config", "--info plugins", "--package x",
+    "--info all", "--info searchpath", "--info defaults", "--info defaults-tree",
+    "--info config", "--info plugins", "--package x",
     "-p model", "--config-name", "--config-name nothing", "--config-name train.yaml", "--config-path x",
-    "--config-dir x", "--config-dir /", "-cd x", "-cn x", "-cp x", "--version", "--hydra-help", "-sc",
-    "--shell-completion", "-sc install=bash", "-sc query=bash", "-sc install=nothing", "--run", "--experimental-rerun x", "--unknown", "-x",
+    "--config-dir x", "--config-dir /", "-cd x", "-cn x", "-cp x",
+    "--version", "--hydra-help", "-sc",
+    "--shell-completion", "-sc install=bash", "-sc query=bash", "-sc install=nothing", "--run",
+    "--experimental-rerun x", "--unknown", "-x",
     "-", "--", "---", "--check=1", "--multirun=2", "check", "true", "5", "=", "+", "~", "@", ":", "a:b=c",
     "model@x=tiny",
 )  # fmt: skip
