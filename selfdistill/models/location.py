@@ -38,9 +38,11 @@ def look_for_model(name: str, key: str, *, local_files_only: bool = False) -> No
     is_path = not HUB_NAME.fullmatch(name) or name.startswith((".", "~", "/"))
     if is_path or (len(parts) > 1 and folder.parent.is_dir()):
         above = folder.parent
-        names = [entry.name for entry in above.iterdir() if entry.is_dir()] if above.is_dir() else []
-        where = guess(folder.name, names) if names else f". The folder {above.absolute()} does not exist either."
-        raise UserError(f"{key}={name}: there is no such folder{where if above.is_dir() else '.'}")
+        if not above.is_dir():
+            where = f". The folder {above.absolute()} does not exist either."
+        else:
+            where = guess(folder.name, [entry.name for entry in above.iterdir() if entry.is_dir()])
+        raise UserError(f"{key}={name}: there is no such folder{where}")
 
 
 def files_of(name: str) -> list[Path]:
