@@ -36,6 +36,11 @@ def quoted(value: Any) -> str:
     return shortened(repr(value))
 
 
+def one_line(text: str) -> str:
+    """A text that came out of a file, with line ends and other control characters written as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 def bounded(message: str) -> str:
     """A message in which no word and no whole is too long to be read, and that any terminal can show."""
     message = without_passwords(message).encode("utf-8", "backslashreplace").decode("utf-8")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -177,7 +177,7 @@ def _check_header(header: Sequence[str], name: str) -> None:
         raise UserError(f"{name}, line 1: a CSV file begins with the names of its columns, and this line has none.")
     twice = next((cell for cell in header if header.count(cell) > 1), None)
     if twice is not None:
-        raise UserError(f"{name}, line 1: two columns are named '{twice}'. Rename one.")
+        raise UserError(f"{name}, line 1: two columns are named '{one_line(twice)}'. Rename one.")
     other = next((mark for mark in (";", "\t", "|") if len(header) == 1 and mark in header[0]), None)
     if other:
         raise UserError(f"{name}, line 1: the columns are separated by {other!r}. Save the file with commas.")

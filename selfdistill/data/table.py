@@ -7,7 +7,7 @@ from selfdistill.config.suggestions import guess
 from selfdistill.data.chat import Prompts, lengths
 from selfdistill.data.rows import OPTIONAL, BadRow, CheckedRow, RowReader
 from selfdistill.data.sources import RowSource
-from selfdistill.errors import UserError, bounded
+from selfdistill.errors import UserError, bounded, one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -73,7 +73,7 @@ class Table:
         listed = ", ".join(f"{kind.__name__} ({self.source.unit} {line})" for kind, line in kinds.items())
         first = min(kinds.values(), default=self.rows[0].line)
         return (
-            f"{self.source.place(first)}: the field '{name}' does not hold one kind of value in all rows: {listed} "
+            f"{self.source.place(first)}: the field '{one_line(name)}' does not hold one kind of value in all rows: {listed} "
             f"[{str(error).splitlines()[0]}]. Write it in one kind, or take the field out."
         )
 
@@ -140,6 +140,7 @@ class TableReader:
         return Table(source, rows)
 
     def _refuse(self, source: RowSource, line: int, reason: str) -> None:
+        reason = one_line(reason)
         if self.on_bad_row == "error":
             raise UserError(f"{source.place(line)}: {_sentence(reason)} {SKIP_HINT}")
         self.bad_rows.append({"file": source.name, "line": line, "reason": bounded(reason)})

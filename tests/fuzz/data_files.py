@@ -120,12 +120,12 @@ def independently(file: Path, kind: str) -> list[Any] | None:
             import pyarrow.parquet as pq
 
             return list(pq.read_table(file).to_pylist())
-        text = file.read_text(encoding="utf-8-sig")
+        text = file.read_bytes().decode("utf-8-sig")
         if kind == "csv":
             return [dict(row) for row in csv.DictReader(io.StringIO(text, newline=""))]
         if text.lstrip().startswith("["):
             return list(json.loads(text))
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     except Exception:
         return None
 
