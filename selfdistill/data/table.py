@@ -73,7 +73,8 @@ class Table:
         listed = ", ".join(f"{kind.__name__} ({self.source.unit} {line})" for kind, line in kinds.items())
         first = min(kinds.values(), default=self.rows[0].line)
         return (
-            f"{self.source.place(first)}: the field '{one_line(name)}' does not hold one kind of value in all rows: {listed} "
+            f"{self.source.place(first)}: the field '{one_line(name)}' does not hold one kind of value in all rows: "
+            f"{listed} "
             f"[{str(error).splitlines()[0]}]. Write it in one kind, or take the field out."
         )
 
