@@ -198,6 +198,11 @@ LOADING = [
     ("resume=nowhere", ["nowhere is no run's folder"]),
     ("resume=mine", ["mine is no run's folder: config.yaml and summary.json are missing"]),
     ("logger.mode=loud", ["logger.mode is 'loud'", "offline"]),
+    (
+        "reward=python_tests allow_code_execution=true",
+        ["reward.tests_field=tests: the rows of embedded:half_known_train"],
+    ),
+    ("reward=multiple_choice", ["reward: embedded:half_known_train, row "]),
     ("eval.scorer=null", ["eval.scorer=None: write something else than null"]),
     ("eval.scorer=null --check", ["eval.scorer=None: write something else than null"]),
     ("model.tuning=lora model.lora.target_modules=[nope]", ["model.lora.target_modules: the model has no layer nope"]),

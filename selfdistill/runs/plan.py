@@ -18,6 +18,7 @@ from selfdistill.models.location import files_of, parameters
 from selfdistill.runs import console
 from selfdistill.training.arguments import precision, trainer_arguments, use_cuda
 from selfdistill.training.build import Parts, load_data
+from selfdistill.training.reward_trial import try_reward
 from selfdistill.training.row_checks import check_rows
 
 
@@ -37,6 +38,7 @@ def show_plan(cfg: DictConfig, run: Run) -> None:
     if tokenizer is not None and run.data.get("format") != "hub":
         data = load_data(run, tokenizer)
         check_rows(reward, data.train, run.rollout, str(run.data.get("path", run.data["_target_"])))
+        try_reward(reward, data.train, str(run.data.get("path", run.data["_target_"])))
     counted = parameters(run.model.name)
     if counted is not None:
         run = replace(run, model=replace(run.model, parameters_billion=counted / 1e9))

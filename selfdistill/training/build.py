@@ -25,6 +25,7 @@ from selfdistill.teachers.server import ServerTeacher
 from selfdistill.teachers.weights import Base
 from selfdistill.training.arguments import trainer_arguments, use_cuda
 from selfdistill.training.checkpoints import CHECKPOINTS
+from selfdistill.training.reward_trial import try_reward
 from selfdistill.training.row_checks import answer_field, check_rows
 from selfdistill.training.trainer import SelfDistillTrainer
 
@@ -71,6 +72,7 @@ def build(run: Run, folder: Path) -> Parts:
     if isinstance(teacher, ServerTeacher) and teacher.mode == "write":
         teacher, data = written_by(teacher, run, data)
     check_rows(reward, data.train, run.rollout, str(run.data.get("path", run.data["_target_"])))
+    try_reward(reward, data.train, str(run.data.get("path", run.data["_target_"])))
 
     trainer = SelfDistillTrainer(
         model=model,
