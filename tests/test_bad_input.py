@@ -47,7 +47,7 @@ COMPOSITION = [
     ("teacher/weights=ema", ["teacher/weights", "Choose that first"]),
     ("+experiment=sdft", ["+experiment=sdft", "write experiment=sdft"]),
     ("reward=null", ["reward=null", "write reward=none"]),
-    ("model=null", ["model=null", "choose one of its options"]),
+    ("model=null", ["model=null", "write the name of an option", "local"]),
     # types, ranges and choices
     ("beta=abc", ["beta='abc': write a number"]),
     ("beta=nan", ["beta=nan: write a finite number"]),

@@ -119,12 +119,13 @@ def plan_of(run: Run, parts: Parts) -> console.Plan:
     """The plan of a run whose parts are built."""
     trainer = parts.trainer
     model: torch.nn.Module = trainer.accelerator.unwrap_model(trainer.model)
-    parameters = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    trained = sum(count for count, is_trained in parameters if is_trained)
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    known, trained = sum(count for count, _ in counts), sum(count for count, is_trained in counts if is_trained)
+    counted = replace(run, model=replace(run.model, parameters_billion=known / 1e9))
     return console.Plan(
         model=run.model.name,
         device=f"{torch.cuda.get_device_name() if use_cuda(run.hardware) else 'cpu'}, {precision(run.hardware)}",
-        parameters=sum(count for count, _ in parameters),
+        parameters=known,
         trained=trained,
         train_rows=len(parts.data.train),
         eval_rows=len(parts.data.eval) if parts.data.eval is not None else 0,
@@ -133,6 +134,6 @@ def plan_of(run: Run, parts: Parts) -> console.Plan:
         num_generations=run.num_generations,
         adapter=f"LoRA, rank {run.model.lora.r}" if run.model.tuning == "lora" else "",
         teacher="" if trainer.teacher is None else str(trainer.teacher),
-        memory_gib=estimate(run, trained=trained),
+        memory_gib=estimate(counted, trained=trained),
         learning_rate=run.learning_rate,
     )
