@@ -96,7 +96,6 @@ COMPOSITION = [
     ("+hydra.callbacks.x._target_=os.getpid", ["only selfdistill's own callbacks are run"]),
     ("+hydra.callbacks.x._target_=selfdistill.files.write_atomically --check", ["only selfdistill's own callbacks"]),
     ("hydra.launcher._target_=os.getpid", ["only Hydra's launchers and sweepers can stand here"]),
-    ("++hydra.job_logging.formatters.x.()=os.getpid", ["only Python's own logging can stand here"]),
     # Hydra's keys that would have no effect
     ("hydra.job.name=x", ["hydra.job.name has no effect", "name=NAME"]),
     ("hydra.verbose=true", ["hydra.verbose has no effect"]),
@@ -125,7 +124,7 @@ COMPOSITION = [
     ("data=jsonl data.path=mine", ["data.path=mine is a folder"]),
     ("model=local model.name=mine --check", ["model.name=mine: this folder holds no model", "no config.json"]),
     ("model=local model.name=./absent --check", ["model.name=./absent: there is no such folder"]),
-    ("model=local model.name=mine/absent", ["model.name=mine/absent: there is no such folder; did you mean"]),
+    ("model=local model.name=mine/absent", ["model.name=mine/absent: there is no such folder."]),
     ("resume=nowhere", ["nowhere is no run's folder"]),
     ("resume=nowhere hydra.run.dir=x", ["hydra.run.dir=x cannot be given with resume=nowhere"]),
     ("repeat=nowhere", ["nowhere is no run's folder"]),

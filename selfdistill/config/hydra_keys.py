@@ -4,6 +4,7 @@ Keys that would have no effect on a run are refused as well, with what to write 
 """
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from functools import wraps
 from pathlib import Path
@@ -102,7 +103,9 @@ def guard_composition() -> None:
     @wraps(load)
     def checked(*args: Any, **kwargs: Any) -> DictConfig:
         _more_is_better()
-        cfg = load(*args, **kwargs)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="provider=hydra.searchpath")  # said as an error below
+            cfg = load(*args, **kwargs)
         check_composed(cfg)
         return cfg
 
