@@ -358,10 +358,14 @@ def test_the_configuration_of_a_resumed_run_is_checked(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("written", "given", "words"),
     [
-        (["trusted_prefixes=[os]"], [], ["trusted_prefixes=[os]", "code that is not ours", "trusted_prefixes=[os]"]),
+        (
+            ["trusted_prefixes=[os]"],
+            [],
+            ["trusted_prefixes=[os]", "code that is not ours", "add trusted_prefixes=[os]"],
+        ),
         (["allow_code_execution=true"], [], ["allow_code_execution=true"]),
         (["model.trust_remote_code=true"], [], ["model.trust_remote_code=true"]),
-        (["+training.arguments.trust_remote_code=true"], [], ["++training.arguments.trust_remote_code=true"]),
+        (["+training.arguments.trust_remote_code=true"], [], ["add ++training.arguments.trust_remote_code=true"]),
         (["trusted_prefixes=[os]", "beta=-1"], ["trusted_prefixes=[os]"], ["beta=-1 is out of range"]),
         (["reward._target_=numpy.load"], [], ["only selfdistill, trl.rewards are trusted"]),
         (["trusted_prefixes=[m]"], ["trusted_prefixes=[n]"], ["its config.yaml has trusted_prefixes=[m]"]),

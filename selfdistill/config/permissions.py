@@ -4,11 +4,14 @@ A run's config.yaml is a file that people hand on. What it asks for beyond the p
 person who types the command, not by the file.
 """
 
+import shlex
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from selfdistill.config.schema import Run
 from selfdistill.config.secrets import masked_keys
 from selfdistill.errors import UserError, shortened
 
@@ -40,7 +43,7 @@ def granted_again(saved: DictConfig, given: DictConfig, overrides: Iterable[str]
             grant = f"{'++' if key in remote else ''}{key}={shortened(value)}"
             raise UserError(
                 f"{command}: its config.yaml has {grant.lstrip('+')}, which lets it run code that is not ours. If "
-                f"you know where the folder comes from, write: {command} {grant}"
+                f"you know where the folder comes from, add {grant}"
             )
     hidden = list(dict.fromkeys(key.split("[")[0] for key in masked_keys(saved)))
     for key in hidden:
@@ -51,6 +54,18 @@ def granted_again(saved: DictConfig, given: DictConfig, overrides: Iterable[str]
             )
         OmegaConf.update(saved, key, OmegaConf.select(given, key))
     return {key for key in written if key in (*GRANTS, *remote, *hidden)}
+
+
+def resume_command(run: Run, folder: Path) -> str:
+    """The command that continues a run, with what its configuration has to be granted again."""
+    words = [f"resume={shlex.quote(str(folder))}"]
+    if run.trusted_prefixes:
+        words.append(shlex.quote(f"trusted_prefixes=[{','.join(run.trusted_prefixes)}]"))
+    if run.allow_code_execution:
+        words.append("allow_code_execution=true")
+    if run.model.trust_remote_code:
+        words.append("model.trust_remote_code=true")
+    return f"python -m selfdistill.train {' '.join(words)}"
 
 
 def _within(wanted: Any, allowed: Any) -> bool:
