@@ -213,7 +213,7 @@ LOADING = [
     ("eval.max_rows=0", ["eval.max_rows=0", "at least 1"]),
     ("export=merged_16bit export.dtype=float8", ["export.dtype=float8", "bfloat16"]),
     ("reward=python_tests", ["allow_code_execution=true"]),
-    (f"{TAUGHT} teacher/weights=ema teacher.weights.rate=2", ["teacher.weights.rate=2 is outside (0, 1]"]),
+    (f"{TAUGHT} teacher/weights=ema teacher.weights.rate=2", ["teacher.weights.rate=2.0 is outside (0, 1]"]),
     (f"{TAUGHT} teacher.context.template='nothing'", ["teacher.context.template", "{prompt}, {demonstration}"]),
     (f"{TAUGHT} teacher.context.template=file:absent.txt", ["teacher.context.template", "absent.txt"]),
     (f"{TAUGHT} distillation.top_k=5000", ["distillation.top_k=5000 is above the vocabulary of 102 tokens"]),
