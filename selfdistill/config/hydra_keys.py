@@ -5,7 +5,8 @@ Keys that would have no effect on a run are refused as well, with what to write 
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -92,13 +93,12 @@ def _more_is_better() -> None:
         store.store(group="hydra/sweeper", name="optuna", node=node, provider="selfdistill")
 
 
-def guard_composition() -> None:
+@contextmanager
+def guarded_composition() -> Iterator[None]:
     """Has Hydra check all that it composes: it has no hook between that and what it then builds and calls itself."""
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
     load = ConfigLoaderImpl.load_configuration
-    if hasattr(load, "__wrapped__"):
-        return
 
     @wraps(load)
     def checked(*args: Any, **kwargs: Any) -> DictConfig:
@@ -110,3 +110,7 @@ def guard_composition() -> None:
         return cfg
 
     ConfigLoaderImpl.load_configuration = checked  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        ConfigLoaderImpl.load_configuration = load  # type: ignore[method-assign]

@@ -3,6 +3,7 @@
 import os
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
@@ -33,7 +34,7 @@ def show_plan(cfg: DictConfig, run: Run) -> None:
     reward = make(run.reward, "reward")
     for group in ("teacher", "eval", "monitors", "export"):
         make(getattr(run, group), group)
-    arguments = trainer_arguments(_anywhere(run), "unused")
+    arguments = trainer_arguments(_anywhere(run), Path())
     tokenizer, data = _tokenizer(run), None
     if tokenizer is not None and run.data.get("format") != "hub":
         data = load_data(run, tokenizer)
