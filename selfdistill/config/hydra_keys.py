@@ -39,7 +39,8 @@ def check_composed(cfg: DictConfig) -> None:
         UserError: something would be built that is neither a plugin of Hydra's nor ours, or a key has no effect.
     """
     hydra = cfg.hydra
-    for override in hydra.overrides.hydra:
+    overrides: Any = OmegaConf.to_container(hydra.overrides.hydra)  # their interpolations stay as they are
+    for override in overrides:
         key = str(override).lstrip("+~").split("=")[0].replace("/", ".").split("@")[0]
         for refused, instead in INSTEAD.items():
             if key == refused or key.startswith(f"{refused}."):

@@ -90,7 +90,8 @@ def test_the_runs_of_a_sweep_lie_below_its_folder(tmp_path: Path) -> None:
 
 
 def test_a_subdir_names_the_runs_of_a_sweep(tmp_path: Path) -> None:
-    paths = "data.path=embedded:half_known_train,missing.jsonl"
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"')
+    paths = "data.path=embedded:half_known_train,bad.jsonl"
     where = ["hydra.sweep.dir=mine", "hydra.sweep.subdir=runs/${hydra.job.num}"]
     outcome = command(["--multirun", paths, *FAST, *where], tmp_path)
     assert outcome.code == 1
