@@ -62,7 +62,7 @@ def resume_command(run: Run, folder: Path) -> str:
     if run.trusted_prefixes:
         words.append(shlex.quote(f"trusted_prefixes=[{','.join(run.trusted_prefixes)}]"))
     if run.allow_code_execution:
-        words.append("allow_code_execution=true")
+        words.append(f"allow_code_execution={str(run.allow_code_execution).lower()}")
     if run.model.trust_remote_code:
         words.append("model.trust_remote_code=true")
     return f"python -m selfdistill.train {' '.join(words)}"

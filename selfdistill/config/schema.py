@@ -114,7 +114,7 @@ class Run:
     repeat: str | None
     check: bool
     dry_run: bool
-    allow_code_execution: bool
+    allow_code_execution: bool | str
     trusted_prefixes: list[str]
     rollout: Rollout
     distillation: Distillation
