@@ -181,7 +181,7 @@ class TableReader:
         ]
         for index, length in enumerate(counted):
             if length.count <= limit and not length.whole:  # a tokenizer that leaves characters out
-                counted[index] = Length(*lengths(tokenizer, [texts[index]], rendered))
+                counted[index] = Length(lengths(tokenizer, [texts[index]], rendered)[0])
         return counted
 
     def _refuse_too_long(self, source: RowSource, rows: int) -> None:

@@ -20,7 +20,7 @@ IN_PACKAGE = "embedded (the model in the package selfdistill)"
 def choices_of(folder: Path) -> dict[str, Any]:
     """Which option of each group a run was composed of, as its .hydra folder has it; empty where it has none."""
     try:
-        choices = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.choices)
+        choices: Any = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.choices)
     except (OSError, YAMLError, OmegaConfBaseException):
         return {}
     return choices if isinstance(choices, dict) else {}
