@@ -4,6 +4,7 @@ Keys, types, ranges, choices and combinations are judged here, before torch is i
 """
 
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -18,7 +19,7 @@ from selfdistill.config.schema import Run
 from selfdistill.config.targets import check_trust, declares, targets
 from selfdistill.config.trl_names import OUR_KEYS, instead_of
 from selfdistill.config.values import mismatch
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, quoted, shortened
 from selfdistill.limits import check_limits
 from selfdistill.losses.divergence import Divergence
 
@@ -65,6 +66,20 @@ def _typed(cfg: DictConfig) -> DictConfig:
         return cast(DictConfig, OmegaConf.merge(_schema(Run), cfg))
     except OmegaConfBaseException as error:
         raise UserError(_wrong_type(cfg, error)) from None
+    except OverflowError:
+        raise UserError(f"{_too_large(cfg)} is too large: write a smaller number.") from None
+
+
+def _too_large(value: Any, key: str = "") -> str:
+    """KEY=VALUE of the first whole number that is larger than any float."""
+    items = value.items_ex(resolve=False) if isinstance(value, DictConfig) else []
+    for name, item in items:
+        inner = f"{key}.{name}" if key else str(name)
+        if isinstance(item, int) and abs(item) > sys.float_info.max:
+            return f"{inner}={quoted(item)}"
+        if isinstance(item, DictConfig) and (found := _too_large(item, inner)):
+            return found
+    return ""
 
 
 def _groups(kind: type, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -94,7 +109,7 @@ def _wrong_type(cfg: DictConfig, error: OmegaConfBaseException) -> str:
     value = OmegaConf.select(cfg, key)
     value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     wanted = mismatch(value, hint) if hint is not None else None
-    return f"{key}={value!r}: write {wanted}." if wanted else explain(error)
+    return f"{key}={quoted(value)}: write {wanted}." if wanted else explain(error)
 
 
 def _resolved(typed: DictConfig, cfg: DictConfig) -> dict[str, Any]:
@@ -124,7 +139,7 @@ def _written(cfg: DictConfig, key: str) -> str:
     above, _, name = key.rpartition(".")
     value = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.select(cfg, above), resolve=False))[name]
     source = re.fullmatch(r"\$\{([\w.]+)\}", str(value))
-    return _written(cfg, source[1]) if source else f"{key}={value}"
+    return _written(cfg, source[1]) if source else f"{key}={shortened(str(value))}"
 
 
 def _check_read(run: Run, cfg: DictConfig, overridden: set[str]) -> None:
@@ -241,6 +256,11 @@ def _check_batch(run: Run) -> None:
 
 def _check_machine(run: Run) -> None:
     model, vllm = run.model, run.hardware.vllm
+    modules = model.lora.target_modules
+    if not isinstance(modules, str) and not (isinstance(modules, list) and all(isinstance(m, str) for m in modules)):
+        raise UserError(
+            f"model.lora.target_modules={quoted(modules)}: write all-linear, or a list of names, e.g. [q_proj,v_proj]."
+        )
     if model.load_in_4bit and model.tuning == "full":
         raise UserError("model.load_in_4bit=true cannot be trained in full: write model.tuning=lora.")
     if model.adapter_path and model.tuning == "full":

@@ -11,7 +11,7 @@ Target = dict[str, Any]  # `_target_` and the arguments that it is called with
 
 @dataclass(frozen=True)
 class Adapter:
-    r: int = field(metadata=number(1))
+    r: int = field(metadata=number(1, 4096))
     alpha: int = field(metadata=number(1))
     dropout: float = field(metadata=number(0, 1))
     target_modules: Any
@@ -37,6 +37,7 @@ class Student:
     local_files_only: bool
     adapter_path: str | None
     max_seq_tokens: int = field(metadata=number(1))
+    max_prompt_tokens: int | None = field(metadata=number(1))
     max_completion_tokens: int = field(metadata=number(1))
     rates: Rates
     chat_template_kwargs: dict[str, Any]
@@ -62,7 +63,7 @@ class Hardware:
     accumulation_steps: int | None = field(metadata=number(1))
     gradient_checkpointing: bool
     memory_gib: float | None = field(metadata=number(0))
-    threads: int | None = field(metadata=number(1))
+    threads: int | None = field(metadata=number(1, 1024))
     vllm: Vllm
 
 
@@ -119,6 +120,7 @@ class Run:
     tags: list[str]
     output_dir: str
     resume: str | None
+    repeat: str | None
     check: bool
     dry_run: bool
     allow_code_execution: bool | str

@@ -79,9 +79,11 @@ def load_data(
     Args:
         path: a file, `embedded:NAME` for data that comes with the package, or a hub dataset `owner/name[:split]`.
         tokenizer: the student's; a `chat_template` that is a path is set on it.
-        format: jsonl, json, parquet, csv or hub; None goes by the extension.
+        format: jsonl, json, parquet, csv or hub; None goes by the extension. A JSON list and one JSON object a line
+            are told apart by themselves, and parquet is recognised.
         split, subset: of a hub dataset. Without a split `train` is taken.
-        eval_path: where the evaluation rows are; None takes `eval_fraction` of the distinct prompts of `path`.
+        eval_path: where the evaluation rows are, in any format; None takes `eval_fraction` of the distinct prompts of
+            `path`.
         max_train_rows, max_eval_rows: keep so many rows, chosen by the seed; a larger choice includes the smaller ones.
         require: `answer`, `golden_response`: the fields that every row must have.
         system: a system message for all rows, in place of their own.

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from transformers import TrainerCallback
 
 from selfdistill.config import Run
+from selfdistill.config.permissions import resume_command
 from selfdistill.evaluation.evaluator import Item
 from selfdistill.rollout import Rollouts
 from selfdistill.runs import console
@@ -147,9 +148,8 @@ class Record(NoRecord):
         self.folder.finish(status, step=step)
         places |= {"status": status, "log": self.logger.location}
         if status == "interrupted":
-            self.screen.print(
-                f"interrupted at step {step}; continue with: python -m selfdistill.train resume={self.folder.path}"
-            )
+            again = resume_command(self.run, self.folder.path)
+            self.screen.print(f"interrupted at step {step}; continue with: {again}", markup=False)
         self.screen.print(console.where_table(places))
 
     def end_early(self, end: EarlyEnd) -> None:

@@ -9,6 +9,7 @@ from trl import GRPOConfig
 
 from selfdistill.config.batch import batch_of
 from selfdistill.config.schema import Hardware, Run, Vllm
+from selfdistill.config.secrets import masked
 from selfdistill.errors import UserError
 
 
@@ -23,6 +24,10 @@ class SelfDistillConfig(GRPOConfig):
             # raised after everything that a run with one generation needs has been set up
             if self.num_generations != 1 or "at least 2 generations" not in str(error):
                 raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled into training_args.bin, which lies beside published weights, holds no token."""
+        return masked(vars(self))
 
 
 ARGUMENTS = frozenset(field.name for field in fields(SelfDistillConfig))

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from selfdistill.config.targets import make
 from selfdistill.data import DataSplits
 from selfdistill.errors import UserError
 from selfdistill.evaluation.evaluator import EvalSettings, Evaluator, Scorer, load_retention
+from selfdistill.models.adapter_targets import check_target_modules
 from selfdistill.models.loading import load_configured, lora_config
 from selfdistill.rewards.adapter import name_of
 from selfdistill.rewards.base import AsksPolicy, is_verifiable
@@ -28,6 +30,7 @@ from selfdistill.teachers.server import ServerTeacher
 from selfdistill.teachers.weights import Base
 from selfdistill.training.arguments import trainer_arguments, use_cuda
 from selfdistill.training.checkpoints import CHECKPOINTS
+from selfdistill.training.reward_trial import try_reward
 from selfdistill.training.row_checks import answer_field, check_rows
 from selfdistill.training.trainer import SelfDistillTrainer
 from selfdistill.training.update_size import UpdateSize
@@ -66,6 +69,8 @@ def build(run: Run, folder: Path) -> Parts:
     monitors, exporter = make(run.monitors, "monitors"), make(run.export, "export")
 
     model, tokenizer = load_configured(asdict(run.model))
+    if run.model.tuning == "lora" and not isinstance(model, PeftModel):
+        check_target_modules(model, run.model.lora.target_modules)
     has_adapter = run.model.tuning == "full" or isinstance(model, PeftModel)
     data = load_data(run, tokenizer)
     if teacher is not None:
@@ -75,6 +80,7 @@ def build(run: Run, folder: Path) -> Parts:
     if isinstance(teacher, ServerTeacher) and teacher.mode == "write":
         teacher, data = written_by(teacher, run, data)
     check_rows(reward, data.train, run.rollout, str(run.data.get("path", run.data["_target_"])), tokenizer)
+    try_reward(reward, data.train, str(run.data.get("path", run.data["_target_"])))
 
     trainer = SelfDistillTrainer(
         model=model,
@@ -99,6 +105,11 @@ def _prepare_process(run: Run) -> None:
     if run.hardware.threads:
         torch.set_num_threads(run.hardware.threads)
     use_cuda(run.hardware)  # refuses here rather than after loading
+    if run.hardware.vllm.mode == "colocate" and find_spec("vllm") is None:
+        raise UserError(
+            "hardware.vllm.mode=colocate needs vLLM, which is not installed: pip install 'selfdistill[vllm]', or write "
+            "hardware.vllm.mode=null to generate with transformers."
+        )
 
 
 def load_data(run: Run, tokenizer: PreTrainedTokenizerBase) -> DataSplits:

@@ -17,6 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from selfdistill.config.settings import RolloutSource
 from selfdistill.errors import UserError
+from selfdistill.models.card import Card, base_of, finish_folder, write_card
 from selfdistill.models.structure import has_dropout, is_reference
 from selfdistill.rewards.adapter import ROLLOUTS
 from selfdistill.rollout import Prompt, Rollouts, shown_in, text_of
@@ -39,6 +40,7 @@ class RolloutTrainer(GRPOTrainer):
     Attributes:
         teacher: who may sample in the student's place, and whose state is kept in checkpoints.
         rollout: where completions come from.
+        card: what the page of a saved model says; None for what the trainer knows by itself.
         rewards: the reward functions; empty where TRL is given one that scores nothing.
     """
 
@@ -52,6 +54,7 @@ class RolloutTrainer(GRPOTrainer):
     shuffle_dataset: bool
 
     teacher: BaseTeacher | None
+    card: Card | None
     rollout: RolloutSource
     rewards: list[Any]
     _rollouts: Rollouts
@@ -232,6 +235,21 @@ class RolloutTrainer(GRPOTrainer):
         super()._save_checkpoint(model, trial)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         checkpoints.save(Path(self._get_output_dir(trial=trial)) / name, self)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            finish_folder(Path(output_dir or self.args.output_dir or ""), self.card or self._own_card())
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Writes our page to the output folder, which is what is pushed to a hub."""
+        if self.is_world_process_zero() and self.args.push_to_hub:
+            write_card(Path(self.args.output_dir or ""), self.card or self._own_card())
+
+    def _own_card(self) -> Card:
+        """What the trainer knows by itself of the model that it trains."""
+        name = self.accelerator.unwrap_model(self.model).name_or_path
+        return Card("A model trained with selfdistill", base_of(name) or "made in memory")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

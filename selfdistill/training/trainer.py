@@ -96,6 +96,7 @@ class SelfDistillTrainer(RolloutTrainer):
         self.rollout = rollout or RolloutSource()
         self.distillation = distillation or Distillation()
         self.on_rollouts = on_rollouts
+        self.card = None
         self.rewards, weights = adapt(reward_funcs) if reward_funcs else ([], None)
         if not self.rewards and teacher is None and not self.rollout.cross_entropy_weight:
             raise UserError(
