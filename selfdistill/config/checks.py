@@ -48,6 +48,7 @@ def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> Run:
     _check_signal(run)
     _check_batch(run)
     _check_machine(run)
+    _check_language(run)
     return run
 
 
@@ -235,6 +236,17 @@ def _check_machine(run: Run) -> None:
         raise UserError(
             "export=lora has no adapter to export with model.tuning=full: write export=merged_16bit "
             "or model.tuning=lora."
+        )
+
+
+def _check_language(run: Run) -> None:
+    """Refuses prompts that are measured otherwise than they are asked."""
+    given, asked = run.data.get("chat_template_kwargs"), run.model.chat_template_kwargs
+    if given is not None and given != asked:
+        raise UserError(
+            f"data.chat_template_kwargs={given}: prompts are asked with model.chat_template_kwargs={asked}. Write "
+            "model.chat_template_kwargs alone; data, evaluation and, unless teacher.chat_template_kwargs says otherwise, "
+            "the teacher take it from there."
         )
 
 

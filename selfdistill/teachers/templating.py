@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from selfdistill.config.suggestions import guess
 from selfdistill.errors import UserError
 from selfdistill.rollout import Prompt
+from selfdistill.text import whole_characters
+from selfdistill.tokens import encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 FILE_PREFIX = "file:"
 FILE_SUFFIXES = (".txt", ".md", ".jinja")
 CUT_MARK = " …"
+# With which a text is first shortened; English has about four.
+CHARACTERS_PER_TOKEN = 16
 
 
 class Template:
@@ -104,7 +108,15 @@ def cut(text: str, max_tokens: int | None, tokenizer: "PreTrainedTokenizerBase")
 
     The cut falls between two tokens and never inside a character. A budget smaller than the mark leaves the bare mark.
     """
-    if max_tokens is None or _count(text, tokenizer) <= max_tokens:
+    text = whole_characters(text)
+    if max_tokens is None:
+        return text
+    # Of a text of megabytes no more is tokenised than is surely too long: a tokenizer takes minutes for the whole.
+    characters = CHARACTERS_PER_TOKEN * max_tokens
+    while characters < len(text) and _count(text[:characters], tokenizer) <= 2 * max_tokens:
+        characters *= 4
+    text = text[:characters]
+    if _count(text, tokenizer) <= max_tokens:
         return text
     starts = _token_starts(text, tokenizer)
     keep = min(max_tokens, len(starts) - 1)
@@ -119,7 +131,7 @@ def cut(text: str, max_tokens: int | None, tokenizer: "PreTrainedTokenizerBase")
 
 
 def _count(text: str, tokenizer: "PreTrainedTokenizerBase") -> int:
-    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return len(encode(tokenizer, text))
 
 
 def _token_starts(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:

@@ -111,7 +111,7 @@ def make(folder: Path, model: Any = None, args: dict | None = None, **given: Any
 
     def keep(rollouts: Rollouts, tensors: dict) -> None:
         shown = rollouts.teacher_prompts or None
-        ids = trainer._prompt_ids(shown) if shown is not None else [None] * len(rollouts)
+        ids = trainer._teacher_prompt_ids(shown) if shown is not None else [None] * len(rollouts)
         batches.append(
             Batch(
                 prompts=[i[m.bool()].tolist() for i, m in zip(tensors["prompt_ids"], tensors["prompt_mask"])],
