@@ -244,9 +244,9 @@ def _check_language(run: Run) -> None:
     given, asked = run.data.get("chat_template_kwargs"), run.model.chat_template_kwargs
     if given is not None and given != asked:
         raise UserError(
-            f"data.chat_template_kwargs={given}: prompts are asked with model.chat_template_kwargs={asked}. Write "
-            "model.chat_template_kwargs alone; data, evaluation and, unless teacher.chat_template_kwargs says otherwise, "
-            "the teacher take it from there."
+            f"data.chat_template_kwargs={given}: prompts are asked with model.chat_template_kwargs={asked}. Write the "
+            "latter alone: data and evaluation take it from there, and so does the teacher, unless "
+            "teacher.chat_template_kwargs says otherwise."
         )
 
 

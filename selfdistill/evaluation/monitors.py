@@ -37,14 +37,14 @@ _HINTS = {
     "repetition": "completions repeat themselves; raise beta, lower the learning rate, or stop earlier",
     "distinct_2": "completions hardly differ from each other; raise beta or the temperature",
     "length": "completions have become very short or very long; check what the reward pays for",
-    "length_growth": "answers grow, as they do where student and teacher end with different tokens or think differently; "
-    "look at distill/divergence_last and prompts.md, compare the ends of both (teacher.chat_template_kwargs, "
-    "data.chat_template), and check whether the reward pays for length",
+    "length_growth": "answers grow, as they do where the teacher ends or thinks otherwise than the student; look at "
+    "distill/divergence_last and prompts.md, set teacher.chat_template_kwargs or data.chat_template so that both speak "
+    "alike, and check whether the reward pays for length",
     "truncated": "answers do not end within the limit, so that nothing teaches them to end; raise "
-    "rollout.max_completion_tokens, or compare the ends of student and teacher (distill/divergence_last, prompts.md)",
-    "divergence_ends": "student and teacher differ in how an answer begins or ends rather than in what it says: compare "
-    "their ends, chat templates and thinking in prompts.md; set teacher.chat_template_kwargs, data.chat_template or, for "
-    "the first tokens, distillation.skip_tokens",
+    "rollout.max_completion_tokens, or compare how student and teacher end (distill/divergence_last, prompts.md)",
+    "divergence_ends": "student and teacher differ in how an answer begins or ends rather than in what it says; "
+    "compare their prompts in prompts.md, and set teacher.chat_template_kwargs, data.chat_template or, for the first "
+    "tokens, distillation.skip_tokens",
     "reward_spread": "completions of one prompt all get the same reward, so the policy gradient is zero; "
     "the prompts are too easy or too hard, or the reward is constant",
     "grad_norm": "the update is unstable; lower the learning rate or max_grad_norm",

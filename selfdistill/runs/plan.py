@@ -11,14 +11,17 @@ from selfdistill.machine.memory_estimate import estimate
 from selfdistill.runs import console
 from selfdistill.training.arguments import precision, use_cuda
 from selfdistill.training.build import Parts
+from selfdistill.training.language import language_findings
 
 
 def show_plan(cfg: DictConfig, run: Run) -> None:
-    """Prints the composed tree and a memory estimate; nothing is loaded or written."""
+    """Prints the composed tree and a memory estimate; no weights are loaded, nothing is written."""
     # The processes that a launcher has started are not connected yet; RANK is the number that it gave to each.
     screen = console.make_console(quiet=int(os.environ.get("RANK", 0)) > 0)
     console.print_all(screen, console.config_tree(cfg))
     screen.print("memory:", console.memory_line(estimate(run), run.hardware.memory_gib))
+    for finding in language_findings(run, ask_server=False):
+        screen.print(f"warning: {finding}", markup=False)
     screen.print("checked: nothing was loaded or written")
 
 

@@ -183,3 +183,25 @@ def compare_models(
         "data.chat_template=FILE with the teacher's, for both, if the answers should follow it."
     )
     return [*asked_alike(student, own.asked, instead), *found]
+
+
+def files_of(
+    name: str, *, revision: str | None = None, local_files_only: bool = False
+) -> tuple["PreTrainedTokenizerBase", int | list[int] | None]:
+    """A model's tokenizer and the `eos_token_id` of its generation configuration, without its weights.
+
+    Raises:
+        OSError, ValueError: they cannot be had.
+    """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    from selfdistill.models.loading import resolve
+
+    where = {"revision": revision, "local_files_only": local_files_only}
+    path = resolve(name)
+    tokenizer = AutoTokenizer.from_pretrained(path, **where)
+    try:
+        settings = GenerationConfig.from_pretrained(path, **where)
+    except OSError:  # a model without one gets it from its configuration
+        settings = GenerationConfig.from_model_config(AutoConfig.from_pretrained(path, **where))
+    return tokenizer, settings.eos_token_id

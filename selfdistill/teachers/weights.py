@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from selfdistill.errors import UserError
-from selfdistill.teachers.language import Speaker, compare_models
+from selfdistill.teachers.language import Speaker, compare_models, files_of
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -235,10 +235,12 @@ class Model(Weights):
             )
 
     def compare(self, student: Speaker) -> list[str]:
-        assert self.module is not None
-        settings = getattr(self.module, "generation_config", None)  # any module may teach
-        declared = None if settings is None else settings.eos_token_id
-        return compare_models(student, self.tokenizer, declared, f"teacher.weights.name={self.name}")
+        if self.module is None:  # not attached yet: its files say as much
+            tokenizer, declared = files_of(self.name, local_files_only=self.loading["local_files_only"])
+        else:
+            settings = getattr(self.module, "generation_config", None)  # any module may teach
+            tokenizer, declared = self.tokenizer, None if settings is None else settings.eos_token_id
+        return compare_models(student, tokenizer, declared, f"teacher.weights.name={self.name}")
 
     def views(self) -> Iterator[nn.Module | None]:
         yield self.module

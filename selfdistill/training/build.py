@@ -137,11 +137,12 @@ def _evaluator(
     if settings is None:
         return None
     compares = answer_field(settings.scorer) is not None
+    merge = run.data.get("system_turn") == "merge"
     chat, limit = bool(tokenizer.chat_template), settings.max_rows_per_suite
     return Evaluator(
         settings,
         (row for row in data.eval if not compares or row["answer"] or row["golden_response"]),
-        load_retention(settings.retention_path, max_rows_per_suite=limit, chat=chat),
+        load_retention(settings.retention_path, max_rows_per_suite=limit, chat=chat, merge_system=merge),
         seed=run.seed,
         chat_template_kwargs=run.model.chat_template_kwargs,
     )

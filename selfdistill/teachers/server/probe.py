@@ -212,7 +212,10 @@ async def compare(client: Client, model: str, student: Speaker, template_kwargs:
     asked_here = replace(student, template_kwargs=template_kwargs)
     found = [] if asked is None else asked_alike(asked_here, asked, instead)
     turn = None if answered is None else student.turn_in(answered)
-    return found if turn is None else found + ends_alike(student, [*ends, turn], turn, key)
+    if turn is None:
+        return found
+    # Without its end of sequence it may stop at the student's: then the difference is said, and nothing refused.
+    return found + ends_alike(student, [turn, *(ends or student.plain_ends)], turn, key)
 
 
 async def _encode_chat(
