@@ -119,8 +119,8 @@ class Monitors:
         length_growth: the same, beside its first values: `above_initial`.
         truncated: share of completions that reach rollout.max_completion_tokens without an end, 0 to 1.
         divergence_ends: the divergence at the first or the last distilled token of completions, whichever is larger, as
-            a multiple of the mean over all distilled tokens. Not judged while that token's divergence is small
-            (JUDGED_DIVERGENCE_NATS).
+            a multiple of the mean over all distilled tokens, so at most the number of tokens: answers of ten tokens
+            are never above 10. Not judged while that token's divergence is small (JUDGED_DIVERGENCE_NATS).
         reward_spread: mean over prompts of the standard deviation of the rewards of its completions. Not judged while
             a teacher gives signal (distill/active_fraction above 0).
         grad_norm: norm of the gradient before clipping; NaN is alarming.

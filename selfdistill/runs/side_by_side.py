@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 COLUMN_CELLS = 60
-OPENED, CLOSED = "⟦", "⟧"
+OPENED, CLOSED, LINE_BREAK = "⟦", "⟧", "⏎"
 # Pairs of tokens that are compared. Beyond, what stands between the common beginning and end counts as one difference.
 COMPARED_PAIRS = 4_000_000
 
@@ -77,9 +77,9 @@ def columns(parts: Sequence[Stretch], left_title: str, right_title: str) -> str:
 
 
 def _marked(text: str) -> str:
-    """Each line of a differing text in brackets; a text of nothing stays nothing."""
-    lines = printable(text).split("\n")
-    return "\n".join(f"{OPENED}{line}{CLOSED}" for line in lines) if text else ""
+    """Each line of a differing text in brackets, with its line break; a text of nothing stays nothing."""
+    lines = printable(text).replace("\n", f"{LINE_BREAK}\n").split("\n")
+    return "\n".join(f"{OPENED}{line}{CLOSED}" if line else "" for line in lines)
 
 
 def _wrapped(text: str) -> list[str]:

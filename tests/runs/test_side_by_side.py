@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from selfdistill.runs.side_by_side import COLUMN_CELLS, columns, stretches
+from selfdistill.runs.side_by_side import COLUMN_CELLS, Stretch, columns, stretches
 from selfdistill.tokens import encode_prompt
 from tests.tiny import tiny_tokenizer
 
@@ -49,8 +49,6 @@ def test_long_prompts_that_share_nothing_are_one_difference():
 def test_control_characters_and_line_breaks():
     page = table([], []) + columns([], "a", "b")
     assert "student" in page
-    from selfdistill.runs.side_by_side import Stretch
-
     lines = columns([Stretch(True, "a\nb", "a\nb"), Stretch(False, "", "x\x1b[2J\ny")], "s", "t").splitlines()[2:]
     assert [line.split("│")[0].strip() for line in lines] == ["a", "b", ""]
-    assert [line.split("│")[1].strip() for line in lines] == ["a", "b⟦x␛[2J⟧", "⟦y⟧"]
+    assert [line.split("│")[1].strip() for line in lines] == ["a", "b⟦x␛[2J⏎⟧", "⟦y⟧"]

@@ -1,7 +1,5 @@
 """Differences between student and teacher are said before training, each with what to set."""
 
-from dataclasses import replace
-
 import pytest
 from transformers import GenerationConfig
 
@@ -111,12 +109,16 @@ def test_a_served_teacher_is_asked_how_it_writes():
         assert "the server's own writes otherwise" in asked
         assert "teacher.model=stub" in asked
         assert "distill/divergence_last" in ends
-        base = replace(student, declared_ends=None, tokenizer=qwen())
-        stub.eos_token = "<|im_start|>"
-        with pytest.raises(
-            UserError, match=r"^teacher.model=stub: the student ends its answers with '<.im_end.>', the"
-        ):
-            teacher_of(stub).compare(base)
+
+
+def test_a_served_teacher_without_an_end_in_common_is_refused():
+    no_turns = "{{ messages[-1]['content'] }}<|im_start|>"
+    with served(StubServer(), qwen(), no_turns, "<|im_start|>") as stub:
+        with pytest.raises(UserError, match=r"^teacher.model=stub: the student ends .* '<.im_end.>', the teacher with"):
+            teacher_of(stub).compare(speaker(qwen()))
+        stub.eos_token = None  # then it may stop at the student's too
+        asked, ends = teacher_of(stub).compare(speaker(qwen()))
+        assert "distill/divergence_last" in ends
 
 
 def test_what_a_server_does_not_tell_is_not_compared():

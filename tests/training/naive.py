@@ -127,7 +127,7 @@ def make(folder: Path, model: Any = None, args: dict | None = None, **given: Any
         model=model if model is not None else lively(),
         args=config(folder, **(args or {})),
         train_dataset=given.pop("train_dataset", questions()),
-        processing_class=tiny_tokenizer(),
+        processing_class=given.pop("processing_class", tiny_tokenizer()),
         on_rollouts=keep,
         **given,
     )
