@@ -9,7 +9,7 @@ from selfdistill.config.suggestions import guess
 from selfdistill.errors import UserError
 from selfdistill.rollout import Prompt
 from selfdistill.text import whole_characters
-from selfdistill.tokens import encode
+from selfdistill.tokens import SEAM, control_tokens, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -137,8 +137,12 @@ def _count(text: str, tokenizer: "PreTrainedTokenizerBase") -> int:
 def _token_starts(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The position in `text` at which each token begins; of tokens that share a character, that character's."""
     if tokenizer.is_fast:
-        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        return [start for start, _ in offsets]
+        starts, before = [], 0
+        for piece in control_tokens(tokenizer).with_seams(text).split(SEAM):
+            found = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            starts += [before + start for start, _ in found["offset_mapping"]]
+            before += len(piece)
+        return starts
     # Without offsets: the lengths of the decoded beginnings, less a last character that is not complete yet.
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = encode(tokenizer, text)
     return [len(str(tokenizer.decode(ids[:end])).rstrip("\ufffd")) for end in range(len(ids))]

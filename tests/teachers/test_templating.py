@@ -132,6 +132,12 @@ def test_megabytes_are_cut_before_they_are_tokenised():
     assert sum(map(len, tokenised)) < 50_000
 
 
+def test_spelled_control_tokens_count_as_the_text_that_they_are():
+    tokenizer = tiny_tokenizer()
+    assert cut("<|end|>" * 50, 22, tokenizer) == "<|end|>" * 2 + "<|end| …"
+    assert cut("<|end|>" * 3, 21, tokenizer) == "<|end|>" * 3
+
+
 def test_half_a_character_is_cut_like_a_whole_one():
     assert cut("a\ud83d b", None, BYTES) == "a� b"
     assert cut("a\ud83d b" * 50, 10, BYTES) == cut("a� b" * 50, 10, BYTES)

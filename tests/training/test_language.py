@@ -53,8 +53,6 @@ def test_demonstrations_and_completions_end_with_the_chats_own_end(
 ) -> None:
     model, own_end = lively(), tiny_tokenizer().convert_tokens_to_ids("<|system|>")
     model.generation_config.eos_token_id = 2
-    with torch.no_grad():  # so that it is written at once, where nothing forbids it
-        model.lm_head.weight[own_end] = model.lm_head.weight.abs().sum(dim=0)
     given = {"processing_class": tokenizer_with(OWN_END), "reward_funcs": by_length}
     rollout = RolloutSource(on_policy_fraction=fraction, cross_entropy_weight=1.0 - fraction)
     with caplog.at_level(logging.WARNING):
@@ -63,10 +61,10 @@ def test_demonstrations_and_completions_end_with_the_chats_own_end(
     assert trainer.findings
     assert trainer.eos_token_ids == [2, own_end]
     assert trainer.generation_config.eos_token_id == model.generation_config.eos_token_id == [2, own_end]
-    rollouts = first_rollouts(trainer)
-    if fraction == 0:
-        assert {ids[-1] for ids in rollouts.completion_ids} == {own_end}
-    assert all(own_end not in ids[:-1] for ids in rollouts.completion_ids)
+    model.lm_head.register_forward_hook(lambda _, inputs, logits: logits + 99.0 * (torch.arange(102) == own_end))
+    completions = first_rollouts(trainer).completion_ids
+    assert {ids[-1] for ids in completions} == {own_end}
+    assert all(own_end not in ids[:-1] for ids in completions)
 
 
 def test_a_model_that_ends_as_its_chat_keeps_its_settings(tmp_path: Path) -> None:
