@@ -48,7 +48,7 @@ class Speaker:
         """Those that tokenizer and generation configuration name."""
         declared = self.declared_ends
         of_model = list(declared) if isinstance(declared, list | tuple) else [declared]
-        return [end for end in (self.tokenizer.eos_token_id, *of_model) if end is not None]
+        return list(dict.fromkeys(end for end in (self.tokenizer.eos_token_id, *of_model) if end is not None))
 
     @property
     def end_of_turn(self) -> int | None:
