@@ -13,7 +13,6 @@ from selfdistill.rollout import Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PROBE = "Which template?"
 SYSTEM_TURNS = ("keep", "merge")
 SYSTEM_ROLES = ("system", "developer")
 
@@ -66,14 +65,14 @@ class Prompts:
                 "Write data.chat_template=none for raw text, or the path of a Jinja file."
             )
         try:
-            rendered = self.render(tokenizer, [{"role": "user", "content": PROBE}])
+            rendered = self.render(tokenizer, [{"role": "user", "content": tokens.PROBE}])
         except Exception as error:  # a template raises anything, also by its own raise_exception()
             line = getattr(error, "lineno", None)
             place = f", line {line}" if line else ""
             raise UserError(
                 f"data.chat_template={self.chat_template}{place}: the template fails on one user message: {error}"
             ) from None
-        if PROBE not in rendered:
+        if tokens.PROBE not in rendered:
             raise UserError(
                 f"data.chat_template={self.chat_template}: the template leaves out what the user says. "
                 "Write message['content'] for each message in messages."

@@ -9,12 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfdistill import Distillation, Teacher
+from selfdistill import Distillation, Teacher, config, doctor
 from selfdistill.config.settings import RolloutSource
+from selfdistill.errors import UserError
 from selfdistill.rollout import Rollouts
 from selfdistill.teachers.context import Demonstration, Feedback
 from selfdistill.tokens import encode_prompt
-from tests.tiny import tiny_tokenizer
+from selfdistill.training.demonstrations import demonstration_ids
+from selfdistill.training.language import language_findings
+from tests.command import composed
+from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.naive import Hint, by_length, lively, logged, make, questions
 
 CONTROL = {2, 3, 4, 5}
@@ -84,9 +88,6 @@ def test_plain_text_ends_with_the_end_of_the_sequence(tmp_path: Path) -> None:
 
 
 def test_demonstrations_need_an_end(tmp_path: Path) -> None:
-    from selfdistill.errors import UserError
-    from selfdistill.training.demonstrations import demonstration_ids
-
     tokenizer = tokenizer_with("{{ messages[-1]['content'] }}")
     tokenizer.eos_token = None
     row = {"prompt": [{"role": "user", "content": "x"}], "golden_response": ["y"]}
@@ -196,3 +197,27 @@ def test_the_first_and_the_last_tokens_divergence_stand_apart(settings: Distilla
     for name, values in (("", everything), ("_first", firsts), ("_last", lasts)):
         assert logged(trainer, f"distill/divergence{name}")[0] == pytest.approx(sum(values) / len(values), abs=1e-6)
     assert firsts != lasts
+
+
+# ---- before any weights load ----
+
+
+def test_files_tell_before_weights_load(tmp_path: Path) -> None:
+    """What --check and the doctor say: the student's own end, and a teacher that is asked and ends otherwise."""
+    tokenizer_with(OWN_END).save_pretrained(tmp_path)
+    tiny_model().config.save_pretrained(tmp_path)
+    tiny_model().generation_config.save_pretrained(tmp_path)
+    overrides = ["model=local", f"model.name={tmp_path}", "data=half_known", "reward=none", "teacher=model"]
+    overrides.append("teacher.weights.name=embedded")
+    run = config.check(composed(overrides), overrides)
+    own, asked, ends = language_findings(run, ask_server=False)
+    assert "the chat template ends an answer with '<|system|>'" in own
+    assert "teacher.weights.name=embedded is asked in the student's chat template" in asked
+    assert "the teacher's with '<|end|>'" in ends
+    lines = doctor._check_language(composed(overrides), ask_server=False)
+    assert [(line.state, line.found) for line in lines] == [("warning", finding) for finding in (own, asked, ends)]
+
+
+def test_files_that_are_not_at_hand_tell_nothing() -> None:
+    overrides = ["model=qwen3_0_6b", "model.name=nobody/nothing"]
+    assert language_findings(config.check(composed(overrides), overrides), ask_server=False) == []
