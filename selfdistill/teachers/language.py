@@ -46,9 +46,8 @@ class Speaker:
     @property
     def plain_ends(self) -> list[int]:
         """Those that tokenizer and generation configuration name."""
-        declared = self.declared_ends
-        of_model = list(declared) if isinstance(declared, list | tuple) else [declared]
-        return list(dict.fromkeys(end for end in (self.tokenizer.eos_token_id, *of_model) if end is not None))
+        own = self.tokenizer.eos_token_id
+        return list(dict.fromkeys([*([] if own is None else [own]), *as_list(self.declared_ends)]))
 
     @property
     def end_of_turn(self) -> int | None:
@@ -69,6 +68,13 @@ class Speaker:
 
     def names(self, ids: Sequence[int]) -> str:
         return " and ".join(repr(str(self.tokenizer.decode([i]))) for i in ids) or "none"
+
+
+def as_list(declared: int | Sequence[int] | None) -> list[int]:
+    """What a generation configuration may say of its ends: none, one or several."""
+    if declared is None:
+        return []
+    return [declared] if isinstance(declared, int) else list(declared)
 
 
 def own_findings(student: Speaker) -> list[str]:
@@ -172,8 +178,7 @@ def compare_models(
         UserError: the two have no end in common.
     """
     if tokenizer is None:
-        ends = list(declared) if isinstance(declared, list | tuple) else [declared]
-        return ends_alike(student, [end for end in ends if end is not None], None, teacher)
+        return ends_alike(student, as_list(declared), None, teacher)
     own = replace(student, tokenizer=tokenizer, declared_ends=declared)
     found = ends_alike(student, own.ends, own.end_of_turn, teacher)
     if not tokenizer.chat_template:
