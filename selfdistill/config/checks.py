@@ -53,6 +53,7 @@ def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> Run:
     _check_batch(run)
     _check_machine(run)
     _check_teacher_model(run, given)
+    _check_language(run)
     return run
 
 
@@ -283,6 +284,17 @@ def _check_machine(run: Run) -> None:
         raise UserError(
             "export=lora has no adapter to export with model.tuning=full: write export=merged_16bit "
             "or model.tuning=lora."
+        )
+
+
+def _check_language(run: Run) -> None:
+    """Refuses prompts that are measured otherwise than they are asked."""
+    given, asked = run.data.get("chat_template_kwargs"), run.model.chat_template_kwargs
+    if given is not None and given != asked:
+        raise UserError(
+            f"data.chat_template_kwargs={given}: prompts are asked with model.chat_template_kwargs={asked}. Write the "
+            "latter alone: data and evaluation take it from there, and so does the teacher, unless "
+            "teacher.chat_template_kwargs says otherwise."
         )
 
 

@@ -1,6 +1,5 @@
 """One row of a file becomes one row of the dataset: prompt, answer, golden_response, id, and its other columns."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,8 +7,8 @@ from typing import Any
 from selfdistill.config.suggestions import nearest
 from selfdistill.data.chat import cut
 from selfdistill.rollout import Message, Prompt
+from selfdistill.text import SURROGATE
 
-SURROGATE = re.compile("[\ud800-\udfff]")
 MESSAGE = '{"role": "user", "content": "…"}'
 ROLES = ("system", "developer", "user", "assistant", "tool")
 

@@ -112,6 +112,7 @@ class TableReader:
                 if record.error is not None:
                     raise BadRow(record.error)
                 row = self.reader.read(record.line, record.value)
+                row.columns["prompt"] = self.prompts.arranged(row.columns["prompt"])
                 name = row.columns["id"]
                 if "id" in row.present and (first := seen.setdefault(name, row.line)) != row.line:
                     raise BadRow(f"the id '{name}' is already that of {source.unit} {first}; ids must differ")
@@ -158,7 +159,8 @@ class TableReader:
                 texts.append(self.prompts.render(tokenizer, row.columns["prompt"]))
                 kept.append(row)
             except Exception as error:  # templates refuse roles or orders of turns by raising what they like
-                self._refuse(source, row.line, f"the chat template refuses these messages: {error}")
+                way_out = self.prompts.way_out(tokenizer, row.columns["prompt"])
+                self._refuse(source, row.line, f"the chat template refuses these messages: {error}{way_out}")
         for row, tokens in zip(kept, self._lengths(texts, limit), strict=True):
             if tokens.count <= limit:
                 short.append(row)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from selfdistill.data.chat import merged_system
 from selfdistill.data.rows import BadRow, Fields, RowReader
 from selfdistill.data.sources import open_source
 from selfdistill.errors import UserError
@@ -205,11 +206,14 @@ def _scores(
     return normalise(results, key, len(rows))[0]
 
 
-def load_retention(path: str | None, *, max_rows_per_suite: int, chat: bool = True) -> dict[str, list[Row]]:
+def load_retention(
+    path: str | None, *, max_rows_per_suite: int, chat: bool = True, merge_system: bool = False
+) -> dict[str, list[Row]]:
     """The first rows of each suite, from a file of any format of data with a column `suite`; nothing without a file.
 
     Args:
         chat: whether prompts become messages.
+        merge_system: whether the system text goes into the first user turn.
 
     Raises:
         UserError: no such file, a row that cannot be read, or one without a suite; with file and line.
@@ -228,6 +232,8 @@ def load_retention(path: str | None, *, max_rows_per_suite: int, chat: bool = Tr
                 raise BadRow("the field 'suite' is missing: it names the old skill that the row asks for")
         except BadRow as error:
             raise UserError(f"eval.retention_path: {source.place(record.line)}: {error}") from None
+        if merge_system:
+            columns["prompt"] = merged_system(columns["prompt"])
         rows = suites.setdefault(str(columns["suite"]), [])
         if len(rows) < max_rows_per_suite:
             rows.append(columns)

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from selfdistill.errors import UserError
+from selfdistill.text import whole_characters
 
 FORMS = 'one entry per completion, each a number, None or {"score": number or None, "feedback": text or None}'
 
@@ -68,7 +69,7 @@ def _score(value: Any, place: str) -> float | None:
 
 def _feedback(value: Any, place: str) -> str | None:
     if value is None or isinstance(value, str):
-        return value or None
+        return whole_characters(value) if value else None
     raise UserError(f"{place}: the feedback is {_described(value)}; return {FORMS}")
 
 

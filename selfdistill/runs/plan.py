@@ -19,6 +19,7 @@ from selfdistill.models.location import files_of, parameters
 from selfdistill.runs import console
 from selfdistill.training.arguments import precision, trainer_arguments, use_cuda
 from selfdistill.training.build import Parts, load_data
+from selfdistill.training.language import language_findings
 from selfdistill.training.reward_trial import try_reward
 from selfdistill.training.row_checks import check_rows
 
@@ -49,6 +50,8 @@ def show_plan(cfg: DictConfig, run: Run) -> None:
         screen.print(f"{len(data.bad_rows)} bad rows would be skipped, the first: {data.bad_rows[0]}", markup=False)
     for note in _notes(run, tokenizer, data):
         screen.print(f"note: {note}", markup=False)
+    for finding in language_findings(run, ask_server=False):
+        screen.print(f"warning: {finding}", markup=False)
     screen.print("checked: no weights were loaded, nothing was written")
 
 

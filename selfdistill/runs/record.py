@@ -79,7 +79,8 @@ class Record(NoRecord):
         super().__init__(folder)
         self.cfg, self.run, self.logger = cfg, run, logger
         self.screen = console.make_console()
-        self._begun = self._prompts_written = run.resume is not None
+        self._begun = run.resume is not None
+        self._prompts_written = False
         self._monitor: MonitorCallback | None = None
         self._rows: list[dict[str, Any]] = []
 
@@ -89,6 +90,7 @@ class Record(NoRecord):
         if evaluated := self.folder.summary.get("eval"):  # of a resumed run, whose end is evaluated again
             self.folder.update_summary(eval={"before": evaluated.get("before")})
         self.folder.write_bad_rows(parts.data.bad_rows)
+        self.folder.update_summary(findings=parts.trainer.findings)
         console.print_all(self.screen, console.config_tree(self.cfg), console.plan_table(plan_of(self.run, parts)))
         if parts.data.bad_rows:
             self.screen.print(
@@ -122,7 +124,7 @@ class Record(NoRecord):
 
     def rollouts(self, parts: Parts, rollouts: Rollouts) -> None:
         self._rows = completion_rows(rollouts)
-        if not self._prompts_written:
+        if not self._prompts_written and not parts.trainer.state.global_step:
             self._prompts_written = True
             if not self.folder.write_prompts(prompt_samples(parts.tokenizer, rollouts)):
                 raise RuntimeError(f"student and teacher score different tokens: see {self.folder.path / 'prompts.md'}")

@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from selfdistill.rollout import Rollouts
 from selfdistill.runs.folder import PromptSample
+from selfdistill.runs.side_by_side import stretches
 from selfdistill.statistics import completion_metrics, reward_spread
 
 PROMPT_SAMPLES = 4
@@ -48,6 +49,7 @@ def prompt_samples(tokenizer: PreTrainedTokenizerBase, rollouts: Rollouts) -> li
                 completion_ids=rollouts.completion_ids[i],
                 teacher=None if teacher_prompt is None else str(tokenizer.decode(teacher_prompt)),
                 teacher_completion_ids=scored,
+                beside=() if teacher_prompt is None else stretches(tokenizer, rollouts.prompt_ids[i], teacher_prompt),
             )
         )
     return samples

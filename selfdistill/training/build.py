@@ -176,11 +176,12 @@ def _evaluator(
     if isinstance(scorer, AsksPolicy):
         scorer.bind(PolicyScorer(trainer.accelerator.unwrap_model(trainer.model), tokenizer))
     compares = answer_field(scorer) is not None
+    merge = run.data.get("system_turn") == "merge"
     chat, limit = bool(tokenizer.chat_template), settings.max_rows_per_suite
     evaluator = Evaluator(
         settings,
         (row for row in data.eval if not compares or row["answer"] or row["golden_response"]),
-        load_retention(settings.retention_path, max_rows_per_suite=limit, chat=chat),
+        load_retention(settings.retention_path, max_rows_per_suite=limit, chat=chat, merge_system=merge),
         scorer=scorer,
         seed=run.seed,
         chat_template_kwargs=run.model.chat_template_kwargs,

@@ -108,6 +108,24 @@ def test_interpolated_knobs_follow_the_root() -> None:
     assert (cfg.logger.group, cfg.logger.tags) == ("g", ["a"])
 
 
+@pytest.mark.parametrize("teacher", ["demonstration", "server"])
+def test_one_value_of_the_templates_arguments(teacher: str) -> None:
+    """From the model to data, evaluation and teacher, unless the teacher has its own."""
+    thinks = "+model.chat_template_kwargs.enable_thinking=true"
+    overrides = [f"teacher={teacher}", *NEEDS.get(f"teacher={teacher}", []), thinks]
+    run = config.check(composed(overrides), overrides)
+    assert run.teacher is not None
+    assert run.teacher["chat_template_kwargs"] == run.data["chat_template_kwargs"] == {"enable_thinking": True}
+    overrides.append("teacher.chat_template_kwargs={enable_thinking: false}")
+    cfg = composed(overrides)
+    run = config.check(cfg, overrides)
+    assert run.teacher is not None
+    assert run.teacher["chat_template_kwargs"] == {"enable_thinking": False}
+    cfg.data.chat_template_kwargs = {"enable_thinking": False}
+    with pytest.raises(UserError, match=r"^data.chat_template_kwargs=.*Write the latter alone"):
+        config.check(cfg, overrides)
+
+
 @pytest.mark.parametrize("teacher", ["feedback", "server"])
 def test_one_threshold_of_success(teacher: str) -> None:
     """The routing and the feedback context agree on what a success is."""

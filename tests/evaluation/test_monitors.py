@@ -98,6 +98,31 @@ def test_collapse_of_the_entropy_relative_to_its_first_values():
     assert steps_of_alarms(monitors, [{"entropy": value} for value in values]) == [10]
 
 
+def test_growth_of_the_length_relative_to_its_first_values():
+    lengths = [10.0, 12.0, 14.0, 30.0, 40.0, 40.0, 40.0]
+    monitors = Monitors(length_growth={"above_initial": 3.0, "for_steps": 2}, initial_values=3)
+    (alarm,) = [a for length in lengths for a in monitors.observe({"completions/mean_length": length})]
+    assert "40 is above 3 times its first 12 for 2 steps" in alarm.message
+    assert "teacher.chat_template_kwargs" in alarm.message
+
+
+def test_answers_without_an_end():
+    monitors = Monitors(truncated={"above": 0.5})
+    alarms = [a for share in (0.4, 0.9) for a in monitors.observe({"completions/clipped_ratio": share})]
+    assert [alarm.value for alarm in alarms] == [0.9]
+    assert "rollout.max_completion_tokens" in alarms[0].message
+
+
+@pytest.mark.parametrize("first, last, mean, alarming", [
+    (0.3, 5.0, 0.2, True), (5.0, None, 0.2, True), (0.5, 1.0, 0.2, False), (0.01, 0.4, 0.001, False),
+    (None, None, None, False), (0.0, 0.0, 0.0, False),
+])  # fmt: skip
+def test_a_divergence_that_lies_at_the_ends(first, last, mean, alarming):
+    ends = {"distill/divergence": mean, "distill/divergence_first": first, "distill/divergence_last": last}
+    alarms = composed("default").observe({"step": 1, **ends})
+    assert [alarm.monitor for alarm in alarms] == ["divergence_ends"] * alarming
+
+
 def test_a_gradient_that_is_not_a_number():
     monitors = Monitors(grad_norm=Threshold(above=100.0), entropy=Threshold(below=0.1))
     assert steps_of_alarms(monitors, [{"grad_norm": 1.0}, {"grad_norm": math.nan}]) == [2]
@@ -165,6 +190,7 @@ def test_initial_values_must_be_positive():
 
 def test_the_shipped_configurations():
     names = {"entropy", "repetition", "distinct_2", "length", "reward_spread", "grad_norm", "sampler_gap", "no_signal"}
+    names |= {"length_growth", "truncated", "divergence_ends"}
     default, strict, off = (composed(name) for name in ("default", "strict", "off"))
     assert set(default.thresholds) == set(strict.thresholds) == names
     assert not default.can_stop
