@@ -24,11 +24,7 @@ from selfdistill.config import doors
 from selfdistill.config.conf import CONF
 from selfdistill.errors import UserError
 from selfdistill.machine import hardware, packages
-<<<<<<< HEAD
 from selfdistill.machine.findings import Line, error, ok, table, warning
-=======
-from selfdistill.machine.findings import Line, error, table, warning
->>>>>>> C
 from selfdistill.runs.loggers import WandbLogger
 
 if TYPE_CHECKING:
@@ -55,10 +51,9 @@ def diagnose(cfg: DictConfig) -> list[Line]:
         hardware.check_disk(Path(cfg.output_dir)),
         hardware.check_wandb(cfg.logger is not None and issubclass(get_class(cfg.logger._target_), WandbLogger)),
     ]
-<<<<<<< HEAD
-    if cfg.teacher is not None and "base_url" in cfg.teacher:
-        lines += _check_server(cfg)
-    return [*lines, *_check_sandbox()]
+    server = _check_server(cfg) if cfg.teacher is not None and "base_url" in cfg.teacher else []
+    language = _check_language(cfg, ask_server=all(line.state != "error" for line in server))
+    return [*lines, *server, *language, *_check_sandbox()]
 
 
 def _check_sandbox() -> list[Line]:
@@ -72,9 +67,6 @@ def _check_sandbox() -> list[Line]:
         advice = "only reward=python_tests needs it: install bubblewrap, or name a server with reward.sandbox_url"
         return [warning("sandbox for code", found, advice)]
     return [ok("sandbox for code", found.name)]
-=======
-    server = _check_server(cfg) if cfg.teacher is not None and "base_url" in cfg.teacher else []
-    return lines + server + _check_language(cfg, ask_server=all(line.state != "error" for line in server))
 
 
 def _check_language(cfg: DictConfig, *, ask_server: bool) -> list[Line]:
@@ -88,7 +80,6 @@ def _check_language(cfg: DictConfig, *, ask_server: bool) -> list[Line]:
     except UserError as problem:
         return [error("language", str(problem), "let student and teacher be asked alike and end alike")]
     return [warning("language", finding, "") for finding in found]
->>>>>>> C
 
 
 def _check_server(cfg: DictConfig) -> list[Line]:

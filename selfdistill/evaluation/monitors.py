@@ -287,17 +287,14 @@ def standard_names(metrics: Mapping[str, Any]) -> dict[str, Any]:
     if metrics.get("step_time") is not None and metrics.get("time/generate_s") is not None:
         elsewhere = sum(metrics.get(name) or 0.0 for name in ("time/generate_s", "time/reward_s", "time/teacher_s"))
         named.setdefault("time/update_s", max(0.0, metrics["step_time"] - elsewhere))
-<<<<<<< HEAD
     for name, value in metrics.items():
         if part := re.fullmatch(r"rewards/(.+)/mean", name):
             named.setdefault(f"reward/{part[1]}", value)
-=======
     ends = [metrics.get(f"distill/divergence_{end}") or 0.0 for end in ("first", "last")]
     mean = metrics.get("distill/divergence")
     if mean is not None:
         dominate = max(ends) / mean if mean > 0 and max(ends) >= JUDGED_DIVERGENCE_NATS else 1.0
         named.setdefault("monitor/divergence_ends", dominate)
->>>>>>> C
     # TRL's reward_std is over the whole batch, so it also counts differences between prompts, which teach nothing.
     if metrics.get("reward_std") is not None:
         spread = 0.0 if metrics.get("frac_reward_zero_std") == 1.0 else metrics["reward_std"]
