@@ -54,6 +54,7 @@ class RolloutTrainer(GRPOTrainer):
     num_generations_eval: int
     max_completion_length: int
     shuffle_dataset: bool
+    chat_template_kwargs: dict[str, Any]
 
     teacher: BaseTeacher | None
     card: Card | None
@@ -208,7 +209,7 @@ class RolloutTrainer(GRPOTrainer):
     def _encode(self, prompts: Sequence[Prompt], template_kwargs: Mapping[str, Any]) -> list[list[int]]:
         # `or None`: some templates write about tools where there is an empty list of them.
         options = {"tools": self.tools or None, "chat_template": self.chat_template, **template_kwargs}
-        return encode_prompts(self.processing_class, prompts, options)
+        return encode_prompts(self._tokenizer, prompts, options)
 
     def _teacher_prompt_ids(self, prompts: Sequence[Prompt | None]) -> list[list[int]]:
         """Prompts tokenised as the teacher is asked; a missing one stands as one padding token."""
