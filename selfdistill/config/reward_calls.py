@@ -10,7 +10,7 @@ CALL = "reward(prompts=…, completions=…, completion_ids=…, **columns)"
 GIVEN = ("prompts", "completions", "completion_ids")
 
 
-def check_call(key: str, node: Mapping[str, Any], target: Callable[..., Any]) -> None:
+def check_call(key: str, node: Mapping[str, Any], target: Any) -> None:
     """Checks a `_target_` that stands in the place of a reward.
 
     Args:
@@ -28,7 +28,7 @@ def check_call(key: str, node: Mapping[str, Any], target: Callable[..., Any]) ->
         if _takes(target, GIVEN[:2]):  # otherwise it is a function that makes a reward
             raise UserError(f"{key}._target_={name} is a function, which each batch calls: write {key}._partial_=true.")
         return
-    called: Callable[..., Any] = getattr(target, "__call__", target) if is_class else target
+    called = target.__call__ if is_class else target
     parameters = _parameters(called)
     if parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
