@@ -49,6 +49,10 @@ class RolloutTrainer(GRPOTrainer):
     num_generations_eval: int
     max_completion_length: int
     shuffle_dataset: bool
+    tools: list[Any]
+    reward_funcs: list[Any]
+    reward_func_names: list[str]
+    reward_processing_classes: list[Any]
 
     teacher: BaseTeacher | None
     rollout: RolloutSource
@@ -64,9 +68,20 @@ class RolloutTrainer(GRPOTrainer):
                 if given.get(several_turns):
                     raise UserError(f"rollout: {several_turns} goes with the student's own completions only.")
 
+    def _take_environments_rewards(self) -> None:
+        """Counts what TRL found in environments, which may have a `get_reward`, among the rewards."""
+        given = len(self.rewards) or 1
+        of_environments = self.reward_funcs[given:]
+        if of_environments and not self.rewards:  # what stood where TRL insists on a reward
+            for found in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
+                del found[0]
+            self.reward_weights = self.reward_weights[1:]
+        self.rewards = [*self.rewards, *of_environments]
+
     @property
     def _windows_per_generation(self) -> float:
-        """How many optimizer steps the rollouts generated together are spread over."""
+        """How many windows like the current one the rollouts generated together are spread over; each is one optimizer
+        step, and the last one of an epoch may have fewer micro-batches than the others."""
         return self._micro_batches_per_generation / self.current_gradient_accumulation_steps
 
     @property
@@ -95,7 +110,7 @@ class RolloutTrainer(GRPOTrainer):
                 demonstrated = rollouts.demonstrated = self._demonstrated(len(prompt_ids), num_generations)
         if training and self.rollout.from_teacher:
             asked, generating = self._as_the_teacher_is_asked(rollouts), self._generating()
-        sampled = [i for i, taken_from_data in enumerate(demonstrated) if not taken_from_data]
+        sampled = self._in_step([i for i, taken in enumerate(demonstrated) if not taken], len(prompt_ids))
         written: list[list[int]] = []
         logprobs = None
         if sampled:
@@ -103,15 +118,34 @@ class RolloutTrainer(GRPOTrainer):
                 written, logprobs = super()._generate_single_turn(
                     [asked[i] for i in sampled], images, multimodal_fields, num_generations, *args, **kwargs
                 )
-        if len(sampled) < len(prompt_ids) or (training and self.rollout.from_teacher):
+        if any(demonstrated) or (training and self.rollout.from_teacher):
             by_row = dict(zip(sampled, written, strict=True))
             known = {} if logprobs is None or self.rollout.from_teacher else dict(zip(sampled, logprobs, strict=True))
-            written = [by_row[i] if i in by_row else self._demonstration(i) for i in range(len(prompt_ids))]
+            written = [self._demonstration(i) if taken else by_row[i] for i, taken in enumerate(demonstrated)]
             # vLLM's importance correction wants a value for every token; it takes None for a ratio of 1.
             unknown = [[None] * len(ids) for ids in written]
-            logprobs = [known.get(i, unknown[i]) for i in range(len(written))] if self.use_vllm else None
+            logprobs = None
+            if self.use_vllm:
+                logprobs = [unknown[i] if taken else known.get(i, unknown[i]) for i, taken in enumerate(demonstrated)]
         self._note_seconds("time/generate_s", start)
         return written, logprobs
+
+    def _in_step(self, wanted: list[int], count: int) -> list[int]:
+        """The rows of `count` to sample, so that this process takes part wherever another one samples.
+
+        A pass of a sharded model takes all processes, and vLLM may serve several at once, with as many rows from each.
+        What is sampled beyond the wanted rows is thrown away.
+        """
+        if self.rollout.on_policy_fraction == 1 or not self.most_of_any_process(len(wanted)):
+            return wanted
+        together = self.use_vllm and self.accelerator.num_processes > 1
+        return list(range(count)) if together else wanted or [0]
+
+    def most_of_any_process(self, count: int) -> int:
+        """The largest of the processes' numbers. A collective call."""
+        if self.accelerator.num_processes == 1:
+            return count
+        return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
 
     def _demonstrated(self, count: int, num_generations: int) -> list[bool]:
         fraction, first = self.rollout.on_policy_fraction, self.accelerator.process_index * count

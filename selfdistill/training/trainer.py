@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 from trl import GRPOConfig
 from trl.trainer.utils import pad
@@ -27,6 +28,7 @@ from selfdistill.config.settings import Distillation, RolloutSource
 from selfdistill.errors import UserError
 from selfdistill.losses.head import entropy_sum
 from selfdistill.models.reference import copy_weights, loadable
+from selfdistill.models.sharding import generate_in_step
 from selfdistill.models.structure import (
     aligned,
     captured_hidden,
@@ -55,6 +57,11 @@ LONGEST_ROWS = 64
 
 # The entropy is estimated from so many tokens of each row: enough for an alarm, and cheap beside the loss.
 ENTROPY_TOKENS_PER_ROW = 4
+
+NOTHING_TO_LEARN_FROM = (
+    "Nothing to learn from: give a reward, a teacher, demonstrations with a cross-entropy weight, or an environment "
+    "with a get_reward."
+)
 
 # Hidden states (N, H) of the tokens in a mask (B, T), in row order.
 States = Callable[[Tensor], Tensor]
@@ -97,13 +104,9 @@ class SelfDistillTrainer(RolloutTrainer):
         self.distillation = distillation or Distillation()
         self.on_rollouts = on_rollouts
         self.rewards, weights = adapt(reward_funcs) if reward_funcs else ([], None)
-        if not self.rewards and teacher is None and not self.rollout.cross_entropy_weight:
-            raise UserError(
-                "Nothing to learn from: give a reward, a teacher, or demonstrations with a cross-entropy weight."
-            )
-        self.policy_weight = 1.0 if teacher is None else self.distillation.policy_weight
-        if not self.rewards:
-            self.policy_weight = 0.0
+        others = teacher is not None or self.rollout.cross_entropy_weight or kwargs.get("environment_factory")
+        if not self.rewards and not others:
+            raise UserError(NOTHING_TO_LEARN_FROM)
         if args is not None and weights is not None and args.reward_weights is None:
             args.reward_weights = weights
         self._means = {"train": Means(), "eval": Means()}
@@ -113,13 +116,25 @@ class SelfDistillTrainer(RolloutTrainer):
             super().__init__(
                 model=model, reward_funcs=self.rewards or [no_reward], args=args, train_dataset=train_dataset, **kwargs
             )
+        self._take_environments_rewards()
+        if not self.rewards and teacher is None and not self.rollout.cross_entropy_weight:
+            raise UserError(NOTHING_TO_LEARN_FROM)
+        self.policy_weight = 1.0 if teacher is None else self.distillation.policy_weight
+        if not self.rewards:
+            self.policy_weight = 0.0
+        if self.sharded and self.tools and not self.use_vllm:
+            raise UserError(
+                "tools: every pass of a sharded model takes all processes, and each calls its tools as often as its own "
+                "completions do. Generate with vLLM (use_vllm=True), or train with data parallelism or ZeRO-2."
+            )
         self._check_size(train_dataset)
         student = self.accelerator.unwrap_model(self.model)
-        if self.ref_model is not None and not self._sharded:
+        if self.ref_model is not None and (self.accelerator.is_fsdp2 or not self.sharded):
             copy_weights(student, self.accelerator.unwrap_model(self.ref_model))
         for reward in self.rewards:
             if isinstance(reward, AdaptedReward):
-                reward.bind(PolicyScorer(student, self._tokenizer))
+                most = self.most_of_any_process if self.sharded else None
+                reward.bind(PolicyScorer(student, self._tokenizer, most_of_any_process=most))
         if teacher is not None:
             self._attach(teacher, student)
 
@@ -135,10 +150,21 @@ class SelfDistillTrainer(RolloutTrainer):
 
     def _attach(self, teacher: BaseTeacher, student: nn.Module) -> None:
         self.distillation.check_vocabulary(len(inner_model(student).get_output_embeddings().weight))
-        teacher.attach(student, self._tokenizer, sharded=self._sharded)
+        if not self.accelerator.is_fsdp2:
+            teacher.attach(student, self._tokenizer, sharded=self.sharded)
         if teacher.context_tokens is not None:
             teacher.check_length(self._longest_teacher_tokens(teacher))
         self.add_callback(_AfterStep(teacher))
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """FSDP2 shards the student here, before a checkpoint is loaded; only then can a teacher keep its shards."""
+        sharded_before = isinstance(self.model, FSDPModule)
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if isinstance(self.model, FSDPModule) and not sharded_before:
+            generate_in_step(self.model)
+            if self.teacher is not None:
+                self.teacher.attach(self.model, self._tokenizer, sharded=True)
+        return prepared
 
     def _longest_teacher_tokens(self, teacher: BaseTeacher) -> int:
         """Of teacher prompt and completion together, as far as can be said before there are rollouts."""
@@ -148,7 +174,8 @@ class SelfDistillTrainer(RolloutTrainer):
         return max(map(len, self._prompt_ids(prompts))) + self.max_completion_length
 
     @property
-    def _sharded(self) -> bool:
+    def sharded(self) -> bool:
+        """Whether FSDP or ZeRO-3 divides the student's parameters among the processes."""
         plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
         return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
@@ -181,7 +208,7 @@ class SelfDistillTrainer(RolloutTrainer):
         output = super()._generate_and_score_completions(inputs)
         if self.rollout.cross_entropy_weight:
             weights = demonstration_weights(rollouts, output["completion_mask"], self._mean)
-            output["demonstration_weights"] = weights * self._windows_per_generation
+            output["demonstration_weights"] = weights
         if self._teaches:
             output |= self._show_teacher(rollouts, output)
         if self._teaches_by_advantage:
@@ -211,7 +238,7 @@ class SelfDistillTrainer(RolloutTrainer):
         self.note("distill/active_fraction", active.sum().item(), len(active))
         shown: dict[str, Tensor] = {
             "distill_mask": distilled,
-            "distill_weights": weights * self._windows_per_generation,
+            "distill_weights": weights,
             "teacher_prompt_ids": pad(ids, self._tokenizer.pad_token_id, padding_side="left"),
             "teacher_prompt_mask": pad([torch.ones_like(i) for i in ids], 0, padding_side="left"),
         }
@@ -236,20 +263,29 @@ class SelfDistillTrainer(RolloutTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         start, terms = time.perf_counter(), []
+        distilled, demonstrated = inputs.get("distill_mask"), inputs.get("demonstration_weights")
+        if self._teaches_by_advantage:
+            distilled = None
+        said = None
+        if distilled is not None and self._worthwhile(distilled):
+            # Before the student's pass: its graph takes memory, and of a sharded model it refers to gathered parameters
+            # that the teacher's would take the place of.
+            said = self._ask_teacher(model, inputs)
         with captured_hidden(model) as captured:
             if self.has_policy_term:
                 scaled = inputs["advantages"] * (1.0 if self._teaches_by_advantage else self.policy_weight)
                 terms.append(super()._compute_loss(model, {**inputs, "advantages": scaled}))
-        distilled, demonstrated = inputs.get("distill_mask"), inputs.get("demonstration_weights")
-        masks = [] if distilled is None or self._teaches_by_advantage else [distilled]
+        masks = [] if distilled is None else [distilled]
         masks += [] if demonstrated is None else [demonstrated > 0]
         # With several processes all make the pass that one of them needs, since it is a collective call.
         if masks and (self.accelerator.num_processes > 1 or any(mask.any() for mask in masks)):
             states = self._states(model, inputs, torch.stack(masks).any(dim=0), captured)
-            if distilled is not None and not self._teaches_by_advantage and self._worthwhile(distilled):
-                terms.append(self.distillation.weight * self._distillation_loss(model, inputs, states))
+            # The weights are shares of what was sampled together, which this window has a part of.
+            share = self._windows_per_generation
+            if said is not None:
+                terms.append(self.distillation.weight * share * self._distillation_loss(model, inputs, states, said))
             if demonstrated is not None and self._worthwhile(demonstrated > 0):
-                terms.append(self.rollout.cross_entropy_weight * self._cross_entropy(model, inputs, states))
+                terms.append(self.rollout.cross_entropy_weight * share * self._cross_entropy(model, inputs, states))
         if not terms:  # nothing to learn: a zero on the graph
             terms.append(next(p for p in self.model.parameters() if p.requires_grad).sum() * 0.0)
         self._note_seconds("time/loss_s", start)
@@ -275,14 +311,15 @@ class SelfDistillTrainer(RolloutTrainer):
             hidden = completion_hidden(model, prompt_ids[rows], inputs["prompt_mask"][rows], *completion)
         return lambda tokens: hidden[tokens[rows][:, :longest]]
 
-    def _distillation_loss(self, model: nn.Module, inputs: Mapping[str, Any], states: States) -> Float[Tensor, ""]:
+    def _distillation_loss(
+        self, model: nn.Module, inputs: Mapping[str, Any], states: States, said: losses.TeacherOutput
+    ) -> Float[Tensor, ""]:
         """Sum over tokens of weight times divergence, from the student's hidden states."""
         settings, keep, head = self.distillation, inputs["distill_mask"], head_of(model)
         student, tokens, weights = states(keep), inputs["completion_ids"][keep], inputs["distill_weights"][keep]
         if settings.is_clip is not None and "old_per_token_logps" in inputs:
             now = losses.token_logps(student.detach(), head.at(self.temperature).detached(), tokens)
             weights = weights * losses.importance_weight(now, inputs["old_per_token_logps"][keep], settings.is_clip)
-        said = self._ask_teacher(model, inputs)
         temperature = said.temperature(settings.temperature or self.temperature)
         if settings.signal == "sampled_token":
             ours = losses.token_logps(student, head.at(temperature), tokens, weights=weights)
@@ -317,7 +354,10 @@ class SelfDistillTrainer(RolloutTrainer):
         rows_at_once = self.args.per_device_train_batch_size
         parts: list[tuple[Tensor, dict[str, Any]]] = []
         active = mask.any(dim=1).nonzero().squeeze(1)
-        for rows in active.split(rows_at_once) if len(active) else ():
+        taken = list(active.split(rows_at_once)) if len(active) else []
+        # A pass of a sharded model takes all processes: who has fewer rows goes through the first one once more.
+        missing = self.most_of_any_process(len(taken)) - len(taken)
+        for rows in [*taken, *[torch.zeros(1, dtype=torch.long, device=mask.device)] * missing]:
             part: dict[str, Any] = {name: value[rows] for name, value in tensors.items()}
             parts.append((rows, {**part, REQUEST: TeacherRequest.of(part)}))
         self.teacher.prepare([part[REQUEST] for _, part in parts])
