@@ -58,4 +58,6 @@ def options(group: str) -> list[str]:
 
 def groups() -> list[str]:
     """Every group, nested ones with a slash."""
-    return sorted({str(file.parent.relative_to(CONF)) for file in CONF.rglob("*.yaml")} - {".", "_commands"})
+    return sorted(
+        {str(file.parent.relative_to(CONF)) for file in CONF.rglob("*.yaml")} - {".", "_commands", "accelerate"}
+    )

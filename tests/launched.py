@@ -14,7 +14,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -49,15 +50,20 @@ class Launcher:
         )  # fmt: skip
 
     def __call__(
-        self, arguments: Sequence[str], folder: Path, processes: int = 2, incident: str = "",
+        self,
+        arguments: Sequence[str],
+        folder: Path,
+        processes: int = 2,
+        incident: str = "",
         environment: Mapping[str, str] | None = None,
+        program: str = PROGRAM,
     ) -> Launch:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         folder.mkdir(exist_ok=True)
         request = {
             "arguments": list(arguments), "folder": str(folder), "processes": processes, "incident": incident,
-            "environment": dict(environment or {}),
+            "environment": dict(environment or {}), "program": program,
         }  # fmt: skip
         print(json.dumps(request), file=self.process.stdin, flush=True)
         code = int(self.process.stdout.readline())
@@ -127,7 +133,7 @@ def serve() -> None:
 
 
 def _launch(
-    arguments: list[str], folder: str, processes: int, incident: str, environment: Mapping[str, str]
+    arguments: list[str], folder: str, processes: int, incident: str, environment: Mapping[str, str], program: str
 ) -> None:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
@@ -140,7 +146,7 @@ def _launch(
         file.unlink()
     os.environ[INCIDENT] = incident
     os.environ.update(environment)
-    command = ["-m", PROGRAM, *arguments]
+    command = ["-m", program, *arguments]
     if processes == 1:
         _work(command, {})
         return
@@ -168,10 +174,12 @@ def _work(command: Sequence[str], environment: Mapping[str, str]) -> None:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     Path(f"pid-{os.getpid()}").touch()
     _same_draws_in_any_process()
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and "FSDP_AS_IT_IS" not in os.environ:
         _fsdp_on_a_cpu()
-    sys.argv = [PROGRAM, *command[2:]]
-    runpy.run_module(PROGRAM, run_name="__main__", alter_sys=True)
+    program = command[1]
+    sys.argv = [program, *command[2:]]
+    with _counted_passes() if "COUNT_PASSES" in os.environ else nullcontext():
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
 
 
 def _same_draws_in_any_process() -> None:
@@ -198,6 +206,23 @@ def _same_draws_in_any_process() -> None:
 
     SelfDistillTrainer._generate_single_turn = counted  # type: ignore[method-assign]
     torch.multinomial = multinomial  # type: ignore[assignment]
+
+
+@contextmanager
+def _counted_passes() -> Iterator[None]:
+    """Leaves the number of passes that this process made through language models in a file of its own."""
+    from torch.nn.modules.module import register_module_forward_pre_hook
+    from transformers import GenerationMixin
+
+    passes = 0
+
+    def count(module: object, _: object) -> None:
+        nonlocal passes
+        passes += isinstance(module, GenerationMixin)
+
+    with register_module_forward_pre_hook(count):
+        yield
+    Path(f"passes-{os.environ['RANK']}").write_text(str(passes))
 
 
 def _fsdp_on_a_cpu() -> None:

@@ -50,7 +50,9 @@ class Evaluations(TrainerCallback):
             self._latest = step, metrics
         return self._latest[1]
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any
+    ) -> None:
         """Evaluates the start of a sharded model, which is put onto its devices only when the training begins."""
         if self.before is None:
             self.tell(self.at(0, event["model"]))

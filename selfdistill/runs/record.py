@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 from selfdistill.config import Run
 from selfdistill.rollout import Rollouts
 from selfdistill.runs import console
-from selfdistill.runs.finished import load_policy, read_run
 from selfdistill.runs.callbacks import CompletionsCallback, MonitorCallback, ProgressCallback, RecordCallback
+from selfdistill.runs.finished import load_policy, read_run
 from selfdistill.runs.folder import RunFolder, Status
 from selfdistill.runs.loggers import RunLogger
 from selfdistill.runs.plan import plan_of

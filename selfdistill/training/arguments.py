@@ -79,8 +79,6 @@ def trainer_arguments(run: Run, output_dir: Path) -> SelfDistillConfig:
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": use_cuda(run.hardware),
-        # Every trained parameter takes part in every loss; looking for others costs time, and warns that it found none.
-        "ddp_find_unused_parameters": False,
         "remove_unused_columns": False,
     }
     try:

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -109,12 +110,20 @@ class SelfDistillTrainer(RolloutTrainer):
             raise UserError(NOTHING_TO_LEARN_FROM)
         if args is not None and weights is not None and args.reward_weights is None:
             args.reward_weights = weights
+        if args is not None and args.ddp_find_unused_parameters is None:
+            # Every trained parameter takes part in every loss, and DDP warns where it looked for others in vain.
+            args.ddp_find_unused_parameters = False
         self._means = {"train": Means(), "eval": Means()}
         self._check_rollout(kwargs)
         _check_columns(teacher, train_dataset)
         with loadable(model, needed=args is not None and args.beta != 0 and kwargs.get("peft_config") is None):
             super().__init__(
                 model=model, reward_funcs=self.rewards or [no_reward], args=args, train_dataset=train_dataset, **kwargs
+            )
+        if self.is_fsdp_enabled and self.accelerator.distributed_type != DistributedType.FSDP:
+            raise UserError(
+                "FSDP needs GPUs: on a CPU accelerate does not shard. Start the processes with torchrun, without an "
+                "FSDP configuration."
             )
         self._take_environments_rewards()
         if not self.rewards and teacher is None and not self.rollout.cross_entropy_weight:
