@@ -12,7 +12,7 @@ from tests import accelerated
 from tests.launched import Launch, Launcher
 from tests.test_processes import COMMON, METHODS, ROWS, gathered, only_run, summary
 
-pytestmark = [pytest.mark.long, pytest.mark.xdist_group("sharding")]  # one launcher, and each run made once
+pytestmark = pytest.mark.long
 
 WEIGHTS = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
 Train = Callable[..., tuple[Launch, Path]]

@@ -133,8 +133,8 @@ class SelfDistillTrainer(RolloutTrainer):
             self.policy_weight = 0.0
         if self.sharded and self.tools and not self.use_vllm:
             raise UserError(
-                "tools: every pass of a sharded model takes all processes, and each calls its tools as often as its own "
-                "completions do. Generate with vLLM (use_vllm=True), or train with data parallelism or ZeRO-2."
+                "tools: every pass of a sharded model takes all processes, and how often one calls its tools depends "
+                "on its own completions. Generate with vLLM (use_vllm=True), or train with data parallelism or ZeRO-2."
             )
         self._check_size(train_dataset)
         student = self.accelerator.unwrap_model(self.model)
