@@ -187,3 +187,11 @@ def test_a_model_in_memory_is_the_reference_of_every_process(launch: Launcher, t
     done = launch([], tmp_path, program="tests.in_memory")
     assert done.code == 0, done.terminal
     assert "find_unused_parameters" not in done.terminal
+
+
+@pytest.mark.long
+def test_the_others_wait_for_the_main_process_longer_than_a_collective_operation(
+    launch: Launcher, tmp_path: Path
+) -> None:
+    done = launch([], tmp_path, program="tests.late")
+    assert (done.code, done.terminal.count("over")) == (0, 2), done.terminal

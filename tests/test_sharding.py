@@ -135,11 +135,19 @@ def test_every_process_makes_as_many_passes(case: str, launch: Launcher, tmp_pat
 
 
 def test_the_export_of_a_sharded_run_is_the_whole_model(train: Train) -> None:
-    _, run = train("sdft", "fsdp2", "model.tuning=lora", "export=merged_16bit")
-    (file,) = run.glob("export/*/model.safetensors")
-    merged, base = load_file(file), load_file(run / "model" / WEIGHTS["lora"])
-    assert len(merged) > 20
-    assert any("lora" in name for name in base)
+    """That of the same run in one process, which is exported from the model in memory."""
+    more = ["model.tuning=lora", "export=merged_16bit", "export.dtype=float32"]
+    (_, one), (_, two) = train("sdft", None, *more), train("sdft", "fsdp2", *more)
+    (expected,), (found,) = (run.glob("export/*/model.safetensors") for run in (one, two))
+    torch.testing.assert_close(load_file(found), load_file(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_model_holds_whole_weights_where_checkpoints_are_sharded(launch: Launcher, tmp_path: Path) -> None:
+    environment = {**accelerated.environment("fsdp2"), "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+    rows = ["completions_per_step=16", "hardware.per_device_batch_size=8", "logger=none", "max_steps=1"]
+    done = launch([*COMMON, "experiment=sdft", "model.tuning=full", *rows], tmp_path, environment=environment)
+    assert done.code == 0, done.terminal
+    assert load_file(only_run(tmp_path) / "model" / WEIGHTS["full"])["model.embed_tokens.weight"].dim() == 2
 
 
 def test_sharding_on_a_cpu_is_refused(launch: Launcher, tmp_path: Path) -> None:

@@ -230,6 +230,17 @@ class RolloutTrainer(GRPOTrainer):
 
     # ---- checkpoints ----
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves whole weights, also where the checkpoints of a sharded model are sharded."""
+        plugin = None if _internal_call else getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        of_checkpoints = plugin.state_dict_type
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        super().save_model(output_dir, _internal_call)
+        plugin.set_state_dict_type(of_checkpoints)
+
     def save_checkpoint(self) -> None:
         """Saves a checkpoint now, as the training does at its own times."""
         self._save_checkpoint(self.model, trial=None)
