@@ -180,7 +180,7 @@ def test_hybrid_is_the_sum_of_its_terms_in_one_pass(tmp_path: Path) -> None:
     ):  # fmt: skip
         total = (policy - before) + (alone - before)
         torch.testing.assert_close(both - before, total, rtol=1e-5, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
-    assert [p.gradient for p in counted["both"]] == [True, False] * 2
+    assert [p.gradient for p in counted["both"]] == [False, True] * 2
     assert [p.gradient for p in counted["policy"]] == [True] * 2
 
 
