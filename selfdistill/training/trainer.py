@@ -13,6 +13,7 @@ What is known of a batch travels on its `Rollouts`, and what is asked about a mi
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ from selfdistill.rewards.adapter import AdaptedReward, adapt
 from selfdistill.rewards.scorer import PolicyScorer
 from selfdistill.rollout import Rollouts
 from selfdistill.teachers.interface import REQUEST, BaseTeacher, TeacherRequest
+from selfdistill.training import checkpoints
 from selfdistill.training.metrics import Means
 from selfdistill.training.rollout_trainer import RolloutTrainer, no_reward
 from selfdistill.training.token_weights import (
@@ -114,6 +116,7 @@ class SelfDistillTrainer(RolloutTrainer):
             # Every trained parameter takes part in every loss, and DDP warns where it looked for others in vain.
             args.ddp_find_unused_parameters = False
         self._means = {"train": Means(), "eval": Means()}
+        self._has_shards = False
         self._check_rollout(kwargs)
         _check_columns(teacher, train_dataset)
         with loadable(model, needed=args is not None and args.beta != 0 and kwargs.get("peft_config") is None):
@@ -165,15 +168,26 @@ class SelfDistillTrainer(RolloutTrainer):
             teacher.check_length(self._longest_teacher_tokens(teacher))
         self.add_callback(_AfterStep(teacher))
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """FSDP2 shards the student here, before a checkpoint is loaded; only then can a teacher keep its shards."""
-        sharded_before = isinstance(self.model, FSDPModule)
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        if isinstance(self.model, FSDPModule) and not sharded_before:
-            generate_in_step(self.model)
-            if self.teacher is not None:
-                self.teacher.attach(self.model, self._tokenizer, sharded=True)
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """FSDP2 shards the student here, and a checkpoint of it is loaded here."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._take_shards()
+        if self.is_deepspeed_enabled and resume_from_checkpoint is not None:  # DeepSpeed has loaded the student itself
+            checkpoints.restore(Path(resume_from_checkpoint), self)
         return prepared
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._take_shards()
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _take_shards(self) -> None:
+        """Attaches the teacher to a student that FSDP2 has sharded by now; does nothing the second time."""
+        if not isinstance(self.model, FSDPModule) or self._has_shards:
+            return
+        self._has_shards = True
+        generate_in_step(self.model)
+        if self.teacher is not None:
+            self.teacher.attach(self.model, self._tokenizer, sharded=True)
 
     def _longest_teacher_tokens(self, teacher: BaseTeacher) -> int:
         """Of teacher prompt and completion together, as far as can be said before there are rollouts."""
