@@ -11,11 +11,13 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 
 from selfdistill.config.settings import RolloutSource
 from selfdistill.errors import UserError
+from selfdistill.models.sharding import generate_in_step
 from selfdistill.models.structure import has_dropout, is_reference
 from selfdistill.rewards.adapter import ROLLOUTS
 from selfdistill.rollout import Prompt, Rollouts, text_of
@@ -59,6 +61,7 @@ class RolloutTrainer(GRPOTrainer):
     rewards: list[Any]
     _rollouts: Rollouts
     _means: dict[str, Means]
+    _has_shards = False
 
     def _check_rollout(self, given: dict[str, Any]) -> None:
         if self.rollout.from_teacher:
@@ -228,6 +231,31 @@ class RolloutTrainer(GRPOTrainer):
         """Tells the callbacks of an evaluation that was made outside of TRL's loop, as they are told of TRL's own."""
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
 
+    # ---- a student that is divided among the processes ----
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP or ZeRO-3 divides the student's parameters among the processes."""
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """FSDP2 shards the student here, and a checkpoint of it is loaded here."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._take_shards()
+        if self.is_deepspeed_enabled and resume_from_checkpoint is not None:  # DeepSpeed has loaded the student itself
+            checkpoints.restore(Path(resume_from_checkpoint), self)
+        return prepared
+
+    def _take_shards(self) -> None:
+        """Attaches the teacher to a student that FSDP2 has sharded by now; does nothing the second time."""
+        if not isinstance(self.model, FSDPModule) or self._has_shards:
+            return
+        self._has_shards = True
+        generate_in_step(self.model)
+        if self.teacher is not None:
+            self.teacher.attach(self.model, self._tokenizer, sharded=True)
+
     # ---- checkpoints ----
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -267,6 +295,7 @@ class RolloutTrainer(GRPOTrainer):
         checkpoints.save(Path(self._get_output_dir(trial=trial)) / name, self)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._take_shards()
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         checkpoints.restore(Path(resume_from_checkpoint), self)
 

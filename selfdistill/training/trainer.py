@@ -13,14 +13,12 @@ What is known of a batch travels on its `Rollouts`, and what is asked about a mi
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 from trl import GRPOConfig
 from trl.trainer.utils import pad
@@ -30,7 +28,6 @@ from selfdistill.config.settings import Distillation, RolloutSource
 from selfdistill.errors import UserError
 from selfdistill.losses.head import entropy_sum
 from selfdistill.models.reference import copy_weights, loadable
-from selfdistill.models.sharding import generate_in_step
 from selfdistill.models.structure import (
     aligned,
     captured_hidden,
@@ -43,7 +40,6 @@ from selfdistill.rewards.adapter import AdaptedReward, adapt
 from selfdistill.rewards.scorer import PolicyScorer
 from selfdistill.rollout import Rollouts
 from selfdistill.teachers.interface import REQUEST, BaseTeacher, TeacherRequest
-from selfdistill.training import checkpoints
 from selfdistill.training.metrics import Means
 from selfdistill.training.rollout_trainer import RolloutTrainer, no_reward
 from selfdistill.training.token_weights import (
@@ -116,7 +112,6 @@ class SelfDistillTrainer(RolloutTrainer):
             # Every trained parameter takes part in every loss, and DDP warns where it looked for others in vain.
             args.ddp_find_unused_parameters = False
         self._means = {"train": Means(), "eval": Means()}
-        self._has_shards = False
         self._check_rollout(kwargs)
         _check_columns(teacher, train_dataset)
         with loadable(model, needed=args is not None and args.beta != 0 and kwargs.get("peft_config") is None):
@@ -168,39 +163,12 @@ class SelfDistillTrainer(RolloutTrainer):
             teacher.check_length(self._longest_teacher_tokens(teacher))
         self.add_callback(_AfterStep(teacher))
 
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        """FSDP2 shards the student here, and a checkpoint of it is loaded here."""
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        self._take_shards()
-        if self.is_deepspeed_enabled and resume_from_checkpoint is not None:  # DeepSpeed has loaded the student itself
-            checkpoints.restore(Path(resume_from_checkpoint), self)
-        return prepared
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self._take_shards()
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _take_shards(self) -> None:
-        """Attaches the teacher to a student that FSDP2 has sharded by now; does nothing the second time."""
-        if not isinstance(self.model, FSDPModule) or self._has_shards:
-            return
-        self._has_shards = True
-        generate_in_step(self.model)
-        if self.teacher is not None:
-            self.teacher.attach(self.model, self._tokenizer, sharded=True)
-
     def _longest_teacher_tokens(self, teacher: BaseTeacher) -> int:
         """Of teacher prompt and completion together, as far as can be said before there are rollouts."""
         rows = sorted(self.train_dataset, key=lambda row: len(str(row)))[-LONGEST_ROWS:]
         rollouts = Rollouts.of_rows(rows, 1)
         prompts = [*rollouts.prompts, *teacher.prompts(rollouts, self._tokenizer)]
         return max(map(len, self._prompt_ids(prompts))) + self.max_completion_length
-
-    @property
-    def sharded(self) -> bool:
-        """Whether FSDP or ZeRO-3 divides the student's parameters among the processes."""
-        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
-        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
     @property
     def has_policy_term(self) -> bool:
