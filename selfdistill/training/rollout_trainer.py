@@ -10,12 +10,14 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 
 from selfdistill.config.settings import RolloutSource
 from selfdistill.errors import UserError
+from selfdistill.files import disk_space
 from selfdistill.models.structure import has_dropout, is_reference
 from selfdistill.rewards.adapter import ROLLOUTS
 from selfdistill.rollout import Prompt, Rollouts, text_of
@@ -55,6 +57,7 @@ class RolloutTrainer(GRPOTrainer):
     rewards: list[Any]
     _rollouts: Rollouts
     _means: dict[str, Means]
+    teacher_moved: int | None = None  # the micro-batch before whose rollouts the teacher was last told to move
 
     def _check_rollout(self, given: dict[str, Any]) -> None:
         if self.rollout.from_teacher:
@@ -201,6 +204,11 @@ class RolloutTrainer(GRPOTrainer):
         self._save_checkpoint(self.model, trial=None)
         self.callback_handler.on_save(self.args, self.state, self.control)
 
+    @property
+    def amid_rollouts(self) -> bool:
+        """Whether rollouts that were sampled together are not all learned from yet."""
+        return self._step % (self._micro_batches_per_generation * self.num_iterations) != 0
+
     def unused_rollouts(self) -> list[dict[str, Tensor]] | None:
         """The micro-batches that were sampled together and not all learned from yet, without what can be made again."""
         batches = self._buffered_inputs
@@ -217,13 +225,30 @@ class RolloutTrainer(GRPOTrainer):
         )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        checkpoints.save(Path(self._get_output_dir(trial=trial)) / name, self)
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            if not folder.parent.is_dir():
+                raise UserError(f"{folder.parent} is gone: it was deleted or moved while the training wrote to it.")
+            checkpoints.remove(folder)  # half-written, or damaged
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+            checkpoints.save(folder, self)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            checkpoints.remove(folder)
+            raise UserError(f"{folder.name} could not be written: {error}{disk_space(folder.parent)}") from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         checkpoints.restore(Path(resume_from_checkpoint), self)
+
+    def _run_epoch(self, *, resume_from_checkpoint: str | None, **how: Any) -> None:
+        """transformers looks at the number of steps only after one: a resumed run may have taken all of them."""
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+            super()._run_epoch(resume_from_checkpoint=resume_from_checkpoint, **how)
+            return
+        self._load_rng_state(resume_from_checkpoint)  # as at the end of the unbroken training
+        self.control.should_training_stop = True
 
 
 def _weighted(rewards: Float[Tensor, "B F"], weights: Float[Tensor, " F"]) -> list[float | None]:
