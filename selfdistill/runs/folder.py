@@ -124,10 +124,23 @@ class RunFolder:
             root.mkdir(parents=True, exist_ok=True)
             remove_drafts(root)
             stem = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}"
-            made = draft_of(path.absolute() if path is not None else root / stem)
-            made.mkdir()
-            lock = _lock(made)
-            made = _placed(made, redactor, companions, path or (lambda: root / f"{stem}-{secrets.token_hex(2)}"))
+            while True:
+                place = path or root / f"{stem}-{secrets.token_hex(2)}"
+                made = draft_of(place.absolute())
+                if path is not None:
+                    shutil.rmtree(made, ignore_errors=True)  # of this process, which failed here before
+                # Both fail if the folder is there, whoever made it: that is what keeps two runs apart.
+                with suppress(FileExistsError):
+                    made.mkdir()
+                    lock = _lock(made)
+                    _fill(made, place.name, {"config.yaml": redactor.yaml(), **companions(place)})
+                    if _renamed(made, place):
+                        made = place
+                        break
+                    lock.close()
+                    shutil.rmtree(made)
+                    if path is not None:
+                        raise UserError(f"{path} is not empty: name another folder.")
             run = cls(made, _load_summary(made / "summary.json"), lock, redactor)
             run._made_roots = made_roots
             run._begin()
@@ -342,22 +355,22 @@ class RunFolder:
         )
 
 
-def _placed(draft: Path, redactor: Redactor, companions: Companions, place: Path | Callable[[], Path]) -> Path:
-    """Fills the folder and gives it its name, or one of its names until one is free; returns where it is."""
-    while True:
-        path = place if isinstance(place, Path) else place()
-        summary = {"run_id": path.name, "status": "running", "started": _now(), "step": 0}
-        files = {"config.yaml": redactor.yaml(), "summary.json": json.dumps(summary) + "\n", **companions(path)}
-        for name, content in files.items():
-            (draft / name).parent.mkdir(exist_ok=True)
-            write_atomically(draft / name, content)
-        try:
-            draft.rename(path)  # which fails if the folder is there: that is what keeps two processes apart
-        except OSError as error:
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY) or place is path:
-                raise
-        else:
-            return path
+def _fill(folder: Path, run_id: str, files: Mapping[str, str]) -> None:
+    summary = {"run_id": run_id, "status": "running", "started": _now(), "step": 0}
+    for name, content in {**files, "summary.json": json.dumps(summary) + "\n"}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8")
+
+
+def _renamed(folder: Path, place: Path) -> bool:
+    """Gives a folder its name; returns whether nothing else had it."""
+    try:
+        folder.rename(place)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            return False
+        raise
+    return True
 
 
 def _lock(path: Path) -> IO[bytes]:

@@ -1,0 +1,95 @@
+"""Every file of a run's newest checkpoint deleted, halved, emptied or replaced by noise, and the run resumed.
+
+python -m tests.torture damage
+"""
+
+import random
+import shutil
+import signal
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from tests.fuzz.forks import Row, counted, empty_folder
+from tests.torture.trials import RUNS, arguments, difference, fault, runs_in, trained, unbroken
+
+
+def _noise(file: Path) -> None:
+    file.write_bytes(random.Random(0).randbytes(file.stat().st_size))
+
+
+def _halve(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "deleted": Path.unlink,
+    "halved": _halve,
+    "emptied": lambda file: file.write_bytes(b""),
+    "noise": _noise,
+}
+KEPT = "training.keep_checkpoints=2"
+
+
+def rows() -> list[Row]:
+    """What came of every damage to every file, in each kind of run; and of runs whose checkpoints are all damaged."""
+    found = []
+    for run in RUNS:
+        files = sorted(
+            str(p.relative_to(_newest(_killed(run)))) for p in _newest(_killed(run)).rglob("*") if p.is_file()
+        )
+        outcomes = [_damaged(run, file, damage) for file in files for damage in DAMAGES]
+        found.append(counted(f"the newest of two checkpoints, {len(files)} files: {run}", outcomes))
+    found.append(counted("all checkpoints", [_all_damaged(run) for run in RUNS]))
+    return found
+
+
+@cache
+def _killed(run: str) -> Path:
+    """A run that was killed in its last step, with the checkpoints of steps 2 and 4."""
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp(prefix="torture-"))
+    marked = [number for number, change in enumerate(unbroken(run)[1], start=1) if "checkpoint-5/" in change]
+    trained([*arguments(run), KEPT], folder, fault(folder, marked[0], signal.SIGKILL))
+    (path,) = runs_in(folder)
+    return path
+
+
+def _newest(run: Path) -> Path:
+    return sorted((run / "checkpoints").glob("checkpoint-*/complete"))[-1].parent
+
+
+def _damaged(run: str, file: str, damage: str) -> tuple[str, str]:
+    what = f"{run}: {file} {damage}"
+    with empty_folder() as folder:
+        copy = folder / "outputs" / _killed(run).name
+        shutil.copytree(_killed(run), copy)
+        DAMAGES[damage](_newest(copy) / file)
+        trial = trained([f"resume={copy}"], folder)
+        if trial.code != 0:
+            return "not resumed", f"{what}: {trial.err[-300:]}"
+        # Two checkpoints are kept here, one in the run that it is compared with.
+        for checkpoint in (copy / "checkpoints").iterdir():
+            if checkpoint.name not in {path.name for path in (unbroken(run)[0] / "checkpoints").iterdir()}:
+                shutil.rmtree(checkpoint)
+        wrong = difference(copy, unbroken(run)[0])
+        if wrong:
+            return "other numbers", f"{what}: {wrong}"
+        fell_back = "is damaged" in trial.out or file == "complete"
+        return ("the same, from the one before" if fell_back else "the same, of no matter"), ""
+
+
+def _all_damaged(run: str) -> tuple[str, str]:
+    with empty_folder() as folder:
+        copy = folder / "outputs" / _killed(run).name
+        shutil.copytree(_killed(run), copy)
+        for marker in (copy / "checkpoints").glob("*/complete"):
+            (marker.parent / "optimizer.pt").unlink()
+        trial = trained([f"resume={copy}"], folder)
+        refused = trial.code == 2 and "none of its checkpoints is whole" in trial.err and "Traceback" not in trial.err
+        return (
+            ("refused, each damage named", "")
+            if refused
+            else ("not refused", f"{run}: {trial.code} {trial.err[-300:]}")
+        )
