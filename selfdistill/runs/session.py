@@ -131,8 +131,6 @@ class Session:
     def begin(self, parts: Parts) -> None:
         """Shows the plan, evaluates the start, and puts the callbacks in place."""
         trainer = parts.trainer
-        if trainer.teacher is not None:
-            self.at_end.callback(trainer.teacher.close)
         self.record.begin(parts)
         callbacks = self.record.callbacks(parts)
         if parts.evaluator is not None and self.run.eval is not None:

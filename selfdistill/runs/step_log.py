@@ -123,9 +123,9 @@ class StepLog:
         try:
             write_whole(file.fileno(), line, start)
         except OSError:
-            file.truncate(start)
-            if self._last is not None and self._last_start == start:
-                write_whole(file.fileno(), _encode(self._last), start)
+            replaced = _encode(self._last) if self._last is not None and self._last_start == start else b""
+            write_whole(file.fileno(), replaced, start)  # in the place that it had
+            file.truncate(start + len(replaced))
             raise
         # A merged line can be shorter than the one it replaces.
         file.truncate(start + len(line))
@@ -136,7 +136,7 @@ class StepLog:
         self._finish_replacement()
         content = self.path.read_bytes()
         lines = content.split(b"\n")[:-1] if content.endswith(b"\n") else content.split(b"\n")
-        while lines and _parse(lines[-1]) is None:
+        while lines and _mended(lines[-1]) is None:
             lines.pop()
         mended = [line for line in map(_mended, lines) if line is not None]
         whole = b"".join(line + b"\n" for line in mended)

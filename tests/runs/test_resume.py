@@ -279,9 +279,7 @@ def test_no_whole_checkpoint_is_said(copied: Any) -> None:
     killed_at_its_end(run)
     for checkpoint in (run / "checkpoints").iterdir():
         (checkpoint / "scheduler.pt").unlink()
-    with pytest.raises(
-        UserError, match=r"none of its checkpoints is whole \(checkpoint-10: scheduler.pt is missing"
-    ):
+    with pytest.raises(UserError, match=r"none of its checkpoints is whole \(checkpoint-10: scheduler.pt is missing"):
         here([f"resume={run}"])
 
 

@@ -6,6 +6,7 @@ python -m tests.torture damage
 import random
 import shutil
 import signal
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -47,8 +48,6 @@ def rows() -> list[Row]:
 @cache
 def _killed(run: str) -> Path:
     """A run that was killed in its last step, with the checkpoints of steps 2 and 4."""
-    import tempfile
-
     folder = Path(tempfile.mkdtemp(prefix="torture-"))
     marked = [number for number, change in enumerate(unbroken(run)[1], start=1) if "checkpoint-5/" in change]
     trained([*arguments(run), KEPT], folder, fault(folder, marked[0], signal.SIGKILL))
@@ -88,8 +87,6 @@ def _all_damaged(run: str) -> tuple[str, str]:
             (marker.parent / "optimizer.pt").unlink()
         trial = trained([f"resume={copy}"], folder)
         refused = trial.code == 2 and "none of its checkpoints is whole" in trial.err and "Traceback" not in trial.err
-        return (
-            ("refused, each damage named", "")
-            if refused
-            else ("not refused", f"{run}: {trial.code} {trial.err[-300:]}")
-        )
+        if not refused:
+            return "not refused", f"{run}: exit code {trial.code}: {trial.err[-300:]}"
+        return "refused, each damage named", ""
