@@ -116,6 +116,7 @@ class RunFolder:
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:60] or "run"
         root = path.absolute().parent if path is not None else root
         made: Path | None = None
+        made_roots: list[Path] = []
         try:
             made_roots = [folder for folder in (root, *root.parents) if not folder.exists()]
             if path is not None and path.exists() and any(path.iterdir()):
@@ -147,6 +148,7 @@ class RunFolder:
         except OSError as error:
             if made is not None:
                 shutil.rmtree(made, ignore_errors=True)
+            _remove_empty(made_roots)
             raise UserError(f"No run's folder can be made in {root}: {error.strerror or error}.") from error
         return run
 
@@ -327,9 +329,7 @@ class RunFolder:
         """Remove the folder that `create` made, and its parents that were made with it, of a run that was refused."""
         self._close()
         shutil.rmtree(self.path)
-        with suppress(OSError):  # another run is in it by now
-            for root in self._made_roots:
-                root.rmdir()
+        _remove_empty(self._made_roots)
 
     def _close(self) -> None:
         self._metrics.close()
@@ -353,6 +353,12 @@ class RunFolder:
             versions=_versions(),
             **values,
         )
+
+
+def _remove_empty(roots: Iterable[Path]) -> None:
+    with suppress(OSError):  # another run is in it by now
+        for root in roots:
+            root.rmdir()
 
 
 def _fill(folder: Path, run_id: str, files: Mapping[str, str]) -> None:

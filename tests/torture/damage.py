@@ -7,10 +7,12 @@ import random
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+from selfdistill.training.checkpoints import damage, mark
 from tests.fuzz.forks import Row, counted, empty_folder
 from tests.torture.trials import RUNS, arguments, difference, fault, runs_in, trained, unbroken
 
@@ -39,10 +41,22 @@ def rows() -> list[Row]:
         files = sorted(
             str(p.relative_to(_newest(_killed(run)))) for p in _newest(_killed(run)).rglob("*") if p.is_file()
         )
-        outcomes = [_damaged(run, file, damage) for file in files for damage in DAMAGES]
+        outcomes = [_damaged(run, file, how) for file in files for how in DAMAGES]
         found.append(counted(f"the newest of two checkpoints, {len(files)} files: {run}", outcomes))
     found.append(counted("all checkpoints", [_all_damaged(run) for run in RUNS]))
+    found.append(counted("none: the check of a checkpoint of 1 GB", [(f"{_seconds_of_check():.1f} s", "")]))
     return found
+
+
+def _seconds_of_check() -> float:
+    with empty_folder() as folder:
+        with (folder / "model.safetensors").open("wb") as file:
+            for _ in range(125):
+                file.write(bytes(8_000_000))
+        mark(folder)
+        started = time.perf_counter()
+        damage(folder)
+        return time.perf_counter() - started
 
 
 @cache
@@ -59,12 +73,12 @@ def _newest(run: Path) -> Path:
     return sorted((run / "checkpoints").glob("checkpoint-*/complete"))[-1].parent
 
 
-def _damaged(run: str, file: str, damage: str) -> tuple[str, str]:
-    what = f"{run}: {file} {damage}"
+def _damaged(run: str, file: str, how: str) -> tuple[str, str]:
+    what = f"{run}: {file} {how}"
     with empty_folder() as folder:
         copy = folder / "outputs" / _killed(run).name
         shutil.copytree(_killed(run), copy)
-        DAMAGES[damage](_newest(copy) / file)
+        DAMAGES[how](_newest(copy) / file)
         trial = trained([f"resume={copy}"], folder)
         if trial.code != 0:
             return "not resumed", f"{what}: {trial.err[-300:]}"
