@@ -165,17 +165,23 @@ def test_terminated_and_resumed(unbroken: Any, data: Path, tmp_path: Path) -> No
     assert len(parts) == 2 and all(name.endswith(f"-{run.name}") for name in parts)
 
 
-def test_failed_and_resumed(unbroken: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An exception in a reward: one message that says where the traceback is; the run can go on from its checkpoint."""
-    reference = unbroken("grpo_with_kl")
+@pytest.mark.parametrize(("name", "step"), [("grpo_with_kl", 6), ("teacher_average", 8)])
+def test_failed_and_resumed(
+    name: str, step: int, unbroken: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception in a reward: one message that says where the traceback is; the run goes on at the very step.
+
+    The averaged teacher has moved already by the time that the reward fails, and does not move twice.
+    """
+    reference = unbroken(name)
     monkeypatch.setenv(VARIABLE, "fail:6")
-    message = r"ValueError: out of luck \(saboteur.py:\d+\).*error.txt\. To go on after step 6: .*resume="
+    message = rf"ValueError: out of luck \(saboteur.py:\d+\).*error.txt\. To go on after step {step}: .*resume="
     with pytest.raises(UserError, match=message):
-        here(overrides("grpo_with_kl", data, tmp_path))
+        here(overrides(name, data, tmp_path))
     run = only_run(tmp_path)
     assert status(run) == "failed"
-    assert json.loads((run / "summary.json").read_text())["step"] == 6
-    assert newest_checkpoint(run) == run / "checkpoints" / "checkpoint-6"
+    assert json.loads((run / "summary.json").read_text())["step"] == step
+    assert newest_checkpoint(run) == run / "checkpoints" / f"checkpoint-{step}"
     assert "ValueError: out of luck" in (run / "error.txt").read_text()
     monkeypatch.delenv(VARIABLE)
     here([f"resume={run}"])
