@@ -1,7 +1,6 @@
 """Small runs of every kind, what came of them, and whether two of them are the same."""
 
 import json
-import sys
 import tempfile
 from collections.abc import Callable
 from functools import cache, partial
@@ -12,6 +11,7 @@ from tests.fuzz.forks import Trial, forked
 from tests.torture import faults
 
 LIMIT_S = 120.0
+RESUME = "resume=RUN"  # stands for the one run or the other
 TIMES = ("time/", "step_time", "eval_runtime", "num_tokens_per_s")
 COMMON = [
     "reward=none", "+reward._target_=tests.saboteur.Saboteur", "trusted_prefixes=[tests]", "data=jsonl", "logger=none",
@@ -65,16 +65,45 @@ def arguments(run: str) -> list[str]:
     return [*COMMON, *paths, *RUNS[run]]
 
 
-def train(given: list[str]) -> None:
-    """`python -m selfdistill.train` in this process."""
-    from selfdistill import train
+@cache
+def _composed(given: tuple[str, ...]) -> Any:
+    """What Hydra makes of a command line; composing takes longer than the small runs do."""
+    from hydra import compose, initialize_config_dir
 
-    sys.argv = ["selfdistill.train", *given]
-    train.main()
+    from selfdistill.config.conf import CONF
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", list(given), return_hydra_config=True)
+
+
+def train(given: list[str]) -> None:
+    """`python -m selfdistill.train` in this process, from a command line that is composed already."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import open_dict
+
+    from selfdistill import train
+    from selfdistill.config import explain, fail
+    from selfdistill.errors import UserError
+
+    cfg = _composed(tuple(RESUME if word.startswith("resume=") else word for word in given)).copy()
+    cfg.hydra.overrides.task = list(given)
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    for word in given:
+        if word.startswith("resume="):
+            cfg.resume = word.removeprefix("resume=")
+    try:
+        train.run(cfg)
+    except UserError as error:
+        raise SystemExit(fail(explain(error))) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def trained(given: list[str], folder: Path, fault: Callable[[Callable[[], None]], None] | None = None) -> Trial:
     """A command in a fork, in a folder, with a fault or without."""
+    _composed(tuple(RESUME if word.startswith("resume=") else word for word in given))  # here, for every fork to come
     work = partial(train, given)
     return forked(work if fault is None else partial(fault, work), folder, LIMIT_S)
 
