@@ -53,8 +53,9 @@ def resumed_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, c
     saved = folder.config
     saved.resume = cfg.resume
     longer = [override.split("=")[0] for override in overrides if override.split("=")[0] in LENGTH]
-    for key in longer:
-        saved[key] = cfg[key]
+    for key in LENGTH if longer else ():  # given in one way, it is not given in the other any more
+        if key in saved:
+            saved[key] = cfg[key] if key in longer else None
     try:
         checked = config.check(saved)
     except UserError as error:
@@ -68,7 +69,7 @@ def _check_unfinished(folder: RunFolder, run: config.Run, longer: list[str]) -> 
     status, step = folder.summary.get("status"), folder.summary.get("step") or 0
     checkpoints = marked_checkpoints(folder.path)
     reached = max([step_of(path) for path in checkpoints[:1]], default=step if status == "finished" else 0)
-    if "max_steps" in longer and run.max_steps is not None and run.max_steps < reached:
+    if "max_steps" in longer and run.max_steps < reached:
         raise UserError(f"max_steps={run.max_steps}: {folder.path} has trained {reached} steps already; ask for more.")
     if status == "stopped":
         raise UserError(

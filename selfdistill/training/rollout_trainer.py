@@ -242,12 +242,12 @@ class RolloutTrainer(GRPOTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         checkpoints.restore(Path(resume_from_checkpoint), self)
 
-    def _run_epoch(self, *, resume_from_checkpoint: str | None, **how: Any) -> None:
+    def _run_epoch(self, *args: Any, **how: Any) -> None:
         """transformers looks at the number of steps only after one: a resumed run may have taken all of them."""
         if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
-            super()._run_epoch(resume_from_checkpoint=resume_from_checkpoint, **how)
+            super()._run_epoch(*args, **how)
             return
-        self._load_rng_state(resume_from_checkpoint)  # as at the end of the unbroken training
+        self._load_rng_state(how["resume_from_checkpoint"])  # as at the end of the unbroken training
         self.control.should_training_stop = True
 
 
