@@ -145,10 +145,12 @@ class RunFolder:
             run = cls(made, _load_summary(made / "summary.json"), lock, redactor)
             run._made_roots = made_roots
             run._begin()
-        except OSError as error:
+        except BaseException as error:
             if made is not None:
                 shutil.rmtree(made, ignore_errors=True)
             _remove_empty(made_roots)
+            if not isinstance(error, OSError):
+                raise
             raise UserError(f"No run's folder can be made in {root}: {error.strerror or error}.") from error
         return run
 
