@@ -156,11 +156,20 @@ class StepBegun(TrainerCallback):
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
+        trainer.on_random_state_loaded = self._keep
+        self._kept: tuple[Any, ...] | None = None
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._keep()
+
+    def _keep(self) -> None:
+        """The first step of an epoch begins here: the data loader draws from the random state before it."""
+        self._kept = random.getstate(), numpy.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state_all()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.random = random.getstate()
-        self.numpy = numpy.random.get_state()
-        self.torch, self.cuda = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+        if self._kept is None:
+            self._keep()
+        self.random, self._kept = self._kept, None
         trainer = self.trainer
         self.micro_batches, self.tokens, self.flos = trainer._step, state.num_input_tokens_seen, trainer.current_flos
         self.rollouts = trainer._buffered_inputs if trainer.amid_rollouts else None
@@ -171,10 +180,10 @@ class StepBegun(TrainerCallback):
 
     def restore(self) -> None:
         """Puts all of it back, so that the step can begin again."""
-        random.setstate(self.random)
-        numpy.random.set_state(self.numpy)
-        torch.set_rng_state(self.torch)
-        torch.cuda.set_rng_state_all(self.cuda)
+        assert self.random is not None
+        setters = random.setstate, numpy.random.set_state, torch.set_rng_state, torch.cuda.set_rng_state_all
+        for put_back, state in zip(setters, self.random, strict=True):
+            put_back(state)
         trainer = self.trainer
         trainer._step, trainer._buffered_inputs, trainer.current_flos = self.micro_batches, self.rollouts, self.flos
         trainer.state.num_input_tokens_seen = self.tokens

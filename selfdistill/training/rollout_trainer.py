@@ -1,7 +1,7 @@
 """TRL's trainer with what is known of a batch on one object: who writes the completions, and who judges them."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ class RolloutTrainer(GRPOTrainer):
     rewards: list[Any]
     _rollouts: Rollouts
     _means: dict[str, Means]
+    on_random_state_loaded: Callable[[], object] = staticmethod(lambda: None)
     teacher_moved: int | None = None  # the micro-batch before whose rollouts the teacher was last told to move
 
     def _check_rollout(self, given: dict[str, Any]) -> None:
@@ -241,6 +242,10 @@ class RolloutTrainer(GRPOTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         checkpoints.restore(Path(resume_from_checkpoint), self)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        self.on_random_state_loaded()
 
     def _run_epoch(self, *args: Any, **how: Any) -> None:
         """transformers looks at the number of steps only after one: a resumed run may have taken all of them."""
