@@ -158,6 +158,7 @@ def test_a_run_whose_server_answers_nonsense_keeps_its_last_step(
     assert_same_end(run, only_run(tmp_path / "unbroken"))
 
 
+@pytest.mark.long
 def test_runs_that_end_early_leave_no_thread_and_no_file_open(stub: StubServer, data: Path, tmp_path: Path) -> None:
     """A sweep has its runs in one process: finished ones, and ones that are refused once the server was asked."""
 
