@@ -171,6 +171,6 @@ def test_runs_that_end_early_leave_no_thread_and_no_file_open(stub: StubServer, 
     assert command(short, tmp_path).code == 0
     before = held()
     for _ in range(2):
-        assert command([*short, "teacher.top_k=41"], tmp_path).code == 2  # the server was asked, and gives 40
+        assert command([*short, "teacher.model=stub2"], tmp_path).code == 2  # as the server says
         assert command(short, tmp_path).code == 0
     assert held() == before
