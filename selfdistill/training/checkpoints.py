@@ -181,9 +181,10 @@ class StepBegun(TrainerCallback):
     def restore(self) -> None:
         """Puts all of it back, so that the step can begin again."""
         assert self.random is not None
-        setters = random.setstate, numpy.random.set_state, torch.set_rng_state, torch.cuda.set_rng_state_all
-        for put_back, state in zip(setters, self.random, strict=True):
-            put_back(state)
+        random.setstate(self.random[0])
+        numpy.random.set_state(self.random[1])
+        torch.set_rng_state(self.random[2])
+        torch.cuda.set_rng_state_all(self.random[3])
         trainer = self.trainer
         trainer._step, trainer._buffered_inputs, trainer.current_flos = self.micro_batches, self.rollouts, self.flos
         trainer.state.num_input_tokens_seen = self.tokens
