@@ -23,7 +23,9 @@ flags
   --hydra-help     what Hydra itself can do"""
 
 
-def command_line(arguments: Sequence[str], file: Path, usage: str, *, sweeps: bool = False) -> list[str]:
+def command_line(
+    arguments: Sequence[str], file: Path, usage: str, *, sweeps: bool = False, words: str | None = None
+) -> list[str]:
     """The arguments as Hydra takes them: `--check` as a key, flags before keys. `--help` prints our help and ends.
 
     It replaces Hydra's, which copies all configurations for every group that it lists and so takes a second.
@@ -32,6 +34,7 @@ def command_line(arguments: Sequence[str], file: Path, usage: str, *, sweeps: bo
         file: the command's primary configuration.
         usage: the first lines of the help.
         sweeps: whether `--multirun` is allowed.
+        words: the key that takes the words that are neither flags nor KEY=VALUE; a path may hold an equals sign.
 
     Raises:
         SystemExit: after the help.
@@ -55,6 +58,9 @@ def command_line(arguments: Sequence[str], file: Path, usage: str, *, sweeps: bo
 
     parser.error = refuse  # type: ignore[method-assign]
     given = parser.parse_args(arguments)
+    if words and (plain := [word for word in given.overrides if "=" not in word or Path(word).exists()]):
+        quoted = ",".join("'{}'".format(word.replace("\\", "\\\\").replace("'", "\\'")) for word in plain)
+        arguments = [*(argument for argument in arguments if argument not in plain), f"{words}=[{quoted}]"]
     if given.help:
         try:
             print(help_text(file, usage), flush=True)
