@@ -174,8 +174,8 @@ def _with_last_steps(found: RunSet, metric: str) -> RunSet:
         names = sorted(str(name) for name in [*found.runs.columns, *found.curves.columns] if "/" in str(name))
         raise UserError(f"metric={metric}: no run has it; known here: {', '.join(names)[:200]}.")
     curves = found.curves[["run", "step", metric]].dropna()
-    last = curves.groupby("run")["step"].transform("max")
-    means = curves[curves["step"] > last * (1 - LAST_SHARE)].groupby("run")[metric].mean()
+    last = curves.groupby("run", observed=True)["step"].transform("max")
+    means = curves[curves["step"] > last * (1 - LAST_SHARE)].groupby("run", observed=True)[metric].mean()
     runs = found.runs.assign(**{metric: means.reindex(found.runs.index)})
     return RunSet(runs, found.configs, found.chosen, found.curves, found.provenance)
 

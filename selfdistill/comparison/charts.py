@@ -7,15 +7,16 @@ import numpy as np
 import pandas as pd
 
 from selfdistill.comparison.analysis import RETENTION, Comparison, Effect, FieldResult, Row
-from selfdistill.comparison.drawing import COLOURS, GRID, HEIGHT_IN, INK, MUTED, REST, Canvas, Chart
+from selfdistill.comparison.drawing import COLOURS, GRID, HEIGHT_IN, INK, MUTED, PAPER, REST, Canvas, Chart
 from selfdistill.comparison.settings import number
 from selfdistill.comparison.wording import figure, name_of
 
 MOST_ROWS = 16  # settings in a picture that has a line for each
 MOST_THIN = 72  # runs that a picture of curves shows
-MOST_POINTS = 40  # of a curve; the steps between are averaged
-MOST_DOTS = 400
-LEAST_HEIGHT = 0.1  # of retention, in the picture of new skill against old ones
+MOST_POINTS = 32  # of a curve; the steps between are averaged
+MOST_KEYS = 6  # whose effects are drawn
+MOST_DOTS = 200
+LEAST_HEIGHT = 0.05  # of retention, in the picture of new skill against old ones
 AXES = {
     "step": ("over steps", "optimizer step"),
     "tokens/generated": ("over generated tokens", "generated tokens"),
@@ -44,7 +45,8 @@ def charts(comparison: Comparison) -> Iterator[Chart]:
             if axis in curves and curves[axis].notna().any():
                 yield _learning(result, curves, name, axis, colours)
     for effect in result.effects:
-        yield _effect(result, effect)
+        if effect.key in result.field.knobs[:MOST_KEYS]:
+            yield _effect(result, effect)
     for first, second in list(combinations(result.field.knobs, 2))[:3]:
         yield _heat(result, first, second)
     for name, words in HEALTH.items():
@@ -76,8 +78,9 @@ def _name_lines(canvas: Canvas, labels: list[str]) -> None:
     canvas.axes.spines["left"].set_visible(False)
     for place, label in enumerate(labels):
         canvas.axes.text(
-            0.0, place - 0.22, label, transform=canvas.axes.get_yaxis_transform(), va="bottom", ha="left", fontsize=7.2
-        )
+            0.0, place - 0.24, label, transform=canvas.axes.get_yaxis_transform(), va="bottom", ha="left", fontsize=7.2,
+            bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.6, "alpha": 0.8},
+        )  # fmt: skip
 
 def _ranking(result: FieldResult, colours: dict[str, str]) -> Chart:
     metric, rows = result.metrics[0], _shown_rows(result)
@@ -182,8 +185,8 @@ def _curves(comparison: Comparison, result: FieldResult) -> pd.DataFrame:
     if seconds in curves:
         curves = curves.rename(columns={seconds: "seconds"})
     bins = np.ceil(curves["step"] / width).astype(int)
-    curves = curves.groupby(["run", bins.rename("bin")], as_index=False).mean()
-    return curves.assign(setting=curves["run"].map(of_run))
+    curves = curves.groupby(["run", bins.rename("bin")], as_index=False, observed=True).mean()
+    return curves.assign(setting=curves["run"].astype(str).map(of_run))
 
 def _has_curve(curves: pd.DataFrame, name: str) -> bool:
     return name in curves and curves.loc[curves[name].notna(), "bin"].nunique() > 2
@@ -206,10 +209,10 @@ def _learning(
         thin = known["run"].nunique() <= MOST_THIN
         for row in reversed(result.rows):
             colour, group = colours[row.setting.label], groups.get(row.setting.label)
-            if group is None or (row.rank > MOST_ROWS * 2 and colour == REST):
+            if group is None or (row.rank > MOST_ROWS and colour == REST):
                 continue
             if thin or colour != REST:
-                for _, run in list(group.groupby("run"))[:12]:
+                for _, run in list(group.groupby("run", observed=True))[:8]:
                     canvas.axes.plot(run[axis], run[name], color=colour, lw=0.5, alpha=0.45, zorder=2)
             # Where a run ended earlier than others, the mean over those that are left would jump.
             mean = group.groupby("bin")[[axis, name]].agg(["mean", "count"])

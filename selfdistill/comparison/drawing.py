@@ -92,7 +92,9 @@ def render(chart: Chart, plots: Path) -> str:
         chart.draw(canvas)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-        if chart.legend:
+        if not chart.legend:
+            figure.set_layout_engine("none")  # it is laid out already
+        else:
             handles = [Line2D([], [], color=colour, label=label, lw=2) for label, colour in chart.legend.items()]
             figure.legend(handles=handles, loc="outside lower center", fontsize=6.5, frameon=False, ncols=1)
             figure.set_figheight(chart.height_in + 0.15 * len(handles))
@@ -111,7 +113,9 @@ def _for_a_page(svg: str, title: str, tips: list[str]) -> str:
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
     svg = re.sub(r" font-family: [^;\"]*;", "", svg)
     svg = re.sub(r"(-?\d+\.\d)\d{2,}", r"\1", svg)
-    svg = re.sub(r"\s*\n\s*", " ", svg).replace("<defs> </defs>", "").replace("> <", "><").replace("xlink:href", "href")
+    # After M, coordinates are those of lines without saying so.
+    svg = re.sub(r' d="(M[^"CQz]*)"', lambda path: f' d="{path[1].replace(" L ", " ").strip()}"', re.sub(r"\s*\n\s*", " ", svg))
+    svg = svg.replace("<defs> </defs>", "").replace("> <", "><").replace("xlink:href", "href")
     for colour, name in THEME.items():
         svg = svg.replace(colour, f"var(--{name})")
     return svg

@@ -99,13 +99,14 @@ def load_runs(*paths: str | Path) -> RunSet:
     for name, run, overrides in jobs:
         runs[name], configs[name], provenance[name] = run, overrides, {}
         chosen |= dict.fromkeys(overrides)
+    logged = pd.DataFrame.from_records(curves) if curves else pd.DataFrame(columns=["run", "step"])
     frame = pd.DataFrame.from_dict(runs, orient="index")
     order = frame.sort_values("started", kind="stable").index if "started" in frame else frame.index
     return RunSet(
         frame.loc[order],
         pd.DataFrame.from_dict(configs, orient="index", dtype=object).loc[order],
         list(chosen),
-        pd.DataFrame.from_records(curves) if curves else pd.DataFrame(columns=["run", "step"]),
+        logged.astype({"run": "category"}),
         provenance,
     )
 
@@ -194,7 +195,7 @@ def _why(run: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> dic
     if status == "failed" and (folder / "error.txt").is_file():
         lines = (folder / "error.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
         return {"reason": f"{steps}: {lines[-1] if lines else ''}"[:QUOTED]}
-    return {"reason": f"{steps}: running, or killed" if status == "running" else steps}
+    return {"reason": f"{steps}, or killed there" if status == "running" else steps}
 
 
 def _overrides(written: Iterable[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import orjson
@@ -154,7 +155,7 @@ def shown(value: Any) -> str:
         return ABSENT if value is not None else "null"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, int | float):
+    if isinstance(value, Real):
         return f"{value:.6g}"
     return value if isinstance(value, str) else orjson.dumps(value, default=str).decode()
 

@@ -164,11 +164,17 @@ def seeds_needed(mean: float, deviation: float, power: float = POWER) -> int | N
         return None
     if deviation == 0.0:
         return 2
-    counts = np.arange(2, MOST_SEEDS + 1)
+    size = abs(mean) / deviation
+    # What the normal distribution says is at most a few pairs too low, so that only those above it are tried.
+    normal = (stats.norm.ppf((1 + CONFIDENCE) / 2) + stats.norm.ppf(power)) ** 2 / size**2
+    if normal > MOST_SEEDS:
+        return None
+    counts = np.arange(max(2, math.floor(normal)), math.floor(normal) + 16)
     freedom = counts - 1
     critical = stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
-    reached = stats.nct.sf(critical, freedom, abs(mean) / deviation * np.sqrt(counts)) >= power
-    return int(counts[np.argmax(reached)]) if reached.any() else None
+    reached = stats.nct.sf(critical, freedom, size * np.sqrt(counts)) >= power
+    needed = int(counts[np.argmax(reached)])
+    return needed if needed <= MOST_SEEDS else None
 
 
 def iqm(*strata: Any, axis: int = -1) -> Any:

@@ -80,8 +80,8 @@ def health_table(comparison: Comparison, result: FieldResult) -> pd.DataFrame:
     """One row a setting: its alarms, the last tenth of its curves, memory."""
     curves = comparison.found.curves
     names = [name for name in HEALTH if name in curves]
-    last = curves["step"] > (1 - LAST_SHARE) * curves.groupby("run")["step"].transform("max")
-    means = curves.loc[last, ["run", *names]].groupby("run").mean()
+    last = curves["step"] > (1 - LAST_SHARE) * curves.groupby("run", observed=True)["step"].transform("max")
+    means = curves.loc[last, ["run", *names]].groupby("run", observed=True).mean()
     rows = []
     for row in result.rows:
         runs = list(row.setting.runs.values())

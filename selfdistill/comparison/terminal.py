@@ -26,8 +26,8 @@ def show(comparison: Comparison, folder: Path, console: Console | None = None) -
     for result in comparison.fields:
         if result.field.conditions:
             console.print(Text(f"\nRuns with {label(result.field.conditions)}", style="bold"))
-        head, sure = verdict(result)
-        console.print(Text(head, style="bold"), Text(sure), "", sep="\n")
+        head, sure, why = verdict(result)
+        console.print(Text(f"{head}\n{sure}", style="bold"), Text(why), "", sep="\n")
         for line in _first(sentences(result.keys), "sentences on the keys") + _first(
             sentences(result.claims), "sentences on the settings"
         ):

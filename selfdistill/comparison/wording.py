@@ -82,27 +82,27 @@ def _unsigned(interval: Interval | None, mean: float) -> Interval | None:
     return Interval(-interval.high, -interval.low)
 
 
-def verdict(result: FieldResult) -> tuple[str, str]:
-    """Which setting is best, and how sure that is: two sentences."""
-    best, metric = result.rows[0], result.metrics[0]
+def verdict(result: FieldResult) -> tuple[str, str, str]:
+    """Which setting is best, how sure that is in one line, and what that rests on."""
+    best, metric, others = result.rows[0], result.metrics[0], len(result.rows) - 1
     word = "Highest" if is_better_higher(metric) else "Lowest"
-    if len(result.rows) == 1:
-        return f"{best.setting.label}: {name_of(metric)} {level(best.levels[metric])}.", "There is nothing to compare."
     head = f"{word} {name_of(metric)}: {best.setting.label} with {level(best.levels[metric])}."
-    others = len(result.rows) - 1
-    sure = [claim for claim in result.best if claim.better and claim.difference.is_decided_among_all]
-    alone = [claim for claim in result.best if claim.better]
-    if len(sure) == others:
-        return head, f"How sure: better than {_each(others)}, all comparisons taken together."
+    if not others:
+        return f"{best.setting.label}: {name_of(metric)} {level(best.levels[metric])}.", "There is nothing to compare.", ""
     if not result.best:
-        return head, "How sure: it shares no seed with another setting, so nothing can be paired."
+        return head, "Not decided: it shares no seed with another setting, so nothing can be paired.", ""
+    alone = [claim for claim in result.best if claim.better]
+    sure = [claim for claim in alone if claim.difference.is_decided_among_all]
     open_ones = [claim for claim in result.best if claim not in alone]
-    nearest = min(open_ones or result.best, key=lambda claim: abs(claim.difference.mean))
-    taken = "" if len(alone) == len(sure) else f", {len(sure)} when all comparisons are taken together"
-    said = f"How sure: better than {len(alone)} of the {others} other settings{taken}."
-    if others == 1:
-        said = "How sure:"
-    return head, f"{said} {sentence(nearest)}"
+    nearest = next((claim for claim in open_ones if len(claim.difference.values) > 1), (open_ones or result.best)[0])
+    count = seeds(max(len(claim.difference.values) for claim in result.best))
+    if len(sure) == others:
+        how = f"Decided with {count}: better than {_each(others)}" + ", taken together." * (others > 1)
+    elif len(alone) == others:
+        how = f"Likely with {count}: better than {_each(others)} one by one, not when all are taken together."
+    else:
+        how = f"Not decided with {count}: {len(open_ones)} of the {others} other settings may be as good."
+    return head, how.removesuffix(".") + ".", sentence(nearest)
 
 
 def _each(others: int) -> str:
@@ -125,9 +125,18 @@ def together(result: FieldResult) -> str:
 
 
 def sentences(claims: Iterable[Claim]) -> list[str]:
-    """The claims' sentences: decided ones first, the largest difference first."""
-    ordered = sorted(claims, key=lambda claim: (not claim.difference.is_decided, -abs(claim.difference.mean)))
-    return [sentence(claim) for claim in ordered]
+    """The claims' sentences, in order."""
+    return [sentence(claim) for claim in ordered(claims)]
+
+
+def ordered(claims: Iterable[Claim]) -> list[Claim]:
+    """Metric by metric, what is decided first, and the largest difference first."""
+    known = list(claims)
+    metrics = list(dict.fromkeys(claim.metric for claim in known))
+    return sorted(
+        known,
+        key=lambda one: (metrics.index(one.metric), not one.difference.is_decided, -abs(one.difference.mean)),
+    )
 
 
 def all_text(comparison: Comparison) -> list[str]:

@@ -17,12 +17,14 @@ from selfdistill.comparison import tables
 from selfdistill.comparison.analysis import ACCURACY, Claim, Comparison, FieldResult, compare
 from selfdistill.comparison.reading import RunSet, load_runs
 from selfdistill.comparison.settings import label
-from selfdistill.comparison.wording import all_text, name_of, sentence, together, verdict
+from selfdistill.comparison.wording import all_text, name_of, ordered, sentence, together, verdict
 from selfdistill.errors import UserError
 from selfdistill.files import write_atomically
 
 # Rows of runs on the page, which stays under 500 kB; report.csv has all of them.
 MOST_RUNS = 500
+MOST_PICTURES = 450_000  # characters of pictures before their styles are shared; all of them lie in plots/
+MOST_CLAIMS = 8  # sentences of each kind that are seen at once; the others unfold
 
 
 def report(
@@ -125,8 +127,12 @@ def _pictures(
     pictures: dict[str, list[str]] = {}
     legends: dict[str, dict[str, str]] = {}
     names = []
+    size = 0
     for chart in charts(comparison) if comparison.fields else ():
-        pictures.setdefault(chart.section, []).append(render(chart, folder))
+        svg = render(chart, folder)
+        size += len(svg)
+        if size < MOST_PICTURES:
+            pictures.setdefault(chart.section, []).append(svg)
         if chart.section != "health":
             legends.setdefault(chart.section, {label: THEME[colour] for label, colour in chart.legend.items()})
         elif chart.name == "health_time":
@@ -164,9 +170,10 @@ def _page(
     from markupsafe import Markup
 
     result = comparison.fields[0] if comparison.fields else None
-    head, sure = verdict(result) if result else ("No run finished.", "There is nothing to compare.")
+    head, sure, why = verdict(result) if result else ("No run finished.", "There is nothing to compare.", "")
     rows = list(result.best) if result else []
-    shown = _texts(runs)
+    suites = [name for name in runs if str(name).startswith("eval/retention/")]
+    shown = _texts(runs.drop(columns=suites))
     unfinished = shown[shown["status"] != "finished"]
     finished = shown[shown["status"] == "finished"]
     cut = max(MOST_RUNS - len(unfinished), MOST_RUNS // 2)
@@ -178,6 +185,7 @@ def _page(
         title=_title(comparison),
         head=head,
         sure=sure,
+        why=why,
         decided=bool(rows) and all(claim.difference.is_decided_among_all for claim in rows),
         notes=comparison.notes,
         claim_groups=[group for one in comparison.fields for group in _claim_groups(one, len(comparison.fields) > 1)],
@@ -209,17 +217,16 @@ def _title(comparison: Comparison) -> str:
 def _claim_groups(result: FieldResult, several: bool) -> list[dict[str, Any]]:
     """The sentences, those of what is decided first."""
     where = f"Runs with {label(result.field.conditions)}. " if several else ""
-    best = [claim for claim in result.best]
+    base = f"{where}Each setting against the baseline {result.baseline.label} ({result.baseline_why})"
     named = [
-        (f"{where}What each key does, the others held equal", result.keys),
-        (f"{where}Each setting against the baseline {result.baseline.label} ({result.baseline_why})", result.claims),
-        (f"{where}The best setting against each other one", best),
+        (f"{where}What each key does, the others held equal", result.keys, MOST_CLAIMS),
+        (base, result.claims, MOST_CLAIMS),
+        (f"{where}The best setting against each other one", result.best, 0),
     ]
     groups = []
-    for title, claims in named:
-        ordered = sorted(claims, key=lambda one: (not one.difference.is_decided, -abs(one.difference.mean)))
-        lines = [{"text": sentence(one), "decided": one.difference.is_decided} for one in ordered]
-        groups += [{"title": title, "claims": lines}] if lines else []
+    for title, claims, shown in named:
+        lines = [{"text": sentence(one), "decided": one.difference.is_decided} for one in ordered(claims)]
+        groups += [{"title": title, "claims": lines, "shown": shown}] if lines else []
     return groups
 
 
