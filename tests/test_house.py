@@ -15,10 +15,10 @@ FLOORS: tuple[set[str], ...] = (
     {"errors", "rollout", "limits", "statistics", "files"},
     {"losses"},
     {"config"},
-    {"data", "models", "rewards", "teachers", "evaluation", "machine"},
+    {"data", "models", "rewards", "teachers", "evaluation", "machine", "comparison"},
     {"training"},
     {"runs"},
-    {"train", "export", "doctor", "generate_data"},
+    {"train", "export", "doctor", "generate_data", "compare"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

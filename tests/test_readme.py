@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
-from selfdistill import doctor, export, generate_data
+from selfdistill import compare, doctor, export, generate_data
 from selfdistill.models.loading import load_model, resolve
 from tests.command import command
+from tests.comparison.synthetic import write_sweep
 from tests.teachers.server.stub_server import StubServer
 
 ROOT = Path(__file__).parents[1]
@@ -101,6 +102,15 @@ def _export(line: str, place: Place) -> None:
     assert '"verdict": "equal"' in outcome.out
 
 
+def _compare(line: str, place: Place) -> None:
+    """On a sweep that is made up; one of the pages' own takes minutes."""
+    if not (place.folder / "outputs" / "multirun").exists():
+        write_sweep(place.folder / "outputs" / "multirun" / "SWEEP", [{"alpha": 0}, {"alpha": 1}], (1, 2))
+    outcome = command(place.words(line)[3:], place.folder, compare)
+    assert outcome.code == 0, outcome.err
+    assert "Highest" in outcome.out
+
+
 def _generate(line: str, place: Place) -> None:
     outcome = command([*place.words(line)[3:], f"base_url={place.server.url}"], place.folder, generate_data)
     assert outcome.code == 0, outcome.err
@@ -167,6 +177,7 @@ RULES: list[tuple[str, Callable[[str, Place], None]]] = [
     (r"python -m selfdistill\.doctor( |$)", _doctor),
     (r"python -m selfdistill\.export( |$)", _export),
     (r"python -m selfdistill\.generate_data( |$)", _generate),
+    (r"python -m selfdistill\.compare( |$)", _compare),
     (r"([A-Z_]+=\S+ )*python \S+\.py( |$)", _script),
     (r"make \w+$", _make),
     (r"pip install \S+$", _pip),

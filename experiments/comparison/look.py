@@ -25,7 +25,12 @@ def look(page: Path, output: Path, chromium: str) -> None:
                     f'<meta name=color-scheme content={mode}><body style="margin:0;color-scheme:{mode}"><iframe '
                     f'src="{page.resolve().as_uri()}" style="border:0;width:{width}px;height:{height}px"></iframe>'
                 )
-                options = ["--headless", "--no-sandbox", "--hide-scrollbars", f"--window-size={max(width, 500)},{height}"]
+                options = [
+                    "--headless",
+                    "--no-sandbox",
+                    "--hide-scrollbars",
+                    f"--window-size={max(width, 500)},{height}",
+                ]
                 if mode == "dark":
                     options.append("--blink-settings=preferredColorScheme=0")
                 picture = output / f"{place}_{mode}.png"

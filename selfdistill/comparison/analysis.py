@@ -225,7 +225,10 @@ def _by_seed(units: Mapping[Unit, float]) -> dict[Any, float]:
     seeds: dict[Any, list[float]] = {}
     for (_, seed), value in units.items():
         seeds.setdefault(seed, []).append(value)
-    return {seed: float(np.mean(seeds[seed])) for seed in sorted(seeds, key=lambda seed: (number(str(seed)) or 0, str(seed)))}
+    return {
+        seed: float(np.mean(seeds[seed]))
+        for seed in sorted(seeds, key=lambda seed: (number(str(seed)) or 0, str(seed)))
+    }
 
 
 def _item_tests(found: RunSet, first: Setting, second: Setting) -> dict[str, McNemar]:
@@ -275,9 +278,7 @@ def _turned(claim: Claim) -> Claim:
         }
     )
     improvement = None if claim.improvement is None else 1 - claim.improvement
-    items = {
-        unit: McNemar(test.items, test.only_second, test.only_first, test.p) for unit, test in claim.items.items()
-    }
+    items = {unit: McNemar(test.items, test.only_second, test.only_first, test.p) for unit, test in claim.items.items()}
     changed = {"first": claim.second, "second": claim.first, "difference": turned, "improvement": improvement}
     changed["items"] = items
     return Claim(**{**vars(claim), **changed})
@@ -286,7 +287,8 @@ def _turned(claim: Claim) -> Claim:
 def _strata(ours: Mapping[Unit, float], theirs: Mapping[Unit, float]) -> tuple[list[list[float]], list[list[float]]]:
     shared = list(dict.fromkeys(unit[0] for unit in ours if any(unit[0] == other[0] for other in theirs)))
     return tuple(  # type: ignore[return-value]
-        [[value for unit, value in units.items() if unit[0] == stratum] for stratum in shared] for units in (ours, theirs)
+        [[value for unit, value in units.items() if unit[0] == stratum] for stratum in shared]
+        for units in (ours, theirs)
     )
 
 
@@ -301,7 +303,9 @@ def _effect(one: Field, rows: Sequence[Row], metric: str, knob: str) -> Effect |
     if not shared or len(cells) < 2:
         return None
     values = sorted(cells, key=lambda text: (number(text) is None, number(text) or 0.0, text))
-    by_value = {value: _by_seed({unit: cells[value][unit] for unit in cells[value] if unit in shared}) for value in values}
+    by_value = {
+        value: _by_seed({unit: cells[value][unit] for unit in cells[value] if unit in shared}) for value in values
+    }
     return Effect(knob, metric, by_value, len({unit[0] for unit in shared}))
 
 
@@ -323,7 +327,9 @@ def _key_claims(effects: Sequence[Effect], baseline: Setting) -> list[Claim]:
         for (effect, value, base), difference in zip(compared, statistics.differences(families), strict=True):
             key = effect.key
             claims.append(
-                Claim("key", metric, f"{key}={value}", f"{key}={base}", difference, None, {}, len(compared), effect.cells)
+                Claim(
+                    "key", metric, f"{key}={value}", f"{key}={base}", difference, None, {}, len(compared), effect.cells
+                )
             )
     return claims
 

@@ -1,4 +1,4 @@
-"""The report's pictures: which setting is best and how sure that is, what it cost, how it learned, what each key does."""
+"""The report's pictures: which setting is best, how sure that is, what it cost, how it learned, what each key does."""
 
 from collections.abc import Iterator
 from itertools import combinations
@@ -29,6 +29,7 @@ HEALTH = {
 }
 TIMES = ("time/generate_s", "time/reward_s", "time/teacher_s", "time/update_s")
 
+
 def charts(comparison: Comparison) -> Iterator[Chart]:
     """The pictures of the largest field, in the order of the report."""
     result = comparison.fields[0]
@@ -55,6 +56,7 @@ def charts(comparison: Comparison) -> Iterator[Chart]:
     if any(name in curves for name in TIMES):
         yield _times(result, curves)
 
+
 def setting_colours(result: FieldResult) -> dict[str, str]:
     """A colour for each of the best settings and the baseline; the others share a grey."""
     picked = [row.setting.label for row in result.rows[: len(COLOURS)]]
@@ -63,13 +65,16 @@ def setting_colours(result: FieldResult) -> dict[str, str]:
     colours = dict.fromkeys((row.setting.label for row in result.rows), REST)
     return colours | dict(zip(picked, COLOURS))
 
+
 def _shown_rows(result: FieldResult) -> list[Row]:
     rows = result.rows[:MOST_ROWS]
     base = next(row for row in result.rows if row.setting is result.baseline)
     return rows if base in rows else [*rows[:-1], base]
 
+
 def _line_height(rows: int) -> float:
     return 0.65 + 0.3 * max(rows, 2)
+
 
 def _name_lines(canvas: Canvas, labels: list[str]) -> None:
     """A name above each line, so that a long one costs no width."""
@@ -82,6 +87,7 @@ def _name_lines(canvas: Canvas, labels: list[str]) -> None:
             bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 0.6, "alpha": 0.8},
         )  # fmt: skip
 
+
 def _ranking(result: FieldResult, colours: dict[str, str]) -> Chart:
     metric, rows = result.metrics[0], _shown_rows(result)
 
@@ -89,7 +95,9 @@ def _ranking(result: FieldResult, colours: dict[str, str]) -> Chart:
         for place, row in enumerate(rows):
             level, colour = row.levels[metric], colours[row.setting.label]
             if level.interval is not None:
-                canvas.axes.plot([level.interval.low, level.interval.high], [place] * 2, color=colour, lw=2.2, alpha=0.6)
+                canvas.axes.plot(
+                    [level.interval.low, level.interval.high], [place] * 2, color=colour, lw=2.2, alpha=0.6
+                )
             for seed, value in list(level.by_seed.items())[:30]:
                 canvas.dot(value, place, colour, f"{row.setting.label} seed={seed}: {figure(value)}", size=4.5)
             canvas.axes.plot([level.mean] * 2, [place - 0.17, place + 0.17], color=INK, lw=1.6, zorder=4)
@@ -98,11 +106,13 @@ def _ranking(result: FieldResult, colours: dict[str, str]) -> Chart:
 
     return Chart("settings", "claims", f"{name_of(metric)} of each setting", draw, _line_height(len(rows)))
 
+
 def _is_base(row: Row, result: FieldResult) -> str:
     return "  (baseline)" if row.setting is result.baseline else ""
 
+
 def _gaps(result: FieldResult, colours: dict[str, str]) -> Chart:
-    metric, claims = result.metrics[0], result.best[: MOST_ROWS - 1]
+    claims = result.best[: MOST_ROWS - 1]
     best = result.rows[0].setting.label
 
     def draw(canvas: Canvas) -> None:
@@ -121,6 +131,7 @@ def _gaps(result: FieldResult, colours: dict[str, str]) -> Chart:
     title = f"How far {best} is ahead" if len(best) < 34 else "How far the best is ahead"
     return Chart("how_sure", "claims", title, draw, _line_height(len(claims)))
 
+
 def _joined(result: FieldResult) -> str | None:
     """The key along which settings are joined by lines: the one with the most numbers for values."""
     numeric = {
@@ -129,6 +140,7 @@ def _joined(result: FieldResult) -> str | None:
         if all(number(row.setting.values[knob]) is not None for row in result.rows)
     }
     return max(numeric, key=lambda knob: numeric[knob]) if numeric else None
+
 
 def _skill_and_retention(result: FieldResult, colours: dict[str, str]) -> Chart:
     metric, knob = result.metrics[0], _joined(result)
@@ -166,10 +178,12 @@ def _skill_and_retention(result: FieldResult, colours: dict[str, str]) -> Chart:
     title = "New skill against old ones" + (f", joined along {knob}" if knob and len(knob) < 16 else "")
     return Chart("skill_and_retention", "skill", title, draw, HEIGHT_IN * 1.25, _legend(result, colours))
 
+
 def _legend(result: FieldResult, colours: dict[str, str]) -> dict[str, str]:
     named = {f"{row.rank}  {row.setting.label}": colours[row.setting.label] for row in result.rows}
     kept = {label: colour for label, colour in named.items() if colour != REST}
     return kept | ({"the others": REST} if len(kept) < len(named) else {})
+
 
 def _curves(comparison: Comparison, result: FieldResult) -> pd.DataFrame:
     """The curves of the field's runs with their setting, on at most so many points a run."""
@@ -188,8 +202,10 @@ def _curves(comparison: Comparison, result: FieldResult) -> pd.DataFrame:
     curves = curves.groupby(["run", bins.rename("bin")], as_index=False, observed=True).mean()
     return curves.assign(setting=curves["run"].astype(str).map(of_run))
 
+
 def _has_curve(curves: pd.DataFrame, name: str) -> bool:
     return name in curves and curves.loc[curves[name].notna(), "bin"].nunique() > 2
+
 
 def _learning(
     result: FieldResult,
@@ -226,11 +242,13 @@ def _learning(
     title = f"{words} {AXES[axis][0]}"
     return Chart(file, section, title[0].upper() + title[1:], draw, HEIGHT_IN, _legend(result, colours))
 
+
 def _limits(values: "pd.Series[float]") -> tuple[float, float]:
     """Without the one outlier in two hundred that would press everything else flat."""
     low, high = np.quantile(values, [0.005, 0.995])
     room = 0.06 * (high - low) or 0.5
     return float(low - room), float(high + room)
+
 
 def _effect(result: FieldResult, effect: Effect) -> Chart:
     values = list(effect.by_value)
@@ -244,13 +262,16 @@ def _effect(result: FieldResult, effect: Effect) -> Chart:
                 canvas.dot(place, y, COLOURS[0], f"{effect.key}={values[place]} seed={seed}: {figure(y)}", size=4)
         means = [float(np.mean(list(effect.by_value[value].values()))) for value in values]
         canvas.axes.plot(range(len(values)), means, "-o" if numeric else "o", color=INK, lw=2, ms=5, zorder=4)
-        canvas.axes.set_xticks(range(len(values)), [value[:14] for value in values], rotation=0 if len(values) < 6 else 35)
+        canvas.axes.set_xticks(
+            range(len(values)), [value[:14] for value in values], rotation=0 if len(values) < 6 else 35
+        )
         canvas.axes.set_xlim(-0.5, len(values) - 0.5)
         canvas.axes.set_xlabel(f"{effect.key}" + (f", mean of {effect.cells} settings" if effect.cells > 1 else ""))
         canvas.axes.set_ylabel(name_of(effect.metric))
 
     file = f"effect_{effect.metric}_{effect.key}".replace("/", "_")
     return Chart(file, "effects", f"{name_of(effect.metric)} by {effect.key}", draw, HEIGHT_IN * 0.85)
+
 
 def _heat(result: FieldResult, first: str, second: str) -> Chart:
     metric = result.metrics[0]
@@ -283,6 +304,7 @@ def _heat(result: FieldResult, first: str, second: str) -> Chart:
     title = f"{name_of(metric)} by {first} and {second}"
     return Chart(f"heat_{first}_{second}".replace("/", "_"), "effects", title, draw, HEIGHT_IN * 0.85)
 
+
 def _times(result: FieldResult, curves: pd.DataFrame) -> Chart:
     names = [name for name in TIMES if name in curves]
     rows = _shown_rows(result)
@@ -300,4 +322,3 @@ def _times(result: FieldResult, curves: pd.DataFrame) -> Chart:
 
     legend = {name.removeprefix("time/").removesuffix("_s"): colour for name, colour in zip(names, COLOURS)}
     return Chart("health_time", "health", "Where a step's time goes", draw, _line_height(len(rows)), legend)
-

@@ -114,7 +114,9 @@ def _for_a_page(svg: str, title: str, tips: list[str]) -> str:
     svg = re.sub(r" font-family: [^;\"]*;", "", svg)
     svg = re.sub(r"(-?\d+\.\d)\d{2,}", r"\1", svg)
     # After M, coordinates are those of lines without saying so.
-    svg = re.sub(r' d="(M[^"CQz]*)"', lambda path: f' d="{path[1].replace(" L ", " ").strip()}"', re.sub(r"\s*\n\s*", " ", svg))
+    svg = re.sub(
+        r' d="(M[^"CQz]*)"', lambda path: f' d="{path[1].replace(" L ", " ").strip()}"', re.sub(r"\s*\n\s*", " ", svg)
+    )
     svg = svg.replace("<defs> </defs>", "").replace("> <", "><").replace("xlink:href", "href")
     for colour, name in THEME.items():
         svg = svg.replace(colour, f"var(--{name})")

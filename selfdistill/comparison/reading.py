@@ -174,9 +174,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any],
         **{f"before/{name}": value for name, value in (evaluations.get("before") or {}).items()},
         **(evaluations.get("after") or {}),
     }
-    provenance = {key: summary.get(key) for key in ("command", "git", "versions", "host", "folder")}
+    provenance: dict[str, Any] = {}
     if (folder / "provenance.json").is_file():
-        provenance |= orjson.loads((folder / "provenance.json").read_bytes())
+        provenance = orjson.loads((folder / "provenance.json").read_bytes())
+    # What the summary says is shorter: the packages that matter, one commit.
+    provenance |= {key: summary[key] for key in ("command", "git", "versions", "host", "folder") if summary.get(key)}
     written: list[str] = []
     if (folder / ".hydra" / "overrides.yaml").is_file():
         written = yaml.load((folder / ".hydra" / "overrides.yaml").read_bytes(), Loader=YamlLoader) or []

@@ -23,17 +23,19 @@ HEALTH = {
 
 
 def settings_table(result: FieldResult) -> pd.DataFrame:
-    """One row a setting, the best first."""
-    rows = []
+    """One row a setting, the best first, with the probability that a run of it is above one of the baseline."""
+    rows, metric = [], result.metrics[0]
     for row in result.rows:
         line: dict[str, Any] = {"rank": str(row.rank)}
         line |= row.setting.values or {"setting": row.setting.label}
         line["seeds"] = str(len(next(iter(row.levels.values())).by_seed))
-        for metric, level in row.levels.items():
-            line[name_of(metric)] = f"{figure(level.mean)} {span(level.interval)}".strip()
+        for name, level in row.levels.items():
+            line[name_of(name)] = f"{figure(level.mean)} {span(level.interval)}".strip()
             if level.iqm is not None:
-                line[f"{name_of(metric)}, interquartile mean"] = f"{figure(level.iqm)} {span(level.iqm_interval)}"
-        line[""] = "baseline" if row.setting is result.baseline else ""
+                line[f"{name_of(name)}, interquartile mean"] = f"{figure(level.iqm)} {span(level.iqm_interval)}"
+        claim = next((one for one in result.claims if one.first == row.setting.label and one.metric == metric), None)
+        ahead = "" if claim is None or claim.improvement is None else f"{claim.improvement:.2f}"
+        line["share of pairs above the baseline"] = "baseline" if row.setting is result.baseline else ahead
         rows.append(line)
     return pd.DataFrame(rows).fillna("")
 
@@ -43,7 +45,7 @@ def runs_table(comparison: Comparison) -> pd.DataFrame:
     found, place = comparison.found, {}
     for number, result in enumerate(comparison.fields):
         for row in result.rows:
-            place |= {run: (number, row.rank) for run in row.setting.runs.values()}
+            place |= dict.fromkeys(row.setting.runs.values(), (number, row.rank))
     left_out = {one["run"]: one["why"] for one in comparison.sorted.left_out}
     metrics = [name for name in found.runs if str(name).startswith("eval/") and found.runs[name].notna().any()]
     metrics = list(dict.fromkeys([comparison.metric, *metrics]))
@@ -67,7 +69,9 @@ def runs_table(comparison: Comparison) -> pd.DataFrame:
         if name in found.runs:
             table[name] = found.runs[name]
     table["alarms"] = [len(alarms) if isinstance(alarms, list) else 0 for alarms in found.runs.get("alarms", [])]
-    order = sorted(table.index, key=lambda run: (*place.get(run, (len(comparison.fields), 0)), str(table.at[run, "seed"])))
+    order = sorted(
+        table.index, key=lambda run: (*place.get(run, (len(comparison.fields), 0)), str(table.at[run, "seed"]))
+    )
     return table.loc[order]
 
 
@@ -100,10 +104,13 @@ def health_table(comparison: Comparison, result: FieldResult) -> pd.DataFrame:
 def alarm_messages(comparison: Comparison) -> list[str]:
     """The first message of each monitor that raised an alarm, and in how many runs it did."""
     seen: dict[str, list[str]] = {}
-    for run, row in comparison.found.runs.iterrows():
+    for _, row in comparison.found.runs.iterrows():
         for alarm in row["alarms"] if isinstance(row["alarms"], list) else []:
             seen.setdefault(alarm["monitor"], []).append(f"{row['run_id']}, step {alarm['step']}: {alarm['message']}")
-    return [f"{messages[0]}" + (f" ({len(messages)} such alarms)" if len(messages) > 1 else "") for messages in seen.values()]
+    return [
+        f"{messages[0]}" + (f" ({len(messages)} such alarms)" if len(messages) > 1 else "")
+        for messages in seen.values()
+    ]
 
 
 def left_out_table(comparison: Comparison) -> pd.DataFrame:
@@ -117,7 +124,9 @@ def left_out_table(comparison: Comparison) -> pd.DataFrame:
         for one in result.field.missing:
             stratum, seed = one["unit"]
             over = dict(zip(result.field.over, stratum))
-            pair = "all pairs with the baseline" if one["setting"] == result.baseline.label else "pair with the baseline"
+            pair = (
+                "all pairs with the baseline" if one["setting"] == result.baseline.label else "pair with the baseline"
+            )
             why = one["why"]
             lines.append({"what": pair, "setting": label({**over, "seed": seed}) + f", {one['setting']}", "why": why})
     for result in comparison.fields[1:]:
@@ -135,7 +144,9 @@ def _setting_of(comparison: Comparison, run: str) -> str:
 
 def origin(comparison: Comparison) -> dict[str, list[str]]:
     """Versions, commits, machines and commands of the runs, each once, with the number of runs where they differ."""
-    found: dict[str, Counter[str]] = {"commit": Counter(), "versions": Counter(), "machine": Counter(), "command": Counter()}
+    found: dict[str, Counter[str]] = {
+        what: Counter() for what in ("commit", "versions", "machine", "command", "repeat")
+    }
     for said in comparison.found.provenance.values():
         git = said.get("git") or {}
         if git.get("commit"):
@@ -144,8 +155,9 @@ def origin(comparison: Comparison) -> dict[str, list[str]]:
             found["versions"][", ".join(f"{name} {version}" for name, version in said["versions"].items())] += 1
         if said.get("host"):
             found["machine"][str(said["host"])] += 1
-        if said.get("command"):
-            found["command"][str(said["command"])] += 1
+        for what in ("command", "repeat"):
+            if said.get(what):
+                found[what][str(said[what])] += 1
     return {
         what: [text if len(counts) == 1 else f"{text} ({count} runs)" for text, count in counts.most_common(20)]
         for what, counts in found.items()

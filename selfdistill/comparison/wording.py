@@ -13,7 +13,9 @@ def name_of(metric: str) -> str:
 
 
 def figure(value: float) -> str:
-    """Three decimals, or three digits of a large number."""
+    """Three decimals; one digit of a number that would be 0.000, three of a large one."""
+    if 0 < abs(value) < 0.0005:
+        return f"{value:.1g}"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.3g}"
 
 
@@ -88,7 +90,11 @@ def verdict(result: FieldResult) -> tuple[str, str, str]:
     word = "Highest" if is_better_higher(metric) else "Lowest"
     head = f"{word} {name_of(metric)}: {best.setting.label} with {level(best.levels[metric])}."
     if not others:
-        return f"{best.setting.label}: {name_of(metric)} {level(best.levels[metric])}.", "There is nothing to compare.", ""
+        return (
+            f"{best.setting.label}: {name_of(metric)} {level(best.levels[metric])}.",
+            "There is nothing to compare.",
+            "",
+        )
     if not result.best:
         return head, "Not decided: it shares no seed with another setting, so nothing can be paired.", ""
     alone = [claim for claim in result.best if claim.better]
@@ -97,12 +103,14 @@ def verdict(result: FieldResult) -> tuple[str, str, str]:
     nearest = next((claim for claim in open_ones if len(claim.difference.values) > 1), (open_ones or result.best)[0])
     count = seeds(max(len(claim.difference.values) for claim in result.best))
     if len(sure) == others:
-        how = f"Decided with {count}: better than {_each(others)}" + ", taken together." * (others > 1)
+        how = f"Decided with {count}: better than {_each(others)}" + (", taken together." if others > 1 else ".")
     elif len(alone) == others:
         how = f"Likely with {count}: better than {_each(others)} one by one, not when all are taken together."
+    elif others == 1:
+        how = f"Not decided with {count}: the other setting may be as good."
     else:
         how = f"Not decided with {count}: {len(open_ones)} of the {others} other settings may be as good."
-    return head, how.removesuffix(".") + ".", sentence(nearest)
+    return head, how, sentence(nearest)
 
 
 def _each(others: int) -> str:

@@ -61,7 +61,9 @@ def report(
 
 def _place(found: RunSet, first: str | Path) -> Path:
     path = Path(first)
-    return (path if path.is_dir() and str(path.absolute()) not in found.runs.index else path.absolute().parent) / "report"
+    return (
+        path if path.is_dir() and str(path.absolute()) not in found.runs.index else path.absolute().parent
+    ) / "report"
 
 
 def write(comparison: Comparison, folder: Path) -> None:
@@ -178,9 +180,13 @@ def _page(
     finished = shown[shown["status"] == "finished"]
     cut = max(MOST_RUNS - len(unfinished), MOST_RUNS // 2)
     listed = pd.concat([finished.head(cut), unfinished.head(MOST_RUNS // 2)])
-    count = f"{len(runs)} runs" + (f", of which {len(listed)} are shown; report.csv has all" if len(listed) < len(runs) else "")
+    count = f"{len(runs)} runs" + (
+        f", of which {len(listed)} are shown; report.csv has all" if len(listed) < len(runs) else ""
+    )
     small, styles = _shared_styles(pictures)
-    template = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True).get_template("page.html.jinja")
+    template = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True).get_template(
+        "page.html.jinja"
+    )
     return template.render(
         title=_title(comparison),
         head=head,
@@ -248,7 +254,9 @@ def _html_table(table: pd.DataFrame) -> str:
     head = "".join(f"<th>{escape(str(column))}" for column in table)
     rows = []
     for line in table.to_dict("records"):
-        cells = (f"<td{' class=w' if key in wide and value else ''}>{escape(str(value))}" for key, value in line.items())
+        cells = (
+            f"<td{' class=w' if key in wide and value else ''}>{escape(str(value))}" for key, value in line.items()
+        )
         rows.append(f"<tr>{''.join(cells)}")
     return f"<div class=scroll><table><thead><tr>{head}</thead><tbody>{''.join(rows)}</tbody></table></div>"
 

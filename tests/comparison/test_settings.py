@@ -159,7 +159,9 @@ def test_items_are_compared_where_both_runs_answered_them(tmp_path: Path) -> Non
     right = [True] * 15 + [False] * 5
     for seed in SEEDS:
         write_run(tmp_path / f"a-{seed}", {"alpha": 0, "seed": seed}, verdicts=[False] * 10 + right[10:])
-        write_run(tmp_path / f"b-{seed}", {"alpha": 1, "seed": seed}, verdicts=right if seed < 3 else right[1:], minute=1)
+        write_run(
+            tmp_path / f"b-{seed}", {"alpha": 1, "seed": seed}, verdicts=right if seed < 3 else right[1:], minute=1
+        )
     found = load_runs(tmp_path)
     (result,) = compare(found).fields
     tests = result.claims[0].items
@@ -172,7 +174,9 @@ def test_items_are_compared_where_both_runs_answered_them(tmp_path: Path) -> Non
 def test_without_an_evaluation_the_last_rewards_are_compared(tmp_path: Path) -> None:
     for alpha in (0, 1):
         for seed in SEEDS:
-            folder = write_run(tmp_path / f"{alpha}-{seed}", {"alpha": alpha, "seed": seed}, accuracy=None, retention=None)
+            folder = write_run(
+                tmp_path / f"{alpha}-{seed}", {"alpha": alpha, "seed": seed}, accuracy=None, retention=None
+            )
             lines = [f'{{"step": {step}, "reward": {alpha + step / 100 + seed / 10}}}\n' for step in range(1, 21)]
             (folder / "metrics.jsonl").write_text("".join(lines))
     comparison = compare(load_runs(tmp_path))

@@ -31,7 +31,8 @@ def test_three_seeds_that_agree(tmp_path: Path) -> None:
 
 def test_three_seeds_that_do_not(tmp_path: Path) -> None:
     assert claims_of(tmp_path, 0.05, -0.01, 0.05) == [
-        "alpha=0.5 against alpha=0, accuracy: +0.030 [-0.056, 0.116]: not decided with 3 seeds: about 13 would be needed."
+        "alpha=0.5 against alpha=0, accuracy: +0.030 [-0.056, 0.116]: not decided with 3 seeds: "
+        "about 13 would be needed."
     ]
 
 
@@ -42,9 +43,7 @@ def test_a_loss_is_said_with_its_size(tmp_path: Path) -> None:
 
 def test_one_seed_decides_nothing(tmp_path: Path) -> None:
     (said,) = claims_of(tmp_path, 0.2)
-    assert said == (
-        "alpha=0.5 against alpha=0, accuracy: +0.200: not decided with 1 seed, which shows no spread."
-    )
+    assert said == ("alpha=0.5 against alpha=0, accuracy: +0.200: not decided with 1 seed, which shows no spread.")
 
 
 def test_equal_differences_show_no_spread(tmp_path: Path) -> None:
@@ -71,7 +70,7 @@ def test_many_comparisons_are_said(tmp_path: Path) -> None:
     ("differences", "said"),
     [
         ((0.05, 0.06, 0.07), "Decided with 3 seeds: better than the other setting."),
-        ((0.05, -0.01, 0.05), "Not decided with 3 seeds: 1 of the 1 other settings may be as good."),
+        ((0.05, -0.01, 0.05), "Not decided with 3 seeds: the other setting may be as good."),
     ],
 )
 def test_the_verdict_says_which_and_how_sure(tmp_path: Path, differences: tuple[float, ...], said: str) -> None:
