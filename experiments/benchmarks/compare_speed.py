@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.comparison.synthetic import write_sweep  # noqa: E402
+from tests.comparison.synthetic import FULL, write_sweep  # noqa: E402
 
 LIMIT_S, LIMIT_BYTES = 20.0, 500_000
 
@@ -31,7 +31,7 @@ def main() -> int:
     grid = product((0.0, 0.02, 0.04, 0.08, 0.16), (0.0, 0.25, 0.5, 0.75, 1.0), (2, 4, 8, 16))
     settings = [dict(zip(("beta", "alpha", "num_generations"), values)) for values in grid][: given.runs // len(seeds)]
     with tempfile.TemporaryDirectory() as folder:
-        write_sweep(Path(folder) / "sweep", settings, seeds, steps=given.steps)
+        write_sweep(Path(folder) / "sweep", settings, seeds, steps=given.steps, base=FULL)
         start = time.perf_counter()
         command = [sys.executable, "-m", "selfdistill.compare", f"{folder}/sweep"]
         subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)

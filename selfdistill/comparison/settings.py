@@ -115,7 +115,8 @@ def sort_runs(found: RunSet, metric: str, by: Sequence[str] = (), force: bool = 
     causes = [key for key in differing if not _follows_seed(key, found.configs.loc[whole])]
     for key in by:
         if not any(_below(cause, key) for cause in causes):
-            raise UserError(f"by={key}: the runs do not differ in it; {closest(key, found.chosen or causes)}")
+            known = [one for one in found.chosen if one in causes] or causes
+            raise UserError(f"by={key}: the runs do not differ in it; {closest(key, known)}")
     chosen = [key for key in found.chosen if key in causes]
     others = sorted(set(causes) - set(chosen), key=lambda key: (key.count("."), len(key), key))
     named = [cause for key in by for cause in [*chosen, *others] if _below(cause, key)]

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from glob import glob
 from itertools import takewhile
 from pathlib import Path
 from typing import NoReturn
@@ -58,9 +59,9 @@ def command_line(
 
     parser.error = refuse  # type: ignore[method-assign]
     given = parser.parse_args(arguments)
-    if words and (plain := [word for word in given.overrides if "=" not in word or Path(word).exists()]):
-        quoted = ",".join("'{}'".format(word.replace("\\", "\\\\").replace("'", "\\'")) for word in plain)
-        arguments = [*(argument for argument in arguments if argument not in plain), f"{words}=[{quoted}]"]
+    if words and (plain := [word for word in given.overrides if "=" not in word or glob(word)]):
+        keyed = [_with_its_equals_sign(argument) for argument in arguments if argument not in plain]
+        arguments = [*keyed, f"{words}=[{','.join(map(_quoted, plain))}]"]
     if given.help:
         try:
             print(help_text(file, usage), flush=True)
@@ -77,6 +78,17 @@ def command_line(
     if given.resolve and not given.cfg:
         raise UserError("--resolve belongs to --cfg.")
     return arguments
+
+
+def _quoted(text: str) -> str:
+    """A text in quotes, as Hydra's grammar has them."""
+    return "'{}'".format(text.replace("\\", "\\\\").replace("'", "\\'"))
+
+
+def _with_its_equals_sign(argument: str) -> str:
+    """KEY=VALUE with the value in quotes where it is a text that holds an equals sign, which Hydra refuses."""
+    key, _, value = argument.partition("=")
+    return f"{key}={_quoted(value)}" if "=" in value and value[0] not in "'\"[{" else argument
 
 
 def help_text(file: Path, usage: str) -> str:
