@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -20,7 +21,7 @@ THEME = {INK: "ink", MUTED: "muted", GRID: "grid", PAPER: "paper", REST: "rest"}
 THEME |= {colour: f"c{index}" for index, colour in enumerate(COLOURS)}
 
 WIDTH_IN, HEIGHT_IN = 4.0, 2.9  # as wide as a telephone, where a page shows one beside none
-STYLE = {
+STYLE: Any = {
     "font.size": 8.5,
     "axes.edgecolor": GRID,
     "axes.labelcolor": MUTED,
@@ -84,7 +85,8 @@ class Canvas:
 
 def render(chart: Chart, plots: Path) -> str:
     """Writes the chart as a PNG into a folder, and returns it as SVG for a page."""
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": chart.name}):
+    with matplotlib.rc_context(STYLE):
+        matplotlib.rcParams["svg.hashsalt"] = chart.name  # the same picture has the same text
         figure = Figure(figsize=(WIDTH_IN, chart.height_in), layout="constrained")
         canvas = Canvas(figure.add_subplot())
         canvas.axes.set_title(chart.title)

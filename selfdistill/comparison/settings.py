@@ -13,8 +13,8 @@ from selfdistill.config.suggestions import closest
 from selfdistill.errors import UserError
 
 # Keys that say how a run is named, kept and shown, and change nothing that it measures.
-WITHOUT_EFFECT = ("name", "group", "tags", "output_dir", "resume", "check", "trusted_prefixes", "allow_code_execution")
-WITHOUT_EFFECT += ("logger", "export", "repeat", "job_type", "eval.every", "eval.batch_size", "hydra", "sweep")
+WITHOUT_EFFECT: tuple[str, ...] = ("name", "group", "tags", "output_dir", "resume", "check", "repeat", "job_type")
+WITHOUT_EFFECT += ("trusted_prefixes", "allow_code_execution", "logger", "export", "eval.every", "eval.batch_size")
 WITHOUT_EFFECT += ("training.checkpoint_every", "training.keep_checkpoints", "training.logging_steps")
 # Runs that differ in one of these answer different questions: other data, evaluation, model or budget.
 CONDITIONS: dict[str, tuple[str, ...]] = {

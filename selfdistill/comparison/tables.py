@@ -42,7 +42,8 @@ def settings_table(result: FieldResult) -> pd.DataFrame:
 
 def runs_table(comparison: Comparison) -> pd.DataFrame:
     """One row a run, with only the keys that differ; those that count first, in the order of their settings."""
-    found, place = comparison.found, {}
+    found = comparison.found
+    place: dict[str, tuple[int, int]] = {}
     for number, result in enumerate(comparison.fields):
         for row in result.rows:
             place |= dict.fromkeys(row.setting.runs.values(), (number, row.rank))

@@ -22,8 +22,9 @@ from selfdistill.errors import UserError
 from selfdistill.files import write_atomically
 
 # Rows of runs on the page, which stays under 500 kB; report.csv has all of them.
-MOST_RUNS = 500
-MOST_PICTURES = 450_000  # characters of pictures before their styles are shared; all of them lie in plots/
+MOST_RUNS = 300
+MOST_PICTURES = 380_000  # characters of pictures before their styles are shared; all of them lie in plots/
+MOST_SENTENCES = 100  # of each kind on the page; report.json has all
 MOST_CLAIMS = 8  # sentences of each kind that are seen at once; the others unfold
 
 
@@ -231,7 +232,11 @@ def _claim_groups(result: FieldResult, several: bool) -> list[dict[str, Any]]:
     ]
     groups = []
     for title, claims, shown in named:
-        lines = [{"text": sentence(one), "decided": one.difference.is_decided} for one in ordered(claims)]
+        lines = [
+            {"text": sentence(one), "decided": one.difference.is_decided} for one in ordered(claims)[:MOST_SENTENCES]
+        ]
+        if len(lines) < len(claims):
+            title += f"; {len(lines)} of {len(claims)} sentences, report.json has all"
         groups += [{"title": title, "claims": lines, "shown": shown}] if lines else []
     return groups
 
