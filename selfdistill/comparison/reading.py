@@ -2,9 +2,10 @@
 
 import glob
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any],
     config: dict[str, Any] = {}
     try:
         summary = orjson.loads((folder / "summary.json").read_bytes())
-        config = _flat(yaml.load((folder / "config.yaml").read_bytes(), Loader=YamlLoader))
+        config = _flat_config((folder / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError, AttributeError, RecursionError) as error:
         trouble.append(f"cannot be read: {error}"[:QUOTED])
         summary, config = {}, {}
@@ -219,6 +220,19 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _flat_config(text: str) -> dict[str, Any]:
+    """A configuration with dotted keys. Most of its top-level keys are those of the run before, and read once."""
+    if "&" in text:  # an anchor may be used by another key
+        return _flat(yaml.load(text, Loader=YamlLoader))
+    blocks = re.split(r"^(?=[^\s#-])", text, flags=re.MULTILINE)
+    return {key: value for block in blocks for key, value in _flat_block(block).items()}
+
+
+@lru_cache(maxsize=4096)
+def _flat_block(text: str) -> dict[str, Any]:
+    return _flat(yaml.load(text, Loader=YamlLoader) or {})
 
 
 def _lines(file: Path, key: str = "step") -> list[dict[str, Any]]:
