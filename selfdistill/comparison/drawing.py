@@ -114,7 +114,8 @@ def _for_a_page(svg: str, title: str, tips: list[str]) -> str:
     svg = re.sub(r' id="[A-Za-z.\d]+_\d+"', "", svg)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
     svg = re.sub(r" font-family: [^;\"]*;", "", svg)
-    svg = re.sub(r"(-?\d+\.\d)\d{2,}", r"\1", svg)
+    # Coordinates need one decimal; the numbers that people read stand between the tags.
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(-?\d+\.\d)\d{2,}", r"\1", tag[0]), svg)
     # After M, coordinates are those of lines without saying so.
     svg = re.sub(
         r' d="(M[^"CQz]*)"', lambda path: f' d="{path[1].replace(" L ", " ").strip()}"', re.sub(r"\s*\n\s*", " ", svg)

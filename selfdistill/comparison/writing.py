@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from html import escape
@@ -53,8 +52,10 @@ def report(
     found = load_runs(*paths)
     comparison = compare(found, metric=metric, baseline=baseline, by=by, force=force)
     place = Path(folder) if folder is not None else _place(found, paths[0])
+    chosen = {"baseline": baseline, "by": ",".join(by), "metric": metric if metric != ACCURACY else "", "force": force}
+    options = [f"{key}={str(value).lower() if value is True else value}" for key, value in chosen.items() if value]
     try:
-        write(comparison, place)
+        write(comparison, place, shlex.join(["python", "-m", "selfdistill.compare", *map(str, paths), *options]))
     except OSError as error:
         raise UserError(f"{place}: the report cannot be written: {error.strerror or error}.") from error
     return comparison, place
@@ -67,8 +68,8 @@ def _place(found: RunSet, first: str | Path) -> Path:
     ) / "report"
 
 
-def write(comparison: Comparison, folder: Path) -> None:
-    """Write the report of a comparison into a folder."""
+def write(comparison: Comparison, folder: Path, command: str | None = None) -> None:
+    """Write the report of a comparison into a folder; it says which command makes it again."""
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     for old in (folder / "plots").glob("*.png"):
         old.unlink()
@@ -77,7 +78,7 @@ def write(comparison: Comparison, folder: Path) -> None:
     write_atomically(folder / "report.csv", runs.to_csv(index_label="folder"))
     pictures, legends, names = _pictures(comparison, folder / "plots")
     write_atomically(folder / "report.md", _markdown(comparison, runs, names))
-    write_atomically(folder / "report.html", _page(comparison, runs, pictures, legends))
+    write_atomically(folder / "report.html", _page(comparison, runs, pictures, legends, command))
 
 
 def _json(comparison: Comparison, runs: pd.DataFrame) -> str:
@@ -167,7 +168,11 @@ def _markdown_table(table: pd.DataFrame) -> str:
 
 
 def _page(
-    comparison: Comparison, runs: pd.DataFrame, pictures: dict[str, list[str]], legends: dict[str, dict[str, str]]
+    comparison: Comparison,
+    runs: pd.DataFrame,
+    pictures: dict[str, list[str]],
+    legends: dict[str, dict[str, str]],
+    command: str | None,
 ) -> str:
     from jinja2 import Environment, FileSystemLoader
     from markupsafe import Markup
@@ -209,7 +214,7 @@ def _page(
         left_out=Markup(_html_table(tables.left_out_table(comparison).head(200))),
         origin=tables.origin(comparison),
         styles=Markup(styles),
-        command=shlex.join(["python", "-m", "selfdistill.compare", *sys.argv[1:]]),
+        command=command,
         version=version("selfdistill"),
     )
 

@@ -82,6 +82,9 @@ def test_the_page_is_one_file_in_the_promised_order(sweep: Path) -> None:
     assert '<meta name="viewport" content="width=device-width' in text
     assert "prefers-color-scheme: dark" in text
     assert page.tags.count("svg") == len(list((sweep / "plots").glob("*.png")))
+    levels = json.loads((sweep / "report.json").read_text())["fields"][0]["settings"]
+    for level in levels:  # as the heat map has them
+        assert f">{level['metrics']['eval/accuracy']['mean']:.3f}</text>" in text
     # what runs say is text, never part of the page
     assert "<script>alert" not in text and "<b>long" not in text
     assert "ValueError: &lt;script&gt;" in text
