@@ -111,8 +111,9 @@ def _export(line: str, place: Place) -> None:
 
 def _compare(line: str, place: Place) -> None:
     """On a sweep that is made up; one of the pages' own takes minutes."""
-    if not (place.folder / "outputs" / "multirun").exists():
-        write_sweep(place.folder / "outputs" / "multirun" / "SWEEP", [{"alpha": 0}, {"alpha": 1}], (1, 2))
+    for sweep in ("multirun/SWEEP", "sdpo_grid"):
+        if not (place.folder / "outputs" / sweep).exists():
+            write_sweep(place.folder / "outputs" / sweep, [{"alpha": 0}, {"alpha": 1}], (1, 2))
     outcome = command(place.words(line)[3:], place.folder, compare)
     assert outcome.code == 0, outcome.err
     assert "Highest" in outcome.out

@@ -156,9 +156,10 @@ def origin(comparison: Comparison) -> dict[str, list[str]]:
             found["versions"][", ".join(f"{name} {version}" for name, version in said["versions"].items())] += 1
         if said.get("host"):
             found["machine"][str(said["host"])] += 1
-        for what in ("command", "repeat"):
-            if said.get(what):
-                found[what][str(said[what])] += 1
+        if said.get("command"):
+            found["command"][str(said["command"])] += 1
+        if said.get("repeat") and not found["repeat"]:  # each run has one of its own
+            found["repeat"][str(said["repeat"])] += 1
     return {
         what: [text if len(counts) == 1 else f"{text} ({count} runs)" for text, count in counts.most_common(20)]
         for what, counts in found.items()
