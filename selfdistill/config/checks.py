@@ -165,7 +165,8 @@ def _check_read(run: Run, cfg: DictConfig, overridden: set[str]) -> None:
     no_reward = "there is no reward. Choose one, e.g. reward=exact_match"
     refuse(run.reward is None, no_reward, "policy_weight", "training.scale_rewards")
     refuse(d.weight == 0, "distillation.weight is 0", *with_alpha)
-    for signal, keys in (("advantage", with_alpha), ("sampled_token", divergence)):
+    of_a_loss = [f"distillation.{name}" for name in ("aggregation", "count_inactive_rows", "is_clip", "temperature")]
+    for signal, keys in (("advantage", [*with_alpha, *of_a_loss]), ("sampled_token", divergence)):
         refuse(d.signal == signal, f"distillation.signal={signal} compares the sampled tokens alone", *keys)
     refuse(tail_unread, "it belongs to distillation.top_k, which is null", "distillation.tail")
     readers = "it belongs to distillation.route=failures and teacher/context=feedback"

@@ -18,6 +18,7 @@ from selfdistill.rollout import Rollouts
 from selfdistill.runs import console
 from selfdistill.runs.callbacks import CompletionsCallback, MonitorCallback, ProgressCallback, RecordCallback
 from selfdistill.runs.evaluated import EVALUATION, write_items
+from selfdistill.runs.finished import load_policy, read_run
 from selfdistill.runs.folder import RunFolder, Status
 from selfdistill.runs.loggers import RunLogger
 from selfdistill.runs.plan import plan_of
@@ -142,7 +143,7 @@ class Record(NoRecord):
             self.screen.print(console.change_table(_short(evaluations["before"]), _short(evaluations["after"])))
         if parts.exporter is not None and status == "finished" and not self.run.dry_run:
             places["export"] = parts.exporter.run(
-                parts.trainer.model,
+                self._whole_model(parts),
                 parts.tokenizer,
                 self.folder.path / "export" / parts.exporter.name,
                 parts.data.eval[:8]["prompt"],
@@ -153,6 +154,13 @@ class Record(NoRecord):
             again = resume_command(self.run, self.folder.path)
             self.screen.print(f"interrupted at step {step}; continue with: {again}", markup=False)
         self.screen.print(console.where_table(places))
+
+    def _whole_model(self, parts: Parts) -> Any:
+        """The trained model; where the processes have shards of it, the one that was saved."""
+        if not parts.trainer.sharded:
+            return parts.trainer.model
+        model, _ = load_policy(read_run(self.folder.path, force=True))
+        return model
 
     def end_early(self, end: EarlyEnd) -> None:
         # A new run that is refused before it has begun (no such model, a malformed file) leaves no folder.
