@@ -21,7 +21,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "pattern", ["selfdistill/**/*.py", "conf/**/*.yaml", "conf/**/*.sh", "selfdistill/data/embedded/*.jsonl"]
+    "pattern",
+    [
+        "selfdistill/**/*.py",
+        "selfdistill/**/*.jinja",
+        "conf/**/*.yaml",
+        "conf/**/*.sh",
+        "selfdistill/data/embedded/*.jsonl",
+    ],
 )
 def test_the_wheel_has_every_file(wheel: set[str], pattern: str) -> None:
     files = {str(file.relative_to(ROOT)) for file in ROOT.glob(pattern)}
