@@ -1,16 +1,17 @@
-"""What a run shows on the terminal: the configuration, the plan, sample completions, the result, where everything lies.
+"""What a run shows on the terminal: its choices, the plan, sample completions, the result, where everything lies.
 
 Every function returns something that rich prints; all of it reads well as plain text in 80 columns.
 """
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich import box
 from rich.console import Console, Group
 from rich.table import Table
@@ -19,6 +20,9 @@ from rich.tree import Tree
 
 from selfdistill.config.batch import Batch
 from selfdistill.config.secrets import Redactor
+
+# C0 and C1 but tab and line feed, marks and overrides of direction, halves of surrogate pairs.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,46 @@ def config_tree(config: DictConfig) -> Tree:
     tree = Tree(Text("configuration", style="bold"), guide_style="dim")
     _add_branches(tree, Redactor(config).config)
     return tree
+
+
+def differences(
+    config: DictConfig, defaults: DictConfig, usual: Mapping[str, str], choices: Mapping[str, str]
+) -> Group:
+    """What a run was told beyond the defaults: the options chosen of groups, then keys, a line for each group.
+
+    Args:
+        config: the run's configuration; its secrets are masked.
+        defaults: what would have been composed with the same options and nothing else said.
+        usual: the option that each group has when nothing is said.
+        choices: the option chosen of each group.
+    """
+    options = " ".join(f"{group}={option}" for group, option in choices.items() if usual.get(group) != option)
+    facts: dict[str, list[str]] = {}
+    before = flat(OmegaConf.to_container(defaults, resolve=True))
+    for key, value in flat(Redactor(config).config).items():
+        if before.get(key, ...) != value and not key.endswith("_target_"):
+            group, _, name = key.rpartition(".")
+            facts.setdefault(group, []).append(f"{name or key}={_yaml_value(value)}")
+    lines = {"chosen": options} if options else {}
+    lines |= {group or "keys": "  ".join(values) for group, values in sorted(facts.items())}
+    shown = {name: printable(text) for name, text in lines.items()}
+    return _facts("differs from the defaults", shown or {"": "nothing"})
+
+
+def flat(values: Any, prefix: str = "", joined_by: str = ".") -> dict[str, Any]:
+    """Nested mappings as one, keys joined; lists stay values, an empty mapping is left out."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        result.update(flat(value, f"{name}{joined_by}", joined_by) if isinstance(value, Mapping) else {name: value})
+    return result
+
+
+def evaluation_line(step: int, metrics: Mapping[str, float]) -> str:
+    """What an evaluation found, without the single suites."""
+    short = {name.removeprefix("eval/"): value for name, value in metrics.items()}
+    found = [f"{name} {_number(value)}" for name, value in short.items() if "/" not in name]
+    return "  ".join([f"evaluation after step {step}:" if step else "evaluation before the training:", *found])
 
 
 def plan_table(plan: Plan) -> Group:
@@ -137,11 +181,40 @@ def samples_table(step: int, rows: Sequence[Mapping[str, Any]], characters: int 
     table.add_column("advantage", justify="right", no_wrap=True)
     for row in rows:
         prompt, completion = _one_text(row.get("prompt")), _one_text(row.get("completion"))
-        cells = [Text(_last(prompt, characters)), Text(_ends(completion, characters))]
+        texts = [_last(prompt, characters), _ends(completion, characters)]
         if has_feedback:
-            cells.append(Text(_ends(row.get("feedback") or "", characters)))
+            texts.append(_ends(row.get("feedback") or "", characters))
+        cells = [Text(printable(text)) for text in texts]
         table.add_row(*cells, _number(row.get("reward")), _number(row.get("advantage")))
     return table
+
+
+def differing(rows: Sequence[Mapping[str, Any]], limit: int) -> list[Mapping[str, Any]]:
+    """At most `limit` completions of one step, as different as there are.
+
+    No completion of a prompt comes twice. The one with the highest advantage comes first, then the one with the lowest,
+    then the others, the first of each prompt before the second of any.
+    """
+    unique: dict[tuple[str, str], Mapping[str, Any]] = {}
+    turn: dict[tuple[str, str], int] = {}
+    prompts: dict[str, int] = {}
+    for row in rows:
+        prompt, completion = str(row.get("prompt")), str(row.get("completion"))
+        if (prompt, completion) not in unique:
+            unique[prompt, completion] = row
+            turn[prompt, completion] = prompts[prompt] = prompts.get(prompt, -1) + 1
+    keys = sorted(unique, key=lambda key: turn[key])
+    by_advantage = sorted(keys, key=lambda key: unique[key].get("advantage") or 0.0)
+    ends = [by_advantage[-1], by_advantage[0]] if keys else []
+    return [unique[key] for key in dict.fromkeys([*ends, *keys])][:limit]
+
+
+def printable(text: str) -> str:
+    """Text without what a terminal obeys: control characters, escape sequences and turns of direction are spelt out.
+
+    Line ends and tabs stay; halves of surrogate pairs, which no terminal can encode, are spelt out too.
+    """
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
 
 
 def where_table(places: Mapping[str, str | Path | None]) -> Group:

@@ -81,7 +81,7 @@ class RunFolder:
         self._metrics = StepLog(path / "metrics.jsonl", write=lock is not None)
         self._completions = StepLog(path / "completions.jsonl", write=lock is not None)
         # A process that was killed wrote no last summary: the time of its last metrics is then the better value.
-        logged = (line.get("time/wall_s") or 0.0 for line in self._metrics.read())
+        logged = (line.get("time/total_s") or 0.0 for line in self._metrics.read())
         self._wall_before_s = max([float(summary.get("wall_s") or 0.0), *logged])
         self._opened_at = time.monotonic()
 
@@ -186,8 +186,8 @@ class RunFolder:
         return self._completions.read()
 
     def log_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Add metrics to the line of `step`; NaN and infinities become null. `time/wall_s` is added."""
-        self._metrics.merge(step, {**metrics, "time/wall_s": round(self.wall_s, 3)})
+        """Add metrics to the line of `step`; NaN and infinities become null. `time/total_s` is added."""
+        self._metrics.merge(step, {**metrics, "time/total_s": round(self.wall_s, 3)})
 
     def log_completions(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append sampled completions: mappings with prompt, completion, reward, feedback, advantage."""

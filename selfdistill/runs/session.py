@@ -16,7 +16,7 @@ from selfdistill import config
 from selfdistill.config.targets import make
 from selfdistill.errors import UserError
 from selfdistill.rollout import Rollouts
-from selfdistill.runs.callbacks import MainDecides, use_callbacks
+from selfdistill.runs.callbacks import GeneratedTokens, MainDecides, use_callbacks
 from selfdistill.runs.evaluations import Evaluations
 from selfdistill.runs.folder import RunFolder
 from selfdistill.runs.interruption import Interruption
@@ -68,6 +68,7 @@ class Session:
         self.final_accuracy: float | None = None
         self.at_end = ExitStack()
         self._evaluations: Evaluations | None = None
+        self._tokens = GeneratedTokens()
 
     def begin(self, parts: Parts) -> None:
         """Shows the plan, evaluates the start, and puts the callbacks in place."""
@@ -75,7 +76,7 @@ class Session:
         if trainer.teacher is not None:
             self.at_end.callback(trainer.teacher.close)
         self.record.begin(parts)
-        callbacks = self.record.callbacks(parts)
+        callbacks = [self._tokens, *self.record.callbacks(parts, self._tokens)]
         if parts.evaluator is not None and self.run.eval is not None:
             self._evaluations = Evaluations(
                 parts.evaluator,
@@ -97,6 +98,7 @@ class Session:
     def _look_at_rollouts(self, parts: Parts, rollouts: Rollouts, _: Mapping[str, Any]) -> None:
         for name, value in rollout_metrics(rollouts).items():
             parts.trainer.note(name, value)
+        self._tokens.add(rollouts)
         self.record.rollouts(parts, rollouts)
 
     def train(self, parts: Parts) -> None:
@@ -112,6 +114,7 @@ class Session:
             # step. Before the first step there is nothing to save, since a resumed run starts with its seed again. Of
             # several processes one may have lost the server while the others have not, and a checkpoint takes all.
             begun.restore()
+            self._tokens.restore()
             if trainer.state.global_step and self.processes.count == 1:
                 trainer.save_checkpoint()
             raise
