@@ -18,7 +18,7 @@ FLOORS: tuple[set[str], ...] = (
     {"data", "models", "rewards", "teachers", "evaluation", "machine"},
     {"training"},
     {"runs"},
-    {"train", "export", "doctor", "generate_data"},
+    {"train", "export", "doctor", "generate_data", "workspace"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

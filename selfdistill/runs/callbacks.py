@@ -21,7 +21,7 @@ from selfdistill.rollout import Rollouts
 from selfdistill.runs.console import differing, samples_table
 from selfdistill.runs.folder import RunFolder
 from selfdistill.runs.loggers.base import RunLogger
-from selfdistill.runs.step_table import TOTALS
+from selfdistill.training.reporting import TOTALS
 
 Metrics = Mapping[str, Any]
 Rows = Sequence[Mapping[str, Any]]

@@ -83,9 +83,12 @@ def differences(
     """
     options = " ".join(f"{group}={option}" for group, option in choices.items() if usual.get(group) != option)
     facts: dict[str, list[str]] = {}
-    before = flat(OmegaConf.to_container(defaults, resolve=True))
-    for key, value in flat(Redactor(config).config).items():
-        if before.get(key, ...) != value and not key.endswith("_target_"):
+    before, written = (flat(OmegaConf.to_container(defaults, resolve=resolve)) for resolve in (True, False))
+    values = flat(Redactor(config).config)
+    for key, value in values.items():
+        source = re.fullmatch(r"\$\{([\w.]+)\}", str(written.get(key)))
+        follows = source is not None and values.get(source[1]) == value  # what it follows is shown
+        if before.get(key, ...) != value and not follows and not key.endswith("_target_"):
             group, _, name = key.rpartition(".")
             facts.setdefault(group, []).append(f"{name or key}={_yaml_value(value)}")
     lines = {"chosen": options} if options else {}

@@ -3,6 +3,7 @@
 The other processes have a record that does nothing, so that no other code has to ask which process it is in.
 """
 
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -18,7 +19,7 @@ from selfdistill.runs import console
 from selfdistill.runs.callbacks import CompletionsCallback, GeneratedTokens, MonitorCallback, RecordCallback
 from selfdistill.runs.folder import RunFolder, Status
 from selfdistill.runs.labels import defaults, labels_of
-from selfdistill.runs.loggers import RunLogger
+from selfdistill.runs.loggers import NoLogger, RunLogger
 from selfdistill.runs.plan import plan_of
 from selfdistill.runs.processes import EarlyEnd
 from selfdistill.runs.samples import completion_rows, prompt_samples
@@ -90,7 +91,11 @@ class Record(NoRecord):
 
     def begin(self, parts: Parts) -> None:
         self._begun = True
-        self.logger.start(self.folder, without_unread(self.cfg, self.run))
+        try:
+            self.logger.start(self.folder, without_unread(self.cfg, self.run))
+        except OSError as error:  # such as a folder that cannot be written
+            warnings.warn(f"The logger cannot start; {self.folder.path} has the metrics: {error}", stacklevel=2)
+            self.logger = self._record.logger = NoLogger()
         self._record.show(lambda: self.logger.files("config", self._there("config.yaml", ".hydra/overrides.yaml")))
         if evaluated := self.folder.summary.get("eval"):  # of a resumed run, whose end is evaluated again
             self.folder.update_summary(eval={"before": evaluated.get("before")})

@@ -16,6 +16,8 @@ from selfdistill.runs.console import printable
 LOG = "log.txt"
 # Of a warning on the terminal, and of one in the log.
 SHOWN_CHARACTERS, KEPT_CHARACTERS = 200, 2_000
+# What is true of every resumed run and worries without need: tied weights are saved once, and the file system's clock.
+HARMLESS = ("missing keys in the checkpoint model loaded: ['lm_head.weight']", "mtime may not be reliable")
 # Libraries that print through handlers of their own.
 TALKATIVE = ("transformers", "huggingface_hub", "datasets", "accelerate", "peft", "trl")
 
@@ -26,7 +28,7 @@ class Screen(Console):
     There are no colours and no escape codes where there is no terminal, nor in the log.
     """
 
-    _file: IO[str] | None = None
+    _kept: IO[str] | None = None
     blocks = 0  # how often something was printed that breaks a table of lines
 
     def __init__(self, **options: Any) -> None:
@@ -35,15 +37,15 @@ class Screen(Console):
     def keep(self, path: Path) -> None:
         """From now on append what is printed to this file. A file that cannot be written ends no run."""
         with suppress(OSError):
-            self._file = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
-            self._log = Console(file=self._file, width=self.width, highlight=False, emoji=False, no_color=True)
+            self._kept = path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+            self._copy = Console(file=self._kept, width=self.width, highlight=False, emoji=False, no_color=True)
 
     def print(self, *objects: Any, **options: Any) -> None:
         self.blocks += 1
         super().print(*objects, **options)
-        if self._file is not None:
+        if self._kept is not None:
             with suppress(OSError):
-                self._log.print(*objects, **options)
+                self._copy.print(*objects, **options)
 
     def line(self, text: str, style: str = "") -> None:
         """Print one line as it is, however narrow the terminal: a row of a table, or what stands between two rows."""
@@ -52,16 +54,16 @@ class Screen(Console):
 
     def note(self, text: str) -> None:
         """A line for the log alone."""
-        if self._file is not None:
+        if self._kept is not None:
             with suppress(OSError):
-                self._file.write(f"{printable(_cut(text, KEPT_CHARACTERS))}\n")
+                self._kept.write(f"{printable(_cut(text, KEPT_CHARACTERS))}\n")
 
     def close(self) -> None:
         """Close the log; nothing is lost without it."""
-        if self._file is not None:
+        if self._kept is not None:
             with suppress(OSError):
-                self._file.close()
-            self._file = None
+                self._kept.close()
+            self._kept = None
 
 
 class _Once:
@@ -89,7 +91,8 @@ class _Heard(logging.Handler):
         except (TypeError, ValueError):  # arguments that do not fit the message
             message = f"{record.name}: {record.msg}"
         self.screen.note(f"{record.levelname.lower()}: {message}")
-        if self.once(record.pathname, record.lineno):
+        harmless = any(said in message for said in HARMLESS)
+        if not harmless and self.once(record.pathname, record.lineno):
             print(_line(message), file=sys.stderr)
 
 

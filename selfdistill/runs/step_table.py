@@ -13,11 +13,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from selfdistill.evaluation.monitors import standard_names
 from selfdistill.machine.memory import peak_memory_gib
-from selfdistill.runs.console import size
 from selfdistill.runs.screen import Screen
+from selfdistill.training.reporting import TOTALS
 
-# Logged with the totals of the training, which belong to no step.
-TOTALS = "train_runtime"
 GAP = "  "
 
 Values = Mapping[str, Any]
@@ -63,14 +61,11 @@ COLUMNS = (
     Column("KL", 6, _metric("kl"), rank=3),
     Column("length", 6, _metric("monitor/length_tokens")),
     Column("entropy", 7, _metric("monitor/entropy"), rank=1),
-    Column("tok/s", 6, lambda values: values.get("speed"), rank=5),
-    Column("memory", 8, lambda values: values.get("memory"), rank=4),
+    Column("tok/s", 6, lambda values: values.get("speed"), rank=4),
+    Column("memory", 6, lambda values: values.get("memory"), rank=5),
     Column("left", 6, lambda values: values.get("left")),
 )
-EXPLAINED = (
-    "reward: mean ±spread within a prompt; dead: prompts whose completions all score the same; "
-    "tok/s: generated tokens; memory: peak"
-)
+EXPLAINED = "reward ±spread within a prompt; dead: prompts whose completions all score alike"
 
 
 class StepTable(TrainerCallback):
@@ -150,7 +145,8 @@ class StepTable(TrainerCallback):
         tokens = self.generated()
         if self._seconds > 0 and tokens > self._row_tokens:
             self._pending["speed"] = f"{(tokens - self._row_tokens) / self._seconds:,.0f}"
-        self._pending["memory"] = size(max(peak_memory_gib().values()))
+        gib = max(peak_memory_gib().values())
+        self._pending["memory"] = f"{gib:.1f}G" if gib >= 1 else f"{gib * 1024:.0f}M"
         texts = {column.title: text for column in COLUMNS if (text := column.text(self._pending)) is not None}
         self._seen |= dict.fromkeys(texts)
         shown = fitting([column for column in COLUMNS if column.title in self._seen], self.screen.width)

@@ -40,6 +40,7 @@ from selfdistill.rewards.scorer import PolicyScorer
 from selfdistill.rollout import Rollouts
 from selfdistill.teachers.interface import REQUEST, BaseTeacher, TeacherRequest
 from selfdistill.training.metrics import Means
+from selfdistill.training.reporting import use_standard_names
 from selfdistill.training.rollout_trainer import RolloutTrainer, no_reward
 from selfdistill.training.token_weights import (
     demonstration_weights,
@@ -113,6 +114,7 @@ class SelfDistillTrainer(RolloutTrainer):
             super().__init__(
                 model=model, reward_funcs=self.rewards or [no_reward], args=args, train_dataset=train_dataset, **kwargs
             )
+        use_standard_names(self)
         self._check_size(train_dataset)
         student = self.accelerator.unwrap_model(self.model)
         if self.ref_model is not None and not self._sharded:

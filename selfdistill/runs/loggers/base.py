@@ -80,7 +80,7 @@ class LibraryLogger(RunLogger):
             step = line["step"]
             if step <= self._step or step in self._before:
                 continue
-            self.log(step, line)
+            self.log(step, {name: value for name, value in line.items() if name != "step"})
             rows = [row for row in completions if row["step"] == step]
             if rows:
                 self.table("completions", step, rows)
@@ -88,7 +88,7 @@ class LibraryLogger(RunLogger):
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         self._step = step
         if step not in self._before:
-            self.active.log({**finite(metrics), "step": step}, step=step)
+            self.active.log(self._row(step, finite(metrics)), step=step)
 
     def table(self, name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         if step not in self._before:
@@ -102,6 +102,10 @@ class LibraryLogger(RunLogger):
             self._finish(failed)
         except Exception as error:  # noqa: BLE001 - the end of a run must not fail here
             warnings.warn(f"{type(self).__name__} did not finish cleanly: {error}", stacklevel=2)
+
+    def _row(self, step: int, metrics: dict[str, int | float]) -> dict[str, int | float]:
+        """What the library is given of a step."""
+        return metrics
 
     def _table(self, columns: list[str], data: list[list[Any]]) -> Any:
         """The library's object for a table."""

@@ -106,6 +106,9 @@ class WandbLogger(LibraryLogger):
     def summary(self, values: Mapping[str, Any]) -> None:
         self.active.summary.update(flat(values, joined_by="/"))
 
+    def _row(self, step: int, metrics: dict[str, int | float]) -> dict[str, int | float]:
+        return metrics | {X_AXES[0]: step}  # W&B's own step may be another one where a run is logged from Python
+
     def _table(self, columns: list[str], data: list[list[Any]]) -> Any:
         import wandb
 
