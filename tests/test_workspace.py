@@ -7,13 +7,16 @@ from selfdistill import workspace
 from tests.command import command
 from tests.runs.loggers.wandb_server import WandbServer
 
+# wandb-workspaces still uses pydantic's old names.
+pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")
+
 
 @pytest.fixture(autouse=True)
 def logged_out(monkeypatch, tmp_path):
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_PROJECT", "WANDB_ENTITY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
     wandb.teardown()
     yield
     wandb.teardown()

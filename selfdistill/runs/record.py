@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from selfdistill.config import Run
 from selfdistill.config.checks import without_unread
+from selfdistill.errors import UserError
 from selfdistill.rollout import Rollouts
 from selfdistill.runs import console
 from selfdistill.runs.callbacks import CompletionsCallback, GeneratedTokens, MonitorCallback, RecordCallback
@@ -93,7 +94,9 @@ class Record(NoRecord):
         self._begun = True
         try:
             self.logger.start(self.folder, without_unread(self.cfg, self.run))
-        except OSError as error:  # such as a folder that cannot be written
+        except UserError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a third party's logger does, such as with a full disk
             warnings.warn(f"The logger cannot start; {self.folder.path} has the metrics: {error}", stacklevel=2)
             self.logger = self._record.logger = NoLogger()
         self._record.show(lambda: self.logger.files("config", self._there("config.yaml", ".hydra/overrides.yaml")))
@@ -126,7 +129,7 @@ class Record(NoRecord):
         if step == 0:
             self.folder.update_summary(eval={"before": metrics})
         self._record.enter(step, metrics)
-        self.screen.line(console.evaluation_line(step, metrics))
+        self.screen.print_line(console.evaluation_line(step, metrics))
 
     def rollouts(self, parts: Parts, rollouts: Rollouts) -> None:
         self._rows = completion_rows(rollouts)

@@ -47,7 +47,7 @@ class Screen(Console):
             with suppress(OSError):
                 self._copy.print(*objects, **options)
 
-    def line(self, text: str, style: str = "") -> None:
+    def print_line(self, text: str, style: str = "") -> None:
         """Print one line as it is, however narrow the terminal: a row of a table, or what stands between two rows."""
         self.print(Text(text, style=style), no_wrap=True, overflow="ignore", crop=False)
         self.blocks -= 1

@@ -151,9 +151,9 @@ class StepTable(TrainerCallback):
         self._seen |= dict.fromkeys(texts)
         shown = fitting([column for column in COLUMNS if column.title in self._seen], self.screen.width)
         if (shown, self.screen.blocks) != self._header:
-            self.screen.line(GAP.join(column.title.rjust(column.width) for column in shown), "bold")
+            self.screen.print_line(GAP.join(column.title.rjust(column.width) for column in shown), "bold")
             self._header = shown, self.screen.blocks
-        self.screen.line(GAP.join(texts.get(column.title, "-").rjust(column.width) for column in shown))
+        self.screen.print_line(GAP.join(texts.get(column.title, "-").rjust(column.width) for column in shown))
         self._pending, self._row_step, self._row_tokens, self._seconds = None, step, tokens, 0.0
 
 

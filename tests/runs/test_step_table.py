@@ -77,7 +77,7 @@ def test_lines_between_rows_leave_the_table_whole_and_blocks_repeat_the_header(t
     screen = Screen(file=io.StringIO(), width=80)
     loop = table_of(tmp_path, 3, screen)
     loop.step(reward=1.0)
-    screen.line("evaluation after step 1: accuracy 0.5")
+    screen.print_line("evaluation after step 1: accuracy 0.5")
     loop.step(reward=1.0)
     screen.print("a table of completions")
     loop.step(reward=1.0)

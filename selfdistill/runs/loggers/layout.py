@@ -51,6 +51,7 @@ class Layout:
     def workspace(self, entity: str) -> Any:
         """The `wandb_workspaces` workspace: a section for each x-axis, one to compare settings, one for health."""
         from wandb_workspaces import workspaces as ws
+        from wandb_workspaces.expr import And
 
         curves = [
             ws.Section(name=f"Over {title}", panels=_curves(CURVES, axis), is_open=index == 0)
@@ -67,7 +68,7 @@ class Layout:
             ],
             settings=ws.WorkspaceSettings(x_axis=X_AXES[0], max_runs=100),
             runset_settings=ws.RunsetSettings(
-                filters=[ws.Metric("Group") == self.group],
+                filters=And(ws.Metric("Group") == self.group),
                 groupby=[ws.Config(key) for key in self.by],
                 order=[ws.Ordering(ws.Summary(ACCURACY), ascending=False)],
             ),

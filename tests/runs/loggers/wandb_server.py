@@ -9,12 +9,9 @@ from typing import Any
 
 VIEWER = {"id": "u", "entity": "me", "username": "me", "email": "", "flags": "{}", "teams": {"edges": []}}
 PROJECT = {
-    "id": "p",
-    "internalId": "p1",
-    "name": "selfdistill",
-    "entityName": "me",
-    "entity": {"id": "e", "name": "me"},
-}
+    "__typename": "Project", "id": "p", "internalId": "p1", "name": "selfdistill", "entityName": "me",
+    "entity": {"id": "e", "name": "me"}, "createdAt": "2026-01-01T00:00:00Z", "isBenchmark": False, "user": None,
+}  # fmt: skip
 # The first of these words that a query holds decides the answer.
 ANSWERS: dict[str, dict[str, Any]] = {
     "upsertBucket": {"upsertBucket": {"bucket": {"id": "b", "name": "r", "config": "{}", "project": PROJECT,
@@ -24,7 +21,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
                                            "updatedAt": "2026-01-01T00:00:00Z"}, "inserted": True}},
     "RunResumeStatus": {"model": None},
     "viewer": {"viewer": VIEWER, "serverInfo": {"features": [], "cliVersionInfo": {}}},
-    "projects": {"models": {"edges": [{"node": PROJECT, "cursor": ""}],
+    "GetProjects": {"models": {"edges": [{"node": PROJECT, "cursor": ""}],
                             "pageInfo": {"endCursor": "", "hasNextPage": False}}},
     "project": {"project": PROJECT},
 }  # fmt: skip
