@@ -76,6 +76,7 @@ def test_what_libraries_log_takes_a_line_once_and_stands_in_the_log(tmp_path, ca
         for attempt in range(3):
             hub.warning(f"retry {attempt}\n{'long ' * 100}")
         logging.getLogger("anything.else").warning("number %d", 7)
+    screen.close()
     assert hub.handlers == own
     assert len(err := capsys.readouterr().err.splitlines()) == 2
     assert err[0].startswith("warning: huggingface_hub: retry 0 long") and len(err[0]) <= 210
@@ -91,6 +92,7 @@ def test_warnings_take_a_line_once_and_deprecations_none(tmp_path):
     with heard(screen):
         said = [warnings.formatwarning(UserWarning(f"it\nis {i}"), UserWarning, "lib.py", 3) for i in range(3)]
         said.append(warnings.formatwarning(DeprecationWarning("old"), DeprecationWarning, "lib.py", 4))
+    screen.close()
     assert said == ["warning: it is 0\n", "", "", ""]
     log = (tmp_path / "log.txt").read_text()
     assert all(part in log for part in ("is 1", "is 2", "lib.py:4: DeprecationWarning: old"))
