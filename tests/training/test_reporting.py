@@ -23,6 +23,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.long
 def test_names_are_those_of_the_command_line(offline: Path) -> None:
     args = TrainingArguments(output_dir=str(offline), report_to=["wandb"], use_cpu=True)
     trainer = Trainer(model=tiny_model(), args=args)
