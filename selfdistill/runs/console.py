@@ -19,10 +19,8 @@ from rich.text import Text
 from rich.tree import Tree
 
 from selfdistill.config.batch import Batch
+from selfdistill.config.messages import printable
 from selfdistill.config.secrets import Redactor
-
-# C0 and C1 but tab and line feed, marks and overrides of direction, halves of surrogate pairs.
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -210,14 +208,6 @@ def differing(rows: Sequence[Mapping[str, Any]], limit: int) -> list[Mapping[str
     by_advantage = sorted(keys, key=lambda key: unique[key].get("advantage") or 0.0)
     ends = [by_advantage[-1], by_advantage[0]] if keys else []
     return [unique[key] for key in dict.fromkeys([*ends, *keys])][:limit]
-
-
-def printable(text: str) -> str:
-    """Text without what a terminal obeys: control characters, escape sequences and turns of direction are spelt out.
-
-    Line ends and tabs stay; halves of surrogate pairs, which no terminal can encode, are spelt out too.
-    """
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
 
 
 def where_table(places: Mapping[str, str | Path | None]) -> Group:

@@ -11,7 +11,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.text import Text
 
-from selfdistill.runs.console import printable
+from selfdistill.config.messages import printable
 
 LOG = "log.txt"
 # Of a warning on the terminal, and of one in the log.
