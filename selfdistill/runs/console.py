@@ -231,16 +231,6 @@ def size(gib: float) -> str:
     return f"{mib:.0f} MiB" if mib >= 10 else f"{mib:.1f} MiB"
 
 
-def duration(seconds: float) -> str:
-    """A time for people: 8 s, 4 min 5 s, 2 h 03 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
 def print_all(console: Console, *renderables: Any) -> None:
     """Print with a blank line between."""
     for renderable in renderables:

@@ -34,7 +34,7 @@ def test_a_row_shows_what_the_run_has(tmp_path):
     assert header.split() == names
     assert len(rows) == 3
     assert "1/3" in rows[0] and "0.410 ±0.310   25%       1.500    0.250   0.012    23.4    0.520     200" in rows[0]
-    assert rows[1].split()[10] == "400"
+    assert rows[1].split()[9] == "400"
     assert "\x1b" not in screen.file.getvalue()
 
 
