@@ -108,7 +108,7 @@ def evaluation_line(step: int, metrics: Mapping[str, float]) -> str:
     """What an evaluation found, without the single suites."""
     short = {name.removeprefix("eval/"): value for name, value in metrics.items()}
     found = [f"{name} {_number(value)}" for name, value in short.items() if "/" not in name]
-    return "  ".join([f"evaluation after step {step}:" if step else "evaluation before the training:", *found])
+    return "  ".join([f"evaluation at step {step}:", *found])
 
 
 def plan_table(plan: Plan) -> Group:

@@ -91,7 +91,6 @@ class Record(NoRecord):
         self._rows: list[dict[str, Any]] = []
 
     def begin(self, parts: Parts) -> None:
-        self._begun = True
         try:
             self.logger.start(self.folder, without_unread(self.cfg, self.run))
         except UserError:
@@ -99,6 +98,7 @@ class Record(NoRecord):
         except Exception as error:  # noqa: BLE001 - whatever a third party's logger does, such as with a full disk
             warnings.warn(f"The logger cannot start; {self.folder.path} has the metrics: {error}", stacklevel=2)
             self.logger = self._record.logger = NoLogger()
+        self._begun = True
         self._record.show(lambda: self.logger.files("config", self._there("config.yaml", ".hydra/overrides.yaml")))
         if evaluated := self.folder.summary.get("eval"):  # of a resumed run, whose end is evaluated again
             self.folder.update_summary(eval={"before": evaluated.get("before")})
@@ -170,11 +170,11 @@ class Record(NoRecord):
             # A new run that is refused before it has begun (no such model, a malformed file) leaves no folder.
             if end.refused and not self._begun:
                 self.folder.discard()
-                return
-            self.folder.finish(end.status, end.traceback, **self._record.totals())
-            if end.traceback:
-                self.screen.note(end.traceback)
-            self._hand_over()
+            else:
+                self.folder.finish(end.status, end.traceback, **self._record.totals())
+                self.screen.note(end.traceback or end.status)
+            if self._begun:
+                self._hand_over()
             self.logger.finish(failed=True)
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
+from rich.control import Control
 from rich.text import Text
 
 from selfdistill.config.messages import printable
@@ -41,8 +42,10 @@ class Screen(Console):
             self._copy = Console(file=self._kept, width=self.width, highlight=False, emoji=False, no_color=True)
 
     def print(self, *objects: Any, **options: Any) -> None:
-        self.blocks += 1
         super().print(*objects, **options)
+        if objects and all(isinstance(item, Control) for item in objects):
+            return  # a bar or a spinner moves
+        self.blocks += 1
         if self._kept is not None:
             with suppress(OSError):
                 self._copy.print(*objects, **options)

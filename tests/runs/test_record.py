@@ -20,8 +20,8 @@ def test_a_run_shows_what_differs_the_plan_and_its_steps(tmp_path: Path, monkeyp
     outcome = command(RUN, tmp_path)
     assert outcome.code == 0, outcome.err
     lines = outcome.out.splitlines()
-    order = ["differs from the defaults", "plan", "evaluation before the training", "training", "completions at step 1"]
-    order += ["evaluation after step 2", "completions at step 3", "evaluation after step 3", "before and after"]
+    order = ["differs from the defaults", "plan", "evaluation at step 0", "training", "completions at step 1"]
+    order += ["evaluation at step 2", "completions at step 3", "evaluation at step 3", "before and after"]
     places = [next(i for i, line in enumerate(lines) if line.startswith(start)) for start in order]
     assert places == sorted(places)
     assert len(lines) < 110 and "\x1b" not in outcome.out

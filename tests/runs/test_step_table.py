@@ -76,7 +76,7 @@ def test_lines_between_rows_leave_the_table_whole_and_blocks_repeat_the_header(t
     screen = Screen(file=io.StringIO(), width=80)
     loop = table_of(tmp_path, 3, screen)
     loop.step(reward=1.0)
-    screen.print_line("evaluation after step 1: accuracy 0.5")
+    screen.print_line("evaluation at step 1: accuracy 0.5")
     loop.step(reward=1.0)
     screen.print("a table of completions")
     loop.step(reward=1.0)
@@ -97,9 +97,11 @@ def test_on_a_terminal_rows_stay_and_a_bar_goes(tmp_path):
     screen = Screen(file=io.StringIO(), width=100, force_terminal=True)
     loop = table_of(tmp_path, 2, screen)
     loop.step(reward=0.25)
+    loop.callbacks[0]._bar.refresh()
     loop.step(reward=0.5)
     loop.call("on_train_end")
     text = screen.file.getvalue()
+    assert text.count("reward ±spread") == text.count("left") == 1  # the bar moves below one table
     assert "1/2" in text and "0.250" in text and "0.500" in text
     assert loop.callbacks[0]._bar is None
 
