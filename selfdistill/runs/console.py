@@ -91,7 +91,7 @@ def differences(
             facts.setdefault(group, []).append(f"{name or key}={_yaml_value(value)}")
     lines = {"chosen": options} if options else {}
     lines |= {group or "keys": "  ".join(values) for group, values in sorted(facts.items())}
-    shown = {name: printable(text) for name, text in lines.items()}
+    shown: dict[str, str | Text] = {name: printable(text) for name, text in lines.items()}
     return _facts("differs from the defaults", shown or {"": "nothing"})
 
 

@@ -71,7 +71,8 @@ def defaults(choices: dict[str, str]) -> tuple[DictConfig, dict[str, str]]:
     """
     # Within a command the search path is that of the command, with the user's own folder.
     running = GlobalHydra.instance().is_initialized()
-    with nullcontext() if running else initialize_config_dir(str(CONF), version_base="1.3"):
+    search_path: Any = nullcontext() if running else initialize_config_dir(str(CONF), version_base="1.3")
+    with search_path:
         plain = compose("train", return_hydra_config=True)
         usual = {str(group): str(option) for group, option in plain.hydra.runtime.choices.items()}
         left_out = ("experiment", "debug")
