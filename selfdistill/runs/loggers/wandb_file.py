@@ -18,8 +18,9 @@ _HEADER = 7
 
 def records(path: Path) -> Iterator[Any]:
     """The records up to the first that is torn, as `wandb.proto.wandb_internal_pb2.Record`."""
-    from wandb.proto import wandb_internal_pb2 as pb
+    from wandb.proto import wandb_internal_pb2
 
+    pb: Any = wandb_internal_pb2  # its classes are made when it is imported
     data = path.read_bytes()
     position, pending = _HEADER, b""
     while position + _HEADER <= len(data):
