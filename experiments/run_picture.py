@@ -23,7 +23,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             [sys.executable, "-m", "selfdistill.train", *COMMAND], cwd=folder, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": str(WIDTH), "WANDB_MODE": "offline"}, check=True,
+            check=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": str(WIDTH), "WANDB_API_KEY": ""},
         )  # fmt: skip
     console = Console(record=True, width=WIDTH, file=open(os.devnull, "w"), highlight=False)  # noqa: SIM115
     console.print(Text(f"$ python -m selfdistill.train {' '.join(COMMAND)}", style="bold green"))
