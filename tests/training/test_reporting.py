@@ -1,5 +1,6 @@
 """What the trainer reports to W&B when it is used from Python: the names of a run from the command line."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +16,14 @@ from tests.tiny import tiny_model
 
 
 @pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    return tmp_path
+    wandb.teardown()  # it reads the environment once a process
+    yield tmp_path
+    wandb.teardown()
 
 
 @pytest.mark.long
