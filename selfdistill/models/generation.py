@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,16 +12,14 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from selfdistill.models.structure import evaluating, inner_model, limited_logits
 from selfdistill.rollout import Prompt
+from selfdistill.tokens import encode_prompt
 
 
 def tokenize(
     prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None
 ) -> list[int]:
     """Token ids of a prompt: messages through the chat template up to where the assistant speaks, a string as it is."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    options = {"add_generation_prompt": True, "return_dict": False, **(chat_template_kwargs or {})}
-    return cast(list[int], tokenizer.apply_chat_template(prompt, tokenize=True, **options))
+    return encode_prompt(tokenizer, prompt, chat_template_kwargs)
 
 
 def generate(

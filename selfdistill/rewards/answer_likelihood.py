@@ -51,7 +51,8 @@ class AnswerLikelihood(PolicyReward):
         self, prompt_ids: Ids, completion_ids: Ids, logprobs: Sequence[Tensor] | None, columns: Mapping[str, Any]
     ) -> list[float | None]:
         answers = self._answers(columns, self.answer_field, len(completion_ids))
-        opening = self.scorer.encode(self.delimiter) if self.delimiter else []
+        # Written in the configuration and not by anybody in the data, so a special token in it is one.
+        opening = self.scorer.tokenizer(self.delimiter, add_special_tokens=False)["input_ids"] if self.delimiter else []
 
         scores: list[float | None] = [None] * len(completion_ids)
         # Each question is a context and an answer; the number is its place in the pass of the policy.

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from selfdistill.losses.head import finish_
 from selfdistill.models.structure import evaluating, inner_model, scale_and_soft_cap
 from selfdistill.rewards.batching import Ids, ScoringBatch, plan
+from selfdistill.tokens import encode
 
 # Logits held at any moment: 2^25 float32 are 128 MiB, about 220 tokens of a vocabulary of 152 thousand.
 LOGITS_AT_ONCE = 2**25
@@ -91,8 +92,8 @@ class PolicyScorer:
         return None if self._pretrained is None else self._pretrained.config.get_text_config()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text without special tokens."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        """Ids of a text by itself; what it spells like a special token stays text."""
+        return encode(self.tokenizer, text)
 
     def without_eos(self, ids: Sequence[int]) -> list[int]:
         """The ids without a closing EOS."""

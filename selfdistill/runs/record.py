@@ -4,7 +4,7 @@ The other processes have a record that does nothing, so that no other code has t
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,13 @@ from transformers import TrainerCallback
 
 from selfdistill.config import Run
 from selfdistill.config.checks import without_unread
+from selfdistill.config.permissions import resume_command
 from selfdistill.errors import UserError
+from selfdistill.evaluation.evaluator import Item
 from selfdistill.rollout import Rollouts
 from selfdistill.runs import console
 from selfdistill.runs.callbacks import CompletionsCallback, GeneratedTokens, MonitorCallback, RecordCallback
+from selfdistill.runs.evaluated import EVALUATION, write_items
 from selfdistill.runs.folder import RunFolder, Status
 from selfdistill.runs.labels import defaults, labels_of
 from selfdistill.runs.loggers import NoLogger, RunLogger
@@ -54,8 +57,11 @@ class NoRecord:
         """Shows a word while the context lasts."""
         return nullcontext()
 
-    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Enters the metrics of an evaluation; later ones are compared with that of step 0."""
+    def evaluation(self, step: int, metrics: dict[str, float], items: Sequence[Item]) -> None:
+        """Enters an evaluation, its metrics and its rows; later ones are compared with that of step 0."""
+
+    def kept(self, metric: str, step: int | None, value: float | None) -> None:
+        """Says which step's weights become the model, where the best ones by a metric were asked for."""
 
     def rollouts(self, parts: Parts, rollouts: Rollouts) -> None:
         """Keeps a step's completions, of all processes; the first ones are written to prompts.md."""
@@ -86,7 +92,8 @@ class Record(NoRecord):
         self._at_end.callback(self.screen.close)
         self._at_end.enter_context(heard(self.screen))
         self._record = RecordCallback(folder, logger, GeneratedTokens())
-        self._begun = self._prompts_written = run.resume is not None
+        self._begun = run.resume is not None
+        self._prompts_written = False
         self._monitor: MonitorCallback | None = None
         self._rows: list[dict[str, Any]] = []
 
@@ -103,6 +110,7 @@ class Record(NoRecord):
         if evaluated := self.folder.summary.get("eval"):  # of a resumed run, whose end is evaluated again
             self.folder.update_summary(eval={"before": evaluated.get("before")})
         self.folder.write_bad_rows(parts.data.bad_rows)
+        self.folder.update_summary(findings=parts.trainer.findings)
         choices = labels_of(self.folder.path).choices
         said = console.differences(self.cfg, *defaults(choices), choices)
         console.print_all(self.screen, said, console.plan_table(plan_of(self.run, parts)))
@@ -125,15 +133,23 @@ class Record(NoRecord):
     def busy(self, word: str) -> AbstractContextManager[object]:
         return self.screen.status(word) if self.screen.is_terminal else nullcontext()
 
-    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+    def evaluation(self, step: int, metrics: dict[str, float], items: Sequence[Item]) -> None:
+        write_items(self.folder.path / EVALUATION, step, items)
         if step == 0:
             self.folder.update_summary(eval={"before": metrics})
         self._record.enter(step, metrics)
         self.screen.print_line(console.evaluation_line(step, metrics))
 
+    def kept(self, metric: str, step: int | None, value: float | None) -> None:
+        if step is None or value is None:
+            self.screen.print(f"no step was better than the others by {metric}: model/ is that of the last one")
+            return
+        self.folder.update_summary(best={"metric": metric, "step": step, "value": value})
+        self.screen.print(f"model/ is that of step {step}, the best by {metric}: {value:.3f}")
+
     def rollouts(self, parts: Parts, rollouts: Rollouts) -> None:
         self._rows = completion_rows(rollouts)
-        if not self._prompts_written:
+        if not self._prompts_written and not parts.trainer.state.global_step:
             self._prompts_written = True
             if not self.folder.write_prompts(prompt_samples(parts.tokenizer, rollouts)):
                 raise RuntimeError(f"student and teacher score different tokens: see {self.folder.path / 'prompts.md'}")
@@ -159,9 +175,8 @@ class Record(NoRecord):
         self.folder.finish(status, step=step, **self._record.totals())
         places |= {"status": status, "log": self.logger.location}
         if status == "interrupted":
-            self.screen.print(
-                f"interrupted at step {step}; continue with: python -m selfdistill.train resume={self.folder.path}"
-            )
+            again = resume_command(self.run, self.folder.path)
+            self.screen.print(f"interrupted at step {step}; continue with: {again}", markup=False)
         self.screen.print(console.where_table(places))
         self._hand_over()
 

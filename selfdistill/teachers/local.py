@@ -1,6 +1,8 @@
 """A teacher in the same process: a choice of weights and a choice of context."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +12,7 @@ from selfdistill.losses.teacher_output import FullDistribution
 from selfdistill.models.structure import completion_hidden, evaluating, head_of
 from selfdistill.teachers.context import Context, NoContext
 from selfdistill.teachers.interface import BaseTeacher, TeacherRequest
+from selfdistill.teachers.language import Speaker
 from selfdistill.teachers.weights import Base, Weights
 
 
@@ -19,11 +22,18 @@ class Teacher(BaseTeacher):
     Args:
         weights: one of `selfdistill.teachers.weights`; the frozen start by default.
         context: one of `selfdistill.teachers.context`; the student's own prompt by default.
+        chat_template_kwargs: what the chat template is rendered with for the teacher; None for the student's.
     """
 
-    def __init__(self, weights: Weights | None = None, context: Context | None = None) -> None:
+    def __init__(
+        self,
+        weights: Weights | None = None,
+        context: Context | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         self.weights = weights or Base()
         self.context = context or NoContext()
+        self.chat_template_kwargs = chat_template_kwargs
 
     def __str__(self) -> str:
         return f"{type(self.weights).__name__}, sees {type(self.context).__name__}"
@@ -36,6 +46,9 @@ class Teacher(BaseTeacher):
             )
         self.weights.attach(student)
         self.weights.check_vocabulary(tokenizer)
+
+    def compare(self, student: Speaker) -> list[str]:
+        return [*super().compare(student), *self.weights.compare(student)]
 
     def generating(self) -> AbstractContextManager[None]:
         return self.weights.generating()

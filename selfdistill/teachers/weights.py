@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from selfdistill.errors import UserError
+from selfdistill.teachers.language import Speaker, compare_models, files_of
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -55,6 +56,14 @@ class Weights:
 
     def check_vocabulary(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises UserError unless the teacher gives every token the id that the student's tokenizer gives it."""
+
+    def compare(self, student: Speaker) -> list[str]:
+        """How the model behind these weights is asked and ends otherwise than the student, each with what to set.
+
+        Raises:
+            UserError: the two have no end in common.
+        """
+        return []
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a checkpoint must keep, by parameter name."""
@@ -224,6 +233,14 @@ class Model(Weights):
                 f"{len(ours)}; {token!r} is {theirs.get(token)} there and {ours.get(token)} here). A teacher that "
                 "scores tokens needs the same tokenizer; a served teacher with teacher.mode=write does not."
             )
+
+    def compare(self, student: Speaker) -> list[str]:
+        if self.module is None:  # not attached yet: its files say as much
+            tokenizer, declared = files_of(self.name, local_files_only=self.loading["local_files_only"])
+        else:
+            settings = getattr(self.module, "generation_config", None)  # any module may teach
+            tokenizer, declared = self.tokenizer, None if settings is None else settings.eos_token_id
+        return compare_models(student, tokenizer, declared, f"teacher.weights.name={self.name}")
 
     def views(self) -> Iterator[nn.Module | None]:
         yield self.module

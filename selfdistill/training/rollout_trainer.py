@@ -1,8 +1,9 @@
 """TRL's trainer with what is known of a batch on one object: who writes the completions, and who judges them."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,13 @@ from trl import GRPOConfig, GRPOTrainer
 
 from selfdistill.config.settings import RolloutSource
 from selfdistill.errors import UserError
-from selfdistill.models.structure import has_dropout, is_reference
+from selfdistill.models.card import Card, base_of, finish_folder, write_card
+from selfdistill.models.structure import has_dropout, inner_model, is_reference
 from selfdistill.rewards.adapter import ROLLOUTS
-from selfdistill.rollout import Prompt, Rollouts, text_of
+from selfdistill.rollout import Prompt, Rollouts, shown_in, text_of
 from selfdistill.teachers.interface import REQUEST, BaseTeacher
+from selfdistill.teachers.language import Speaker
+from selfdistill.tokens import encode_prompts
 from selfdistill.training import checkpoints
 from selfdistill.training.demonstrations import demonstrated_groups, demonstration_ids
 from selfdistill.training.metrics import Means
@@ -38,6 +42,7 @@ class RolloutTrainer(GRPOTrainer):
     Attributes:
         teacher: who may sample in the student's place, and whose state is kept in checkpoints.
         rollout: where completions come from.
+        card: what the page of a saved model says; None for what the trainer knows by itself.
         rewards: the reward functions; empty where TRL is given one that scores nothing.
     """
 
@@ -51,6 +56,7 @@ class RolloutTrainer(GRPOTrainer):
     shuffle_dataset: bool
 
     teacher: BaseTeacher | None
+    card: Card | None
     rollout: RolloutSource
     rewards: list[Any]
     _rollouts: Rollouts
@@ -70,6 +76,15 @@ class RolloutTrainer(GRPOTrainer):
         return self._micro_batches_per_generation / self.current_gradient_accumulation_steps
 
     @property
+    def planned_steps(self) -> int:
+        """Optimizer steps of the whole training: as configured, or as many as the epochs take."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        generations = len(self.train_dataset) // self._prompts_per_generation
+        batches = generations * self._micro_batches_per_generation * self.num_iterations
+        return ceil(self.args.num_train_epochs * ceil(batches / self.args.gradient_accumulation_steps))
+
+    @property
     def _micro_batches_per_generation(self) -> int:
         assert self.args.steps_per_generation is not None  # GRPOConfig fills it in
         return self.args.steps_per_generation
@@ -79,6 +94,30 @@ class RolloutTrainer(GRPOTrainer):
         """Of all processes."""
         assert self.args.generation_batch_size is not None  # GRPOConfig fills it in
         return self.args.generation_batch_size // self.num_generations
+
+    # ---- how the student is asked and ends ----
+
+    def _student(self) -> Speaker:
+        """The student as it is asked and ends; whether in a chat is told by the first row of the data."""
+        ends = inner_model(self.accelerator.unwrap_model(self.model)).generation_config.eos_token_id
+        first: Any = next(iter(self.train_dataset), {"prompt": ""})
+        return Speaker(self._tokenizer, ends, self.chat_template_kwargs, not isinstance(first["prompt"], str))
+
+    def _stop_at(self, ends: Sequence[int]) -> None:
+        """Lets completions end with each of these tokens, here and wherever the model's generation settings are read.
+
+        A template's end of turn need not be among the ends that the model declares: Gemma's base models know <eos>
+        alone. Demonstrations end with it, and so do completions.
+        """
+        missing = [end for end in ends if end not in self.eos_token_ids]
+        if not missing:
+            return
+        self.eos_token_ids = [*self.eos_token_ids, *missing]
+        inner_model(self.accelerator.unwrap_model(self.model)).generation_config.eos_token_id = self.eos_token_ids
+        if self.use_vllm:
+            self.vllm_generation.generation_kwargs["stop_token_ids"] = self.eos_token_ids
+        else:
+            self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = self.eos_token_ids
 
     # ---- completions ----
 
@@ -122,9 +161,12 @@ class RolloutTrainer(GRPOTrainer):
         return [chosen[(first + i) // num_generations - groups.start] for i in range(count)]
 
     def _demonstration(self, index: int) -> list[int]:
-        row = {name: values[index] for name, values in self._rollouts.columns.items()}
-        field = self.rollout.demonstration_field
-        return demonstration_ids(row, field, self._tokenizer, self.max_completion_length)
+        columns, field = self._rollouts.columns, self.rollout.demonstration_field
+        row = {name: values[index] for name, values in columns.items()}
+        row["prompt"] = self._rollouts.prompts[index]
+        if field in columns:
+            row[field] = shown_in(columns, field)[index]
+        return demonstration_ids(row, field, self._tokenizer, self.max_completion_length, self.chat_template_kwargs)
 
     def _generating(self) -> AbstractContextManager[None]:
         return BaseTeacher().generating() if self.teacher is None else self.teacher.generating()
@@ -133,7 +175,7 @@ class RolloutTrainer(GRPOTrainer):
         """The teacher's prompts as token ids; the student's own where the teacher is shown nothing."""
         assert self.teacher is not None
         prompts = self.teacher.prompts(rollouts, self._tokenizer)
-        ids = self._prompt_ids(prompts)
+        ids = self._teacher_prompt_ids(prompts)
         return [own if p is None else i for own, p, i in zip(rollouts.prompt_ids, prompts, ids, strict=True)]
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -158,10 +200,22 @@ class RolloutTrainer(GRPOTrainer):
         self._note_seconds("time/reward_s", start)
         return rewards
 
-    def _prompt_ids(self, prompts: Sequence[Prompt | None]) -> list[list[int]]:
-        """Prompts tokenised as the student's are; a missing one stands as one padding token."""
+    def _tokenize_prompts(self, prompts: list) -> Any:
+        if self._is_vlm or self.environment_factories is not None:
+            return super()._tokenize_prompts(prompts)
+        return self._encode(prompts, self.chat_template_kwargs), None, {}
+
+    def _encode(self, prompts: Sequence[Prompt], template_kwargs: Mapping[str, Any]) -> list[list[int]]:
+        # `or None`: some templates write about tools where there is an empty list of them.
+        options = {"tools": self.tools or None, "chat_template": self.chat_template, **template_kwargs}
+        return encode_prompts(self.processing_class, prompts, options)
+
+    def _teacher_prompt_ids(self, prompts: Sequence[Prompt | None]) -> list[list[int]]:
+        """Prompts tokenised as the teacher is asked; a missing one stands as one padding token."""
+        teacher = BaseTeacher() if self.teacher is None else self.teacher
         filled = [i for i, prompt in enumerate(prompts) if prompt is not None]
-        ids = self._tokenize_prompts([prompts[i] for i in filled])[0] if filled else []
+        kwargs = teacher.template_kwargs(self.chat_template_kwargs)
+        ids = self._encode([prompt for prompt in prompts if prompt is not None], kwargs)
         by_row = dict(zip(filled, ids, strict=True))
         return [by_row.get(i, [self._tokenizer.pad_token_id]) for i in range(len(prompts))]
 
@@ -220,6 +274,21 @@ class RolloutTrainer(GRPOTrainer):
         super()._save_checkpoint(model, trial)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         checkpoints.save(Path(self._get_output_dir(trial=trial)) / name, self)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            finish_folder(Path(output_dir or self.args.output_dir or ""), self.card or self._own_card())
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Writes our page to the output folder, which is what is pushed to a hub."""
+        if self.is_world_process_zero() and self.args.push_to_hub:
+            write_card(Path(self.args.output_dir or ""), self.card or self._own_card())
+
+    def _own_card(self) -> Card:
+        """What the trainer knows by itself of the model that it trains."""
+        name = self.accelerator.unwrap_model(self.model).name_or_path
+        return Card("A model trained with selfdistill", base_of(name) or "made in memory")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -10,6 +10,7 @@ reward, teacher, context and weights; nothing here knows a method's name.
 What is known of a batch travels on its `Rollouts`, and what is asked about a micro-batch on its `TeacherRequest`.
 """
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -39,6 +40,7 @@ from selfdistill.rewards.adapter import AdaptedReward, adapt
 from selfdistill.rewards.scorer import PolicyScorer
 from selfdistill.rollout import Rollouts
 from selfdistill.teachers.interface import REQUEST, BaseTeacher, TeacherRequest
+from selfdistill.teachers.language import own_findings
 from selfdistill.training.metrics import Means
 from selfdistill.training.reporting import use_standard_names
 from selfdistill.training.rollout_trainer import RolloutTrainer, no_reward
@@ -50,6 +52,8 @@ from selfdistill.training.token_weights import (
 )
 
 __all__ = ["SelfDistillTrainer"]
+
+log = logging.getLogger(__name__)
 
 # Rows whose teacher's prompts are tokenised to find the longest: those with the most characters.
 LONGEST_ROWS = 64
@@ -76,6 +80,9 @@ class SelfDistillTrainer(RolloutTrainer):
         rollout: `RolloutSource`.
         on_rollouts: called after every generation with the rollouts of all processes and with this process's tensors.
 
+    Attributes:
+        findings: how student and teacher are asked and end differently, each with what to set; also logged as warnings.
+
     Raises:
         UserError: a combination that cannot work.
     """
@@ -97,6 +104,7 @@ class SelfDistillTrainer(RolloutTrainer):
         self.rollout = rollout or RolloutSource()
         self.distillation = distillation or Distillation()
         self.on_rollouts = on_rollouts
+        self.card = None
         self.rewards, weights = adapt(reward_funcs) if reward_funcs else ([], None)
         if not self.rewards and teacher is None and not self.rollout.cross_entropy_weight:
             raise UserError(
@@ -105,6 +113,11 @@ class SelfDistillTrainer(RolloutTrainer):
         self.policy_weight = 1.0 if teacher is None else self.distillation.policy_weight
         if not self.rewards:
             self.policy_weight = 0.0
+        if self.policy_weight and args is not None and args.num_generations == 1:
+            raise UserError(
+                "num_generations=1 leaves a policy gradient nothing to compare: give at least 2, or with a teacher "
+                "Distillation(policy_weight=0)."
+            )
         if args is not None and weights is not None and args.reward_weights is None:
             args.reward_weights = weights
         self._means = {"train": Means(), "eval": Means()}
@@ -122,8 +135,14 @@ class SelfDistillTrainer(RolloutTrainer):
         for reward in self.rewards:
             if isinstance(reward, AdaptedReward):
                 reward.bind(PolicyScorer(student, self._tokenizer))
+        speaker = self._student()
+        self.findings = own_findings(speaker)
+        self._stop_at(speaker.ends)
         if teacher is not None:
             self._attach(teacher, student)
+            self.findings += teacher.compare(speaker)
+        for finding in self.findings if self.accelerator.is_main_process else ():
+            log.warning("%s", finding)
 
     def _check_size(self, dataset: Any) -> None:
         """Rows that do not fill a batch are left out, which may be all of them."""
@@ -147,7 +166,7 @@ class SelfDistillTrainer(RolloutTrainer):
         rows = sorted(self.train_dataset, key=lambda row: len(str(row)))[-LONGEST_ROWS:]
         rollouts = Rollouts.of_rows(rows, 1)
         prompts = [*rollouts.prompts, *teacher.prompts(rollouts, self._tokenizer)]
-        return max(map(len, self._prompt_ids(prompts))) + self.max_completion_length
+        return max(map(len, self._teacher_prompt_ids(prompts))) + self.max_completion_length
 
     @property
     def _sharded(self) -> bool:
@@ -203,7 +222,7 @@ class SelfDistillTrainer(RolloutTrainer):
         prompts = self.teacher.prompts(self._everyones(rollouts), self._tokenizer)
         rollouts.teacher_prompts = prompts[first : first + len(rollouts)]
         device = output["completion_ids"].device
-        ids = [torch.tensor(i, device=device) for i in self._prompt_ids(rollouts.teacher_prompts)]
+        ids = [torch.tensor(i, device=device) for i in self._teacher_prompt_ids(rollouts.teacher_prompts)]
         learnable = output["completion_mask"] * output.get("tool_mask", 1)
         distilled, counted = distilled_tokens(rollouts, learnable, self.distillation)
         weights = distillation_weights(
@@ -295,11 +314,25 @@ class SelfDistillTrainer(RolloutTrainer):
         else:
             kind = replace(settings, temperature=temperature)
             per_token = divergence = said.divergence(student, head, kind, weights=weights)
-        self.note("distill/divergence", divergence.detach().sum().item(), len(tokens))
+        self._note_divergence(divergence.detach(), keep)
         if not self.has_policy_term and len(student):  # the policy gradient logs the entropy where it runs
             some = spread_tokens(keep, ENTROPY_TOKENS_PER_ROW)
             self.note("entropy", entropy_sum(states(some), head.at(self.temperature)), int(some.sum()))
         return (per_token * weights).sum()
+
+    def _note_divergence(self, divergence: Float[Tensor, " N"], keep: Bool[Tensor, "B T"]) -> None:
+        """Its mean, and apart from it the means at the first and at the last distilled token of completions.
+
+        Args:
+            divergence: of the distilled tokens, in row order.
+            keep: which tokens these are.
+        """
+        self.note("distill/divergence", divergence.sum().item(), len(divergence))
+        per_row = keep.sum(dim=1)
+        ends = per_row.cumsum(dim=0)[per_row > 0]
+        firsts = ends - per_row[per_row > 0]
+        for name, places in (("first", firsts), ("last", ends - 1)):
+            self.note(f"distill/divergence_{name}", divergence[places].sum().item(), len(places))
 
     def _ask_teacher(self, model: nn.Module, inputs: Mapping[str, Any]) -> losses.TeacherOutput:
         assert self.teacher is not None
@@ -335,7 +368,7 @@ class SelfDistillTrainer(RolloutTrainer):
             values = torch.zeros(keep.shape, device=mask.device)
             values[keep] = torch.where(theirs.isfinite(), theirs - ours, 0.0).float()
             log_ratios[rows] = values
-        self.note("distill/divergence", -log_ratios.sum().item(), int(mask.sum()))
+        self._note_divergence(-log_ratios[mask], mask)
         return log_ratios
 
     def _cross_entropy(self, model: nn.Module, inputs: Mapping[str, Any], states: States) -> Float[Tensor, ""]:

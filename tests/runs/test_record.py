@@ -63,6 +63,8 @@ def test_a_logger_that_cannot_start_ends_no_run(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(WandbLogger, "start", start)
     with pytest.warns(UserWarning, match="The logger cannot start"):
-        outcome = command(["debug=fast", "eval=none", "hardware=cpu", "logger=wandb", "hydra.run.dir=run"], tmp_path)
+        outcome = command(
+            ["max_steps=1", "completions_per_step=8", "eval=none", "hardware=cpu", "hydra.run.dir=run"], tmp_path
+        )
     assert outcome.code == 0, outcome.err
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"

@@ -67,6 +67,8 @@ def test_a_model_changed_in_memory_is_its_own_reference(tmp_path: Path) -> None:
         ({"teacher": Teacher(), "distillation": Distillation(top_k=1000)}, "top_k=1000 is above the vocabulary of"),
         ({"teacher": Teacher(Model(lively(), tokenizer=tiny_tokenizer()))}, None),
         ({"reward_funcs": 3}, "not callable"),
+        ({"reward_funcs": by_length, "args": {"num_generations": 1}}, "num_generations=1 leaves a policy gradient"),
+        ({"reward_funcs": by_length, "args": {"num_generations": 1}, "teacher": Teacher()}, None),
         ({"rollout": RolloutSource(from_teacher=True), "reward_funcs": by_length}, "needs a local teacher"),
         ({"rollout": RolloutSource(on_policy_fraction=0.5), "reward_funcs": by_length, "tools": [print]}, "tools"),
     ],
