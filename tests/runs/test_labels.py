@@ -64,7 +64,7 @@ def test_only_what_differs_from_the_defaults_is_shown() -> None:
     choices = {"experiment": "sdpo", "reward": "exact_match", "teacher": "feedback", "teacher/weights": "ema"}
     text = shown(differences(cfg, *defaults(choices), choices))
     assert len(text.splitlines()) < 20
-    for part in ("experiment=sdpo", "reward=exact_match", "learning_rate=3e-05", "num_generations=8", "api_key=***"):
+    for part in ("experiment=sdpo", "teacher=feedback", "learning_rate=3e-05", "num_generations=8", "api_key=***"):
         assert part in text
     assert "_target_" not in text and "seed" not in text
     assert "policy_gradient" not in text
