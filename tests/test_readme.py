@@ -151,6 +151,8 @@ def _make(line: str, place: Place) -> None:
 
 
 def _pip(line: str, place: Place) -> None:
+    if line == "pip install deepspeed":  # works beside what the project needs; no extra of its own
+        return
     wanted = re.fullmatch(r"\.(?:\[(\w+)\])?", place.words(line)[2])
     assert wanted
     assert wanted[1] is None or wanted[1] in PROJECT["optional-dependencies"]
@@ -169,8 +171,27 @@ def _vllm(line: str, place: Place) -> None:
 
 
 def _launch(line: str, place: Place) -> None:
-    """The command itself runs in test_processes, as torchrun's own code starts it."""
-    assert place.words(line)[-3:] == ["-m", "selfdistill.train", "…"]
+    """The launcher knows its options, and the run passes its checks; test_processes and test_sharding start some."""
+    words = [word for word in place.words(line) if not re.match(r"[A-Z_]+=\d+$", word)]
+    at = words.index("-m")
+    assert words[at : at + 2] == ["-m", "selfdistill.train"]
+    if words[0] == "torchrun":
+        from torch.distributed.run import parse_args
+
+        assert parse_args(words[1:]).training_script == "selfdistill.train"
+    else:
+        from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+        files = [str(ROOT / word) if word.endswith(".yaml") else word for word in words[2:]]
+        args, _, _ = _validate_launch_command(launch_command_parser().parse_args(files))
+        assert args.training_script == "selfdistill.train"
+    if words[at + 2 :] != ["…"]:
+        outcome = command([*words[at + 2 :], "check=true"], place.folder)
+        assert outcome.code == 0, outcome.err
+
+
+def _python(line: str, place: Place) -> None:
+    exec(compile(place.words(line)[2], line, "exec"), {})
 
 
 def _completion(line: str, place: Place) -> None:
@@ -193,13 +214,14 @@ RULES: list[tuple[str, Callable[[str, Place], None]]] = [
     (r"pip install \S+$", _pip),
     (r"git clone \S+ && cd \S+$", _clone),
     (r"vllm serve |.*-m vllm\.entrypoints", _vllm),
-    (r"accelerate launch -m |torchrun ", _launch),
+    (r"([A-Z_]+=\S+ )*(accelerate launch|torchrun) ", _launch),
+    (r"python -c ", _python),
     (r'eval "\$\(selfdistill ', _completion),
 ]
 
 
 def test_commands_are_found() -> None:
-    found = [line for page, line in COMMANDS if page.name == "README.md"]
+    found = [line for page, line in COMMANDS if page.name in ("README.md", "CLUSTER.md")]
     for _, rule in RULES:
         assert any(_rule(line) is rule for line in found), f"no command for {rule.__name__}: it is not needed any more"
 

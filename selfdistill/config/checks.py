@@ -186,7 +186,8 @@ def _unread(run: Run, cfg: DictConfig) -> Iterator[tuple[Any, ...]]:
     no_reward = "there is no reward. Choose one, e.g. reward=exact_match"
     yield rule(run.reward is None, no_reward, "policy_weight", "training.scale_rewards")
     yield rule(d.weight == 0, "distillation.weight is 0", *with_alpha)
-    for signal, keys in (("advantage", with_alpha), ("sampled_token", divergence)):
+    of_a_loss = [f"distillation.{name}" for name in ("aggregation", "count_inactive_rows", "is_clip", "temperature")]
+    for signal, keys in (("advantage", [*with_alpha, *of_a_loss]), ("sampled_token", divergence)):
         yield rule(d.signal == signal, f"distillation.signal={signal} compares the sampled tokens alone", *keys)
     no_top_k = "it belongs to distillation.top_k, which is null"
     yield rule(lambda: d.top_k is None and not served(run), no_top_k, "distillation.tail")

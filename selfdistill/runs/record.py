@@ -21,6 +21,7 @@ from selfdistill.rollout import Rollouts
 from selfdistill.runs import console
 from selfdistill.runs.callbacks import CompletionsCallback, GeneratedTokens, MonitorCallback, RecordCallback
 from selfdistill.runs.evaluated import EVALUATION, write_items
+from selfdistill.runs.finished import load_policy, read_run
 from selfdistill.runs.folder import RunFolder, Status
 from selfdistill.runs.labels import defaults, labels_of
 from selfdistill.runs.loggers import NoLogger, RunLogger
@@ -167,7 +168,7 @@ class Record(NoRecord):
             self.screen.print(console.change_table(_short(evaluations["before"]), _short(evaluations["after"])))
         if parts.exporter is not None and status == "finished" and not self.run.dry_run:
             places["export"] = parts.exporter.run(
-                parts.trainer.model,
+                self._whole_model(parts),
                 parts.tokenizer,
                 self.folder.path / "export" / parts.exporter.name,
                 parts.data.eval[:8]["prompt"],
@@ -179,6 +180,13 @@ class Record(NoRecord):
             self.screen.print(f"interrupted at step {step}; continue with: {again}", markup=False)
         self.screen.print(console.where_table(places))
         self._hand_over()
+
+    def _whole_model(self, parts: Parts) -> Any:
+        """The trained model; where the processes have shards of it, the one that was saved."""
+        if not parts.trainer.sharded:
+            return parts.trainer.model
+        model, _ = load_policy(read_run(self.folder.path, force=True))
+        return model
 
     def end_early(self, end: EarlyEnd) -> None:
         with self._at_end:

@@ -93,7 +93,7 @@ class Session:
                 before=self.folder.summary.get("eval", {}).get("before") if self.run.resume else None,
                 tell=trainer.report_evaluation,
             )
-            if self._evaluations.before is None:
+            if self._evaluations.before is None and not trainer.sharded:
                 self._evaluations.at(0, trainer.model)
             callbacks.append(self._evaluations)
         if self.run.keep_best is not None and self.processes.is_main:

@@ -64,6 +64,13 @@ class CheckSweep(Callback):
 
         # An ordinary exception would be turned into a warning by Hydra.
         try:
+            if int(os.environ.get("RANK", 0)) > 0:  # the first process says why
+                raise SystemExit(2)
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                raise UserError(
+                    "--multirun is for one process: each of several would choose and number the jobs by itself. Start "
+                    "it without torchrun or accelerate, or launch the runs one after the other."
+                )
             if not config.check and (Path(config.hydra.sweep.dir) / JOBS).exists():
                 folder = config.hydra.sweep.dir
                 raise UserError(f"hydra.sweep.dir={folder} holds a sweep already: name another folder.")

@@ -172,7 +172,7 @@ def _evaluator(
     if settings is None:
         return None, "nothing"
     scorer, said = judge(run, settings, reward)
-    tokenizer = trainer.processing_class
+    tokenizer: Any = trainer.processing_class
     if isinstance(scorer, AsksPolicy):
         scorer.bind(PolicyScorer(trainer.accelerator.unwrap_model(trainer.model), tokenizer))
     compares = answer_field(scorer) is not None
