@@ -59,7 +59,8 @@ class GeneratedTokens(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"count": self.count}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        kept: Any = (state.stateful_callbacks or {}).get(type(self).__name__)
+        states: Any = state.stateful_callbacks or {}  # a list until it is constructed
+        kept = states.get(type(self).__name__)
         self.count = kept["attributes"]["count"] if kept else 0
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -104,7 +105,7 @@ class RecordCallback(TrainerCallback):
         line = {**metrics, GENERATED: self.tokens.count, "time/total_s": self.run.wall_s}
         self.show(lambda: self.logger.log(step, line))
 
-    def totals(self) -> dict[str, int]:
+    def totals(self) -> dict[str, Any]:
         """What stands in the summary besides the time: the generated tokens."""
         return {"tokens_generated": self.tokens.count}
 
