@@ -4,7 +4,6 @@ The other processes have a record that does nothing, so that no other code has t
 """
 
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -26,7 +25,7 @@ from selfdistill.runs.evaluated import EVALUATION, write_items
 from selfdistill.runs.finished import load_policy, read_run
 from selfdistill.runs.folder import RunFolder, Status
 from selfdistill.runs.labels import defaults, labels_of
-from selfdistill.runs.loggers import NoLogger, RunLogger
+from selfdistill.runs.loggers import RunLogger
 from selfdistill.runs.plan import plan_of
 from selfdistill.runs.processes import EarlyEnd
 from selfdistill.runs.samples import completion_rows, prompt_samples
@@ -114,13 +113,7 @@ class Record(NoRecord):
             self.screen.print(note, markup=False, highlight=False, soft_wrap=True)
 
     def begin(self, parts: Parts) -> None:
-        try:
-            self.logger.start(self.folder, without_unread(self.cfg, self.run))
-        except UserError:
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever a third party's logger does, such as with a full disk
-            warnings.warn(f"The logger cannot start; {self.folder.path} has the metrics: {error}", stacklevel=2)
-            self.logger = self._recorder.logger = NoLogger()
+        self._recorder.show(lambda: self.logger.start(self.folder, without_unread(self.cfg, self.run)))
         self.begun = True
         self._recorder.show(lambda: self.logger.files("config", self._there("config.yaml", ".hydra/overrides.yaml")))
         if evaluated := self.folder.summary.get("eval"):  # of a resumed run, whose end is evaluated again

@@ -144,12 +144,12 @@ def test_completions_now_and_then_and_at_the_end(run, tmp_path, console):
     loop = Loop(tmp_path, [record, callback])
     loop.begin()
     loop.log(eval__accuracy=0.1)
-    for _ in range(9):
+    for _ in range(10):
         loop.step(reward=1.0)
     loop.log(eval__accuracy=0.2)
     loop.call("on_train_end")
-    assert [line["step"] for line in run.completions()] == [1] * 3 + [4] * 3 + [8] * 3 + [9] * 3
-    assert [(name, step) for name, step, _ in logger.tables] == [("completions", step) for step in (1, 4, 8, 9)]
+    assert [line["step"] for line in run.completions()] == [1] * 3 + [4] * 3 + [8] * 3 + [10] * 3
+    assert [(name, step) for name, step, _ in logger.tables] == [("completions", step) for step in (1, 4, 8, 10)]
     kept = [(row["prompt"], row["completion"], row["advantage"]) for row in logger.tables[0][2]]
     assert kept == [("p1", "c2", 3.0), ("p0", "c0", -1.0), ("p1", "c1", 2.0)]  # best, worst, then what differs
     assert printed(console).count("completions at step") == 4

@@ -52,19 +52,3 @@ def test_without_an_evaluation_no_empty_table_ends_the_run(tmp_path: Path) -> No
     assert outcome.code == 0, outcome.err
     assert "before and after" not in outcome.out and "metric" not in outcome.out
     assert "where everything lies" in outcome.out
-
-
-@pytest.mark.long
-def test_a_logger_that_cannot_start_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from selfdistill.runs.loggers import WandbLogger
-
-    def start(*_: object) -> None:
-        raise NotADirectoryError("wandb")
-
-    monkeypatch.setattr(WandbLogger, "start", start)
-    with pytest.warns(UserWarning, match="The logger cannot start"):
-        outcome = command(
-            ["max_steps=1", "completions_per_step=8", "eval=none", "hardware=cpu", "hydra.run.dir=run"], tmp_path
-        )
-    assert outcome.code == 0, outcome.err
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
