@@ -11,6 +11,7 @@
 --multirun, -m   one run for each combination of the values that are given with commas
 """
 
+import os
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -64,6 +65,7 @@ def run(cfg: DictConfig) -> float | None:
 
 
 def main() -> None:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of every process; read when torch is imported
     doors.main(CONF / "train.yaml", run, __doc__, sweeps=True)
 
 

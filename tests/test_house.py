@@ -18,7 +18,7 @@ FLOORS: tuple[set[str], ...] = (
     {"data", "models", "rewards", "teachers", "evaluation", "machine", "comparison"},
     {"training"},
     {"runs"},
-    {"train", "export", "doctor", "generate_data", "compare", "__main__"},
+    {"train", "export", "doctor", "generate_data", "compare", "workspace", "__main__"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -27,8 +27,9 @@ METHODS = {
 ROWS = {"grpo": 16, "sdft": 16, "sdpo_feedback": 24}  # completions a step
 # Names of metrics.jsonl that are taken over all processes; those that a run does not have are left out.
 GATHERED = (
-    "loss", "grad_norm", "reward", "reward_std", "kl", "num_tokens", "completions/mean_length",
-    "completions/clipped_ratio", "eval/accuracy", "eval/retention", "eval/forgetting", "entropy", "distill/divergence",
+    "loss", "monitor/grad_norm", "reward", "reward_std", "kl", "num_tokens", "tokens/generated",
+    "completions/clipped_ratio", "eval/accuracy", "eval/retention", "eval/forgetting", "monitor/entropy",
+    "distill/divergence",
     "distill/active_fraction", "monitor/repetition", "monitor/distinct_2", "monitor/length_tokens",
     "monitor/reward_spread",
 )  # fmt: skip
@@ -91,7 +92,7 @@ def test_two_processes_give_the_numbers_of_one(method: str, trained: Callable[[s
     (_, one), (_, two) = trained(method, 1), trained(method, 2)
     expected, found = gathered(one), gathered(two)
     assert [line["step"] for line in found] == [line["step"] for line in expected] == [0, 1, 2, 3]
-    assert all(line["grad_norm"] > 0.1 for line in expected[1:])
+    assert all(line["monitor/grad_norm"] > 0.1 for line in expected[1:])
     for ours, theirs in zip(found, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
     ours, theirs = load_file(two / "model" / "model.safetensors"), load_file(one / "model" / "model.safetensors")

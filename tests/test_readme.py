@@ -9,6 +9,7 @@ import runpy
 import shlex
 import sys
 import tomllib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from selfdistill import compare, doctor, export, generate_data
+from selfdistill import compare, doctor, export, generate_data, workspace
 from selfdistill.comparison import charts
 from selfdistill.models.loading import load_model, resolve
 from tests.command import command
@@ -123,6 +124,17 @@ def _compare(line: str, place: Place) -> None:
     assert "Highest" in outcome.out
 
 
+def _workspace(line: str, place: Place) -> None:
+    """Without an account it writes what it would send."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # wandb-workspaces still uses pydantic's old names
+        patch.delenv("WANDB_API_KEY", raising=False)
+        patch.setenv("NETRC", str(place.folder / "no-netrc"))
+        outcome = command(place.words(line)[3:], place.folder, workspace)
+    assert outcome.code == 0, outcome.err
+    assert any(name.startswith("outputs/workspace-") for name in outcome.left)
+
+
 def _generate(line: str, place: Place) -> None:
     outcome = command([*place.words(line)[3:], f"base_url={place.server.url}"], place.folder, generate_data)
     assert outcome.code == 0, outcome.err
@@ -210,6 +222,7 @@ RULES: list[tuple[str, Callable[[str, Place], None]]] = [
     (r"selfdistill train( |$)", _train),
     (r"python -m selfdistill\.doctor( |$)", _doctor),
     (r"python -m selfdistill\.export( |$)", _export),
+    (r"python -m selfdistill\.workspace( |$)", _workspace),
     (r"python -m selfdistill\.generate_data( |$)", _generate),
     (r"python -m selfdistill\.compare( |$)", _compare),
     (r"([A-Z_]+=\S+ )*python \S+\.py( |$)", _script),

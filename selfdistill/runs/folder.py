@@ -95,7 +95,7 @@ class RunFolder:
         # A process that was killed wrote no last summary: the time of its last metrics is then the better value.
         lines = self._metrics.read()
         self._last_logged = max([int(line["step"]) for line in lines[-1:]], default=0)
-        self._wall_before_s = max([float(summary.get("wall_s") or 0.0), *(x.get("time/wall_s") or 0.0 for x in lines)])
+        self._wall_before_s = max([float(summary.get("wall_s") or 0.0), *(x.get("time/total_s") or 0.0 for x in lines)])
         self._opened_at = time.monotonic()
 
     @classmethod
@@ -259,8 +259,8 @@ class RunFolder:
         return self._completions.read()
 
     def log_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Add metrics to the line of `step`; NaN and infinities become null. `time/wall_s` is added."""
-        self._metrics.merge(step, {**metrics, "time/wall_s": round(self.wall_s, 3)})
+        """Add metrics to the line of `step`; NaN and infinities become null. `time/total_s` is added."""
+        self._metrics.merge(step, {**metrics, "time/total_s": round(self.wall_s, 3)})
         self._last_logged = step
 
     def log_completions(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:

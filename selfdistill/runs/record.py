@@ -5,7 +5,7 @@ The other processes have a record that does nothing, so that no other code has t
 
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,29 @@ from omegaconf import DictConfig
 from transformers import TrainerCallback
 
 from selfdistill.config import Run
+from selfdistill.config.checks import without_unread
 from selfdistill.config.permissions import resume_command
 from selfdistill.errors import UserError
 from selfdistill.evaluation.evaluator import Item
 from selfdistill.files import replace_folder
 from selfdistill.rollout import Rollouts
 from selfdistill.runs import console
-from selfdistill.runs.callbacks import CompletionsCallback, MonitorCallback, ProgressCallback, RecordCallback
+from selfdistill.runs.callbacks import CompletionsCallback, GeneratedTokens, MonitorCallback, RecordCallback
 from selfdistill.runs.evaluated import EVALUATION, write_items
 from selfdistill.runs.finished import load_policy, read_run
 from selfdistill.runs.folder import RunFolder, Status
+from selfdistill.runs.labels import defaults, labels_of
 from selfdistill.runs.loggers import RunLogger
 from selfdistill.runs.plan import plan_of
 from selfdistill.runs.processes import EarlyEnd
 from selfdistill.runs.samples import completion_rows, prompt_samples
+from selfdistill.runs.screen import LOG, Screen, heard
+from selfdistill.runs.step_table import StepTable
 from selfdistill.training.build import Parts
 
 MODEL = "model"
+# What is kept with the run where it is logged, once it is over.
+REPORT = ("summary.json", "metrics.jsonl", "completions.jsonl", "evaluation.jsonl", "prompts.md", LOG)
 
 
 class NoRecord:
@@ -51,7 +57,7 @@ class NoRecord:
     def begin(self, parts: Parts) -> None:
         """Shows the configuration and the plan, and lists the rows of the data that were skipped."""
 
-    def callbacks(self, parts: Parts) -> list[TrainerCallback]:
+    def callbacks(self, parts: Parts, tokens: GeneratedTokens) -> list[TrainerCallback]:
         """The callbacks that record the training."""
         return []
 
@@ -91,10 +97,14 @@ class Record(NoRecord):
     def __init__(self, cfg: DictConfig, run: Run, folder: RunFolder, logger: RunLogger) -> None:
         super().__init__(folder)
         self.cfg, self.run, self.logger = cfg, run, logger
-        self.screen = console.make_console()
+        self.screen = Screen()
+        self.screen.keep(folder.path / LOG)
+        self._at_end = ExitStack()
+        self._at_end.callback(self.screen.close)
+        self._at_end.enter_context(heard(self.screen))
+        self._recorder = RecordCallback(folder, logger, GeneratedTokens())
         self.begun = run.resume is not None
         self._prompts_written = False
-        self._recorder = RecordCallback(folder, logger)
         self._monitor: MonitorCallback | None = None
         self._rows: list[dict[str, Any]] = []
 
@@ -103,35 +113,41 @@ class Record(NoRecord):
             self.screen.print(note, markup=False, highlight=False, soft_wrap=True)
 
     def begin(self, parts: Parts) -> None:
-        self._recorder.show(lambda: self.logger.start(self.folder, self.cfg))
+        self._recorder.show(lambda: self.logger.start(self.folder, without_unread(self.cfg, self.run)))
         self.begun = True
+        self._recorder.show(lambda: self.logger.files("config", self._there("config.yaml", ".hydra/overrides.yaml")))
         if evaluated := self.folder.summary.get("eval"):  # of a resumed run, whose end is evaluated again
             self.folder.update_summary(eval={"before": evaluated.get("before")})
         self.folder.write_bad_rows(parts.data.bad_rows)
         self.folder.update_summary(findings=parts.trainer.findings)
-        console.print_all(self.screen, console.config_tree(self.cfg), console.plan_table(plan_of(self.run, parts)))
+        choices = labels_of(self.folder.path).choices
+        said = console.differences(self.cfg, *defaults(choices), choices)
+        console.print_all(self.screen, said, console.plan_table(plan_of(self.run, parts)))
         if parts.data.bad_rows:
             self.screen.print(
                 f"{len(parts.data.bad_rows)} bad rows skipped, listed in {self.folder.path / 'bad_rows.jsonl'}"
             )
 
-    def callbacks(self, parts: Parts) -> list[TrainerCallback]:
-        record = self._recorder
-        completions = CompletionsCallback(record, self.screen, lambda: self._rows)
-        if parts.monitors is None:
-            return [record, completions, ProgressCallback(self.screen)]
-        self._monitor = MonitorCallback(parts.monitors, self.folder, self.screen)
-        return [record, self._monitor, completions, ProgressCallback(self.screen)]
+    def callbacks(self, parts: Parts, tokens: GeneratedTokens) -> list[TrainerCallback]:
+        self._recorder.tokens, shown = tokens, self.run.show
+        table = StepTable(self.screen, lambda: tokens.count, shown.table_rows)
+        self._at_end.callback(table.close)
+        callbacks: list[TrainerCallback] = [self._recorder, table]
+        if parts.monitors is not None:
+            self._monitor = MonitorCallback(parts.monitors, self.folder, self.screen)
+            callbacks.append(self._monitor)
+        kept = shown.completions_every, shown.completions_kept, shown.completions_printed
+        return [*callbacks, CompletionsCallback(self._recorder, self.screen, lambda: self._rows, *kept)]
 
     def busy(self, word: str) -> AbstractContextManager[object]:
         return self.screen.status(word) if self.screen.is_terminal else nullcontext()
 
     def evaluation(self, step: int, metrics: dict[str, float], items: Sequence[Item]) -> None:
         write_items(self.folder.path / EVALUATION, step, items)
-        self.folder.log_metrics(step, metrics)
+        self._recorder.enter(step, metrics)
         if step == 0:  # the last thing to do: a resumed run does not evaluate the start again once this is written
             self.folder.update_summary(eval={"before": metrics}, step=0)
-        self._recorder.show(lambda: self.logger.log(step, metrics))
+        self.screen.print_line(console.evaluation_line(step, metrics))
 
     def kept(self, metric: str, step: int | None, value: float | None) -> None:
         if step is None or value is None:
@@ -159,7 +175,7 @@ class Record(NoRecord):
         places: dict[str, str | Path | None] = {"run": self.folder.path, "model": self.folder.path / MODEL}
         if evaluations:
             self.folder.update_summary(eval=evaluations)
-            self._recorder.show(lambda: self.logger.summary(evaluations["after"]))
+        if any(evaluations.values()):
             self.screen.print(console.change_table(_short(evaluations["before"]), _short(evaluations["after"])))
         if parts.exporter is not None and status == "finished" and not self.run.dry_run:
             places["export"] = parts.exporter.run(
@@ -168,12 +184,13 @@ class Record(NoRecord):
                 self.folder.path / "export" / parts.exporter.name,
                 parts.data.eval[:8]["prompt"],
             )
-        self.folder.finish(status, step=step)
+        self.folder.finish(status, step=step, **self._recorder.totals())
         places |= {"status": status, "log": self.logger.location}
         if status == "interrupted":
             again = resume_command(self.run, self.folder.path)
             self.screen.print(f"interrupted at step {step}; continue with: {again}", markup=False)
         self.screen.print(console.where_table(places))
+        self._hand_over()
 
     def _whole_model(self, parts: Parts) -> Any:
         """The trained model; where the processes have shards of it, the one that was saved."""
@@ -183,19 +200,36 @@ class Record(NoRecord):
         return model
 
     def end_early(self, end: EarlyEnd) -> None:
-        # A new run that is refused before it has begun (no such model, a malformed file) leaves no folder.
-        try:
-            if end.refused and not self.begun:
-                self.folder.discard()
-            else:
-                self.folder.finish(end.status, end.traceback)
-        except (OSError, UserError) as error:
-            # The reason of the early end follows, and is what matters.
-            print(f"selfdistill: the end of the run could not be written down: {error}", file=sys.stderr)
-        self.logger.finish(failed=True)
+        with self._at_end:
+            # A new run that is refused before it has begun (no such model, a malformed file) leaves no folder.
+            try:
+                if end.refused and not self.begun:
+                    self.folder.discard()
+                else:
+                    self.folder.finish(end.status, end.traceback, **self._recorder.totals())
+                    self.screen.note(end.traceback or end.status)
+            except (OSError, UserError) as error:
+                # The reason of the early end follows, and is what matters.
+                print(f"selfdistill: the end of the run could not be written down: {error}", file=sys.stderr)
+            if self.begun:
+                self._hand_over()
+            self.logger.finish(failed=True)
 
     def close(self) -> None:
-        self.logger.finish()
+        with self._at_end:
+            self.logger.finish()
+
+    def _hand_over(self) -> None:
+        """Gives the logger what is known of the run as a whole: its summary, and its report as files."""
+        summary, evaluated = self.folder.summary, self.folder.summary.get("eval") or {}
+        names = ("status", "step", "wall_s", "tokens_generated", "peak_memory_gib")
+        known = {name: summary[name] for name in names if summary.get(name) is not None}
+        sides = {side: _short(evaluated[side]) for side in ("before", "after") if evaluated.get(side)}
+        self._recorder.show(lambda: self.logger.summary({**known, **sides}))
+        self._recorder.show(lambda: self.logger.files("report", self._there(*REPORT)))
+
+    def _there(self, *names: str) -> list[Path]:
+        return [path for name in names if (path := self.folder.path / name).is_file()]
 
 
 def _short(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from selfdistill.errors import UserError
 from selfdistill.files import disk_space, draft_of
 from selfdistill.rollout import Rollouts
 from selfdistill.runs.best import KeepBest, load_best
-from selfdistill.runs.callbacks import MainDecides, use_callbacks
+from selfdistill.runs.callbacks import GeneratedTokens, MainDecides, use_callbacks
 from selfdistill.runs.evaluations import Evaluations
 from selfdistill.runs.folder import RunFolder
 from selfdistill.runs.interruption import Interruption
@@ -134,12 +134,13 @@ class Session:
         self.final_accuracy: float | None = None
         self.at_end = ExitStack()
         self._evaluations: Evaluations | None = None
+        self._tokens = GeneratedTokens()
 
     def begin(self, parts: Parts) -> None:
         """Shows the plan, evaluates the start, and puts the callbacks in place."""
         trainer = parts.trainer
         self.record.begin(parts)
-        callbacks = self.record.callbacks(parts)
+        callbacks = [self._tokens, *self.record.callbacks(parts, self._tokens)]
         if parts.evaluator is not None and self.run.eval is not None:
             self._evaluations = Evaluations(
                 parts.evaluator,
@@ -163,6 +164,7 @@ class Session:
     def _look_at_rollouts(self, parts: Parts, rollouts: Rollouts, _: Mapping[str, Any]) -> None:
         for name, value in rollout_metrics(rollouts, rewarded=bool(parts.trainer.rewards)).items():
             parts.trainer.note(name, value)
+        self._tokens.add(rollouts)
         self.record.rollouts(parts, rollouts)
 
     def train(self, parts: Parts) -> None:
@@ -180,6 +182,7 @@ class Session:
             # Of several processes one may have failed while the others have not, and a checkpoint takes all.
             if begun.intact and trainer.state.global_step and self.processes.count == 1:
                 begun.restore()
+                self._tokens.restore()
                 self._save_where_there_is_none(trainer)
             raise
 

@@ -43,6 +43,7 @@ from selfdistill.rollout import Rollouts
 from selfdistill.teachers.interface import REQUEST, BaseTeacher, TeacherRequest
 from selfdistill.teachers.language import own_findings
 from selfdistill.training.metrics import Means
+from selfdistill.training.reporting import use_standard_names
 from selfdistill.training.rollout_trainer import RolloutTrainer, no_reward
 from selfdistill.training.token_weights import (
     demonstration_weights,
@@ -134,6 +135,7 @@ class SelfDistillTrainer(RolloutTrainer):
             super().__init__(
                 model=model, reward_funcs=self.rewards or [no_reward], args=args, train_dataset=train_dataset, **kwargs
             )
+        use_standard_names(self)
         if self.is_fsdp_enabled and self.accelerator.distributed_type != DistributedType.FSDP:
             raise UserError(
                 "FSDP needs GPUs: on a CPU accelerate does not shard. Start the processes with torchrun, without an "

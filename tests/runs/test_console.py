@@ -11,7 +11,6 @@ from selfdistill.runs.console import (
     change_table,
     config_tree,
     count,
-    duration,
     make_console,
     plan_table,
     print_all,
@@ -129,13 +128,6 @@ def test_an_old_terminal_gets_ascii():
 )
 def test_count(number, text):
     assert count(int(number)) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (245.0, "4 min 05 s"), (7380.0, "2 h 03 min")]
-)
-def test_duration(seconds, text):
-    assert duration(seconds) == text
 
 
 @pytest.mark.parametrize(("gib", "text"), [(0.0005, "0.5 MiB"), (0.25, "256 MiB"), (17.34, "17.3 GiB")])

@@ -25,7 +25,7 @@ def lines(path: Path) -> list[dict]:
 
 
 def without_time(records: list[dict]) -> list[dict]:
-    return [{key: value for key, value in record.items() if key != "time/wall_s"} for record in records]
+    return [{key: value for key, value in record.items() if key != "time/total_s"} for record in records]
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_metrics_are_plain_json_and_one_line_a_step(run):
         {"step": 1, "loss": 1.0, "kl": None, "reward": 0.5, "grad": 2.0, "eval/accuracy": 0.5},
         {"step": 2, "count": 4, "kind": "x", "many": [1.0, None]},
     ]
-    assert run.metrics()[-1]["time/wall_s"] >= 0
+    assert run.metrics()[-1]["time/total_s"] >= 0
 
 
 def test_a_merged_line_that_is_shorter_leaves_nothing_behind(run):
@@ -206,7 +206,7 @@ def test_wall_time_and_peak_memory_go_on_after_a_kill(tmp_path):
     summary["peak_memory_gib"] = {"rss": 77.0, "cuda": 5.0}
     run.finish("interrupted")
     (run.path / "summary.json").write_text(json.dumps({**summary, "wall_s": 100.0}))
-    (run.path / "metrics.jsonl").write_text('{"step": 1, "time/wall_s": 150.5}\n')
+    (run.path / "metrics.jsonl").write_text('{"step": 1, "time/total_s": 150.5}\n')
     again = RunFolder.open(run.path)
     again.truncate_metrics(0)
     again.finish("finished")
