@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from selfdistill.errors import UserError
 from selfdistill.losses.teacher_output import FullDistribution
+from selfdistill.models.agreement import check_head
 from selfdistill.models.structure import completion_hidden, evaluating, head_of
 from selfdistill.teachers.context import Context, NoContext
 from selfdistill.teachers.interface import BaseTeacher, TeacherRequest
@@ -36,6 +37,9 @@ class Teacher(BaseTeacher):
             )
         self.weights.attach(student)
         self.weights.check_vocabulary(tokenizer)
+        for module in self.weights.views():
+            if module is not None:
+                check_head(module, tokenizer, "The teacher")
 
     def generating(self) -> AbstractContextManager[None]:
         return self.weights.generating()

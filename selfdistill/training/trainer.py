@@ -26,6 +26,7 @@ from selfdistill import losses
 from selfdistill.config.settings import Distillation, RolloutSource
 from selfdistill.errors import UserError
 from selfdistill.losses.head import entropy_sum
+from selfdistill.models.precision import adapter_weights, restore_adapter
 from selfdistill.models.reference import copy_weights, loadable
 from selfdistill.models.structure import (
     aligned,
@@ -41,6 +42,7 @@ from selfdistill.rollout import Rollouts
 from selfdistill.teachers.interface import REQUEST, BaseTeacher, TeacherRequest
 from selfdistill.training.metrics import Means
 from selfdistill.training.rollout_trainer import RolloutTrainer, no_reward
+from selfdistill.training.student_checks import check_student
 from selfdistill.training.token_weights import (
     demonstration_weights,
     distillation_weights,
@@ -109,14 +111,17 @@ class SelfDistillTrainer(RolloutTrainer):
         self._means = {"train": Means(), "eval": Means()}
         self._check_rollout(kwargs)
         _check_columns(teacher, train_dataset)
+        adapter = adapter_weights(model)
         with loadable(model, needed=args is not None and args.beta != 0 and kwargs.get("peft_config") is None):
             super().__init__(
                 model=model, reward_funcs=self.rewards or [no_reward], args=args, train_dataset=train_dataset, **kwargs
             )
         self._check_size(train_dataset)
         student = self.accelerator.unwrap_model(self.model)
+        restore_adapter(student, adapter)
         if self.ref_model is not None and not self._sharded:
             copy_weights(student, self.accelerator.unwrap_model(self.ref_model))
+        check_student(self, student)
         for reward in self.rewards:
             if isinstance(reward, AdaptedReward):
                 reward.bind(PolicyScorer(student, self._tokenizer))
@@ -264,7 +269,7 @@ class SelfDistillTrainer(RolloutTrainer):
         """The student's hidden states: of the pass that the policy gradient made, or of the rows in `mask` alone."""
         prompt_ids, ids, attention = inputs["prompt_ids"], inputs["completion_ids"], inputs["completion_mask"]
         if captured:
-            hidden = aligned(captured[-1], prompt_ids.size(1), ids.size(1))
+            hidden = aligned(captured[-1], ids.size(1))
             return lambda tokens: hidden[tokens]
         rows = mask.any(dim=1)
         if not rows.any():
@@ -285,15 +290,11 @@ class SelfDistillTrainer(RolloutTrainer):
         said = self._ask_teacher(model, inputs)
         temperature = said.temperature(settings.temperature or self.temperature)
         if settings.signal == "sampled_token":
-            ours = losses.token_logps(student, head.at(temperature), tokens, weights=weights)
-            theirs = said.token_logps(tokens, temperature)
-            per_token = losses.sampled_token_loss(ours, theirs)
-            # The value of this loss means nothing; what is shown is the divergence that it estimates.
-            divergence = torch.where(theirs.isfinite(), ours.detach() - theirs, 0.0)
+            per_token = said.sampled_divergence(student, head.at(temperature), tokens, weights=weights)
         else:
             kind = replace(settings, temperature=temperature)
-            per_token = divergence = said.divergence(student, head, kind, weights=weights)
-        self.note("distill/divergence", divergence.detach().sum().item(), len(tokens))
+            per_token = said.divergence(student, head, kind, weights=weights)
+        self.note("distill/divergence", per_token.detach().sum().item(), len(tokens))
         if not self.has_policy_term and len(student):  # the policy gradient logs the entropy where it runs
             some = spread_tokens(keep, ENTROPY_TOKENS_PER_ROW)
             self.note("entropy", entropy_sum(states(some), head.at(self.temperature)), int(some.sum()))
