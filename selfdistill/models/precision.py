@@ -51,8 +51,8 @@ def check_precision(model: nn.Module) -> None:
         raise UserError(f"The trained parameters are float16, in which an optimizer cannot work. {instead}.")
     if torch.bfloat16 in trained:
         log.warning(
-            "%s of the trained parameters are bfloat16, where an update below 1/256 of a weight is rounded away: at the "
-            "learning rates of full training nine of ten are. %s.",
+            "%s of the trained parameters are bfloat16, where an update below 1/256 of a weight is rounded away: nine "
+            "of ten are at the learning rates of full training. %s.",
             f"{trained[torch.bfloat16]:,}",
             instead,
         )
@@ -69,3 +69,14 @@ def precisions(model: nn.Module, *, trained: bool) -> Counter[torch.dtype]:
         if p.requires_grad == trained:
             counts[p.dtype] += p.numel()
     return counts
+
+
+def precision_line(model: nn.Module) -> str:
+    """For example "float32", or "bfloat16, trained in float32" where an adapter has another precision than its base."""
+    frozen, trained = (precisions(model, trained=which) for which in (False, True))
+    names = [_name(counts.most_common(1)[0][0]) for counts in (frozen, trained) if counts]
+    return ", trained in ".join(dict.fromkeys(names))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return "4 or 8 bit" if not dtype.is_floating_point else str(dtype).removeprefix("torch.")

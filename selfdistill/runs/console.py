@@ -35,6 +35,7 @@ class Plan:
         max_steps: optimiser steps.
         batch: how the completions of one step are spread.
         num_generations: completions of one prompt, G.
+        weights: their precision, for example "bfloat16, trained in float32".
         adapter: for example "LoRA, rank 32"; empty for full training.
         teacher: for example "ema 0.99, sees a demonstration"; empty without one.
         memory_gib: estimate by part, for example {"weights": 1.2, "optimizer": 0.1}.
@@ -49,6 +50,7 @@ class Plan:
     max_steps: int
     batch: Batch
     num_generations: int
+    weights: str = ""
     adapter: str = ""
     teacher: str = ""
     memory_gib: Mapping[str, float] = field(default_factory=dict)
@@ -78,6 +80,7 @@ def plan_table(plan: Plan) -> Group:
     facts: dict[str, str | Text] = {
         "model": plan.model,
         "parameters": f"{count(plan.parameters)}, {count(plan.trained)} trained ({share:.1%}; {method})",
+        "weights": plan.weights,
         "device": plan.device,
         "teacher": plan.teacher,
         "data": f"{plan.train_rows:,} rows to train on, {plan.eval_rows:,} held out",

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from selfdistill.config import Run
 from selfdistill.config.batch import batch_of
 from selfdistill.machine.memory_estimate import estimate
+from selfdistill.models.precision import precision_line
 from selfdistill.runs import console
 from selfdistill.training.arguments import precision, use_cuda
 from selfdistill.training.build import Parts
@@ -33,6 +34,7 @@ def plan_of(run: Run, parts: Parts) -> console.Plan:
         device=f"{torch.cuda.get_device_name() if use_cuda(run.hardware) else 'cpu'}, {precision(run.hardware)}",
         parameters=sum(count for count, _ in parameters),
         trained=trained,
+        weights=precision_line(model),
         train_rows=len(parts.data.train),
         eval_rows=len(parts.data.eval) if parts.data.eval is not None else 0,
         max_steps=trainer.args.max_steps,
