@@ -73,8 +73,8 @@ def check_head(model: nn.Module, tokenizer: PreTrainedTokenizerBase, whose: str)
     raise _refused(
         model,
         whose,
-        "its logits are not the product of its output head and its last hidden states in a way that is known here, so that "
-        "a divergence or a cross-entropy would be of other predictions",
+        "its logits are not the product of its output head and its last hidden states in a way that is known here, so "
+        "that a divergence or a cross-entropy would be of other predictions",
         "Train it with a reward alone",
     )
 
