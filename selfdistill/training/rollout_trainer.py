@@ -49,6 +49,7 @@ class RolloutTrainer(GRPOTrainer):
     num_generations_eval: int
     max_completion_length: int
     shuffle_dataset: bool
+    aux_loss_enabled: bool
 
     teacher: BaseTeacher | None
     rollout: RolloutSource

@@ -1,12 +1,13 @@
 """Whether the student can be trained as it was asked for, found out once the trainer is made."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
 from torch import nn
 
 from selfdistill.errors import UserError
 from selfdistill.models.agreement import (
+    LogProbs,
     can_be_asked,
     check_head,
     check_log_probs,
@@ -15,6 +16,7 @@ from selfdistill.models.agreement import (
     tell_positions,
 )
 from selfdistill.models.precision import check_precision
+from selfdistill.models.structure import inner_model
 from selfdistill.rewards.adapter import AdaptedReward
 from selfdistill.rewards.base import AsksPolicy
 from selfdistill.training.rollout_trainer import RolloutTrainer
@@ -40,13 +42,31 @@ def check_student(trainer: "SelfDistillTrainer", student: nn.Module) -> None:
         if trainer.teacher is not None or trainer.rollout.cross_entropy_weight:
             check_head(student, tokenizer, WHOSE)
         if trainer.has_policy_term:
-            trls_pass = super(RolloutTrainer, trainer)._get_per_token_logps_and_entropies
-            check_log_probs(student, tokenizer, trls_pass, trainer.temperature, WHOSE)
+            check_log_probs(student, tokenizer, _trls_pass(trainer), trainer.temperature, WHOSE)
     told = is_told_positions(student)
     if trainer.accelerator.num_processes > 1 and any(gather_object([told])) and not told:
         told = bool(tell_positions(student))  # a process that is still to get its weights follows the others
     if told and trainer.ref_model is not None:
         tell_positions(trainer.ref_model)
+
+
+def _trls_pass(trainer: "SelfDistillTrainer") -> LogProbs:
+    """TRL's own pass as a policy gradient makes it: for a mixture of experts with its load-balancing loss."""
+    balances = trainer.aux_loss_enabled
+
+    def log_probs(*asked: Any) -> Any:
+        try:
+            passed = super(RolloutTrainer, trainer)._get_per_token_logps_and_entropies
+            return passed(*asked, compute_aux_loss=True) if balances else passed(*asked)
+        except AttributeError as error:
+            if not balances:
+                raise
+            raise UserError(
+                f"TRL cannot compute the load-balancing loss of a {type(inner_model(trainer.model)).__name__} "
+                f"({error}): write +training.arguments.router_aux_loss_coef=0, from Python GRPOConfig(router_aux_loss_coef=0.0)."
+            ) from error
+
+    return log_probs
 
 
 def _check_text(trainer: "SelfDistillTrainer") -> None:

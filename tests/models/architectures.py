@@ -33,6 +33,12 @@ XLSTM_KERNELS = {
     "step_kernel": "native",
 }  # fmt: skip
 
+DROPOUT = (
+    "dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "hidden_dropout_prob",
+    "attention_probs_dropout_prob", "attn_pdrop", "resid_pdrop", "embd_pdrop", "embed_dropout", "resid_dropout",
+    "layerdrop",
+)  # fmt: skip
+
 
 @dataclass
 class Architecture:
@@ -58,12 +64,15 @@ class Architecture:
         special = {"pad_token_id": 0, "eos_token_id": 2, "bos_token_id": None}
         kind = getattr(transformers, self.config)
         config = kind(**{"vocab_size": len(tiny_tokenizer()), **special, **self.values})
+        for name in DROPOUT:
+            if hasattr(config, name):
+                setattr(config, name, 0.0)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         with torch.no_grad():
             for p in model.parameters():
-                if p.dim() > 1:
-                    p.mul_(4.0)
-        model.generation_config.eos_token_id = [2, 20, 30, 40, 50]  # answers of many lengths
+                # Norms that are all ones would hide what depends on positions.
+                p.copy_(p * 4.0 if p.dim() > 1 else p + torch.randn_like(p) * 0.1)
+        model.generation_config.eos_token_id = [2, *range(4, len(tiny_tokenizer()), 5)]  # answers of many lengths
         return model
 
 
@@ -128,7 +137,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         **shaped("GraniteMoeHybridConfig", *NO_HEAD_DIM, **MAMBA2, logits_scaling=3.0, num_local_experts=4,
                  num_experts_per_tok=2, shared_intermediate_size=32, layer_types=["mamba", "attention"])
     ),
-    "Hunyuan": Architecture(**shaped("HunYuanDenseV1Config")),
+    "Hunyuan": Architecture(**shaped("HunYuanDenseV1Config"), padding=TOLD),
     "HyperCLOVA X": Architecture(**shaped("HyperCLOVAXConfig", logits_scaling=3.0)),
     "Jamba": Architecture(
         **shaped("JambaConfig", *NO_HEAD_DIM, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2,

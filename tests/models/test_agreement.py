@@ -84,6 +84,15 @@ def test_the_precision_of_a_model_is_no_reason_to_refuse_it(name: str, dtype: to
     assert is_told_positions(model) == (name == "GPT-2")
 
 
+def test_a_load_balancing_loss_that_trl_cannot_compute_is_said_before_training(tmp_path: Path) -> None:
+    """TRL takes the number of experts from a key that this configuration calls otherwise."""
+    model, args = ARCHITECTURES["Granite 4 (hybrid MoE)"].model(), {"router_aux_loss_coef": 0.0}
+    with pytest.raises(UserError, match="load-balancing loss of a GraniteMoeHybridForCausalLM "):
+        make(tmp_path, model, reward_funcs=by_length)
+    make(tmp_path, model, args, reward_funcs=by_length)
+    make(tmp_path, model, teacher=Teacher(context=Hint()), distillation=Distillation())
+
+
 def test_log_probabilities_at_another_temperature_are_noticed() -> None:
     model = lively()
 

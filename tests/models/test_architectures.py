@@ -26,6 +26,7 @@ from tests.training.naive import (
     sgd,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # GPT-BigCode
 QUICK = ("Qwen3", "GPT-2", "Gemma 2", "xLSTM")
 ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in ARCHITECTURES]
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [14, 15]]
@@ -64,7 +65,7 @@ def test_padding(name: str) -> None:
                 "input_ids": torch.cat([prompts, completions], 1),
                 "attention_mask": torch.cat([prompt_mask, mask], 1),
             }
-            logits = model(**ids).logits[:, prompts.size(1) - 1 : -1]
+            logits = model(**ids, use_cache=False).logits[:, prompts.size(1) - 1 : -1]
         return [logits[i, : len(c)].log_softmax(-1) for i, c in enumerate(COMPLETIONS)]
 
     assert (apart(behind_padding(), expected) < RTOL) == (wanted == RIGHT)
@@ -100,7 +101,10 @@ def test_hybrid_step(name: str, tmp_path: Path) -> None:
     start, settings = frozen(model), Distillation(alpha=0.5, weight=0.7, policy_weight=0.5)
     args = {
         "max_steps": 1, "loss_type": "dr_grpo", "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": False,
     }  # fmt: skip
+    if hasattr(model.config, "router_aux_loss_coef"):
+        args["router_aux_loss_coef"] = 0.0  # TRL's own addition to the loss
 
     def trained() -> tuple[Any, list]:
         return make(

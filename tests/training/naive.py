@@ -137,7 +137,7 @@ def make(folder: Path, model: Any = None, args: dict | None = None, **given: Any
 def completion_logps(model: nn.Module, prompt: list[int], completion: list[int], temperature: float) -> Tensor:
     """log-probabilities (T, V) in float64 of a single unpadded sequence, from materialised logits."""
     ids = torch.tensor([prompt + completion])
-    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
     return torch.log_softmax(logits[len(prompt) - 1 : -1].double() / temperature, dim=-1)
 
 

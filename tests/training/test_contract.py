@@ -37,7 +37,7 @@ CALLED = {
 STATE = (
     "_buffered_inputs", "_step", "_metrics", "_tokenizer", "beta", "temperature", "num_iterations", "reward_weights",
     "max_completion_length", "current_gradient_accumulation_steps", "mask_truncated_completions", "ref_model",
-    "num_generations", "num_generations_eval", "shuffle_dataset",
+    "num_generations", "num_generations_eval", "shuffle_dataset", "aux_loss_enabled",
 )  # fmt: skip
 
 
