@@ -61,9 +61,10 @@ def _trls_pass(trainer: "SelfDistillTrainer") -> LogProbs:
         except AttributeError as error:
             if not balances:
                 raise
+            name = type(inner_model(trainer.model)).__name__
             raise UserError(
-                f"TRL cannot compute the load-balancing loss of a {type(inner_model(trainer.model)).__name__} "
-                f"({error}): write +training.arguments.router_aux_loss_coef=0, from Python GRPOConfig(router_aux_loss_coef=0.0)."
+                f"TRL cannot compute the load-balancing loss of a {name} ({error}): write "
+                "+training.arguments.router_aux_loss_coef=0, or from Python GRPOConfig(router_aux_loss_coef=0.0)."
             ) from error
 
     return log_probs
