@@ -45,7 +45,8 @@ def check_student(trainer: "SelfDistillTrainer", student: nn.Module) -> None:
             check_log_probs(student, tokenizer, _trls_pass(trainer), trainer.temperature, WHOSE)
     told = is_told_positions(student)
     if trainer.accelerator.num_processes > 1 and any(gather_object([told])) and not told:
-        told = bool(tell_positions(student))  # a process that is still to get its weights follows the others
+        tell_positions(student)  # a process that is still to get its weights follows the others
+        told = True
     if told and trainer.ref_model is not None:
         tell_positions(trainer.ref_model)
 
