@@ -24,7 +24,7 @@ from selfdistill.config import doors
 from selfdistill.config.conf import CONF
 from selfdistill.errors import UserError
 from selfdistill.machine import hardware, packages
-from selfdistill.machine.findings import Line, error, table
+from selfdistill.machine.findings import Line, error, ok, table, warning
 from selfdistill.runs.loggers import WandbLogger
 
 if TYPE_CHECKING:
@@ -53,7 +53,20 @@ def diagnose(cfg: DictConfig) -> list[Line]:
     ]
     if cfg.teacher is not None and "base_url" in cfg.teacher:
         lines += _check_server(cfg)
-    return lines
+    return [*lines, *_check_sandbox()]
+
+
+def _check_sandbox() -> list[Line]:
+    """What would protect this machine from code that the model writes. Its modules need torch, which may be broken."""
+    try:
+        from selfdistill.rewards import sandbox
+    except ImportError:
+        return []
+    found = sandbox.bubblewrap()
+    if isinstance(found, str):
+        advice = "only reward=python_tests needs it: install bubblewrap, or name a server with reward.sandbox_url"
+        return [warning("sandbox for code", found, advice)]
+    return [ok("sandbox for code", found.name)]
 
 
 def _check_server(cfg: DictConfig) -> list[Line]:

@@ -29,7 +29,7 @@ def test_basic(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_rich_feedback(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run("sdpo_rich_feedback.py", "--steps", "1", "--output", str(tmp_path), "--allow-code-execution")
+    run("sdpo_rich_feedback.py", "--steps", "1", "--output", str(tmp_path), "--allow-code-execution", "--unsandboxed")
     printed = capsys.readouterr().out
     assert "what the tests said:" in printed
     assert "Feedback on an earlier, unsuccessful attempt" in printed

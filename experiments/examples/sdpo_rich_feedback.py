@@ -3,7 +3,7 @@
     python experiments/examples/sdpo_rich_feedback.py --allow-code-execution
     python experiments/examples/sdpo_rich_feedback.py --allow-code-execution --model Qwen/Qwen2.5-Coder-0.5B-Instruct
 
-The model's code is run, in a child process with limits on time, memory, files and network; therefore the flag. By
+The model's code is run in a sandbox (bubblewrap), or without one where --unsandboxed says so; therefore the flags. By
 default the embedded model on a CPU, which shows the mechanism and will not learn to program.
 """
 
@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--output", default="outputs/sdpo_rich_feedback")
     parser.add_argument("--allow-code-execution", action="store_true")
+    parser.add_argument("--unsandboxed", action="store_true")
     options = parser.parse_args()
     if not options.allow_code_execution:
         sys.exit("This example runs code that a model wrote. Add --allow-code-execution if that is what you want.")
@@ -57,7 +58,7 @@ def main() -> None:
     trainer = SelfDistillTrainer(
         model=model,
         args=args,
-        reward_funcs=[PythonTests(allow_code_execution=True)],
+        reward_funcs=[PythonTests(allow_code_execution="unsandboxed" if options.unsandboxed else True)],
         teacher=Teacher(Ema(rate=0.01), Feedback()),
         distillation=Distillation(alpha=1.0, top_k=20),
         train_dataset=Dataset.from_list(

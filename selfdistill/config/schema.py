@@ -112,7 +112,7 @@ class Run:
     resume: str | None
     check: bool
     dry_run: bool
-    allow_code_execution: bool
+    allow_code_execution: bool | str
     trusted_prefixes: list[str]
     rollout: Rollout
     distillation: Distillation

@@ -23,7 +23,7 @@ DELIBERATE = {
 
 
 def load(path: Path):
-    root = OmegaConf.create({"seed": 0, "allow_code_execution": True})
+    root = OmegaConf.create({"seed": 0, "allow_code_execution": "unsandboxed"})
     root.reward = OmegaConf.load(path)
     return root.reward
 

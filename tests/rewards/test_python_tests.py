@@ -1,21 +1,33 @@
+import base64
+import json
 import os
+import socket
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from selfdistill.errors import UserError
-from selfdistill.rewards import PythonTests
+from selfdistill.rewards import PythonTests, sandbox
 from selfdistill.rewards.python_tests import extract_code
+from tests.rewards.attacks import ATTACKS, INNOCENT
+
+CONFINED = pytest.mark.skipif(isinstance(sandbox.bubblewrap(), str), reason=str(sandbox.bubblewrap()))
+# Where the system forbids namespaces, the rest is tried in a bare process.
+BEST = "unsandboxed" if isinstance(sandbox.bubblewrap(), str) else True
 
 DOUBLE = "def f(x):\n    return 2 * x\n"
 
 
 def judge(code, tests, **arguments):
-    reward = PythonTests(allow_code_execution=True, **{"timeout_s": 5.0, "workers": 1, **arguments})
+    reward = PythonTests(**{"allow_code_execution": BEST, "timeout_s": 10.0, "workers": 1, **arguments})
     return reward(prompts=["q"], completions=[code], tests=[tests])[0]
 
 
 def test_it_is_off_unless_allowed():
-    for arguments in ({}, {"allow_code_execution": False}):
+    for arguments in ({}, {"allow_code_execution": False}, {"allow_code_execution": "yes"}):
         with pytest.raises(UserError, match="allow_code_execution=true"):
             PythonTests(**arguments)
 
@@ -93,14 +105,16 @@ def test_memory_is_limited():
         "import os, signal; os.kill(os.getppid(), signal.SIGTERM)",
         "import socket; socket.socket()",
         "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9')",
+        "import os; os.remove('victim', dir_fd=os.open({folder!r}, os.O_RDONLY))",
+        "import sqlite3; sqlite3.connect({outside!r})",
         "import resource; resource.setrlimit(resource.RLIMIT_CPU, (100, 100))",
     ],
 )
-def test_accidents_are_refused(attempt, tmp_path):
+def test_accidents_are_refused_without_a_sandbox(attempt, tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("kept")
     code = attempt.format(outside=str(tmp_path / "stray"), victim=str(victim), folder=str(tmp_path))
-    found = judge(code, ["assert True"])
+    found = judge(code, ["assert True"], allow_code_execution="unsandboxed")
     assert found["score"] == 0.0
     assert "not allowed" in found["feedback"] or "outside the working folder" in found["feedback"]
     assert victim.read_text() == "kept"
@@ -114,10 +128,113 @@ def test_the_working_folder_can_be_used_and_files_are_bounded():
     assert "OSError" in judge(big, ["f()"])["feedback"]
 
 
-def test_the_environment_is_empty_and_output_is_ignored(monkeypatch):
+@CONFINED
+@pytest.mark.parametrize("name", ["numpy", "a class", "an argument that is changed"])
+def test_innocent_code_passes(name):
+    code, test = INNOCENT[name]
+    assert judge(code, [test]) == {"score": 1.0, "feedback": None}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("allowed", [pytest.param(True, marks=CONFINED), "unsandboxed"])
+@pytest.mark.parametrize("name", INNOCENT)
+def test_all_innocent_code_passes(name, allowed):
+    code, test = INNOCENT[name]
+    assert judge(code, [test], allow_code_execution=allowed) == {"score": 1.0, "feedback": None}
+
+
+def fails(attack, allowed, tmp_path, monkeypatch):
+    """Makes the attack; says whether it got a full score or did harm outside."""
     monkeypatch.setenv("SECRET_TOKEN", "abc")
-    code = "import os\nprint('{\"kind\": \"ok\"}' * 100)\nassert 'SECRET_TOKEN' not in os.environ\ndef f(): return 1\n"
-    assert judge(code, ["assert f() == 1"])["score"] == 1.0
+    victim = tmp_path / "victim"
+    victim.write_text("kept")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        names = {"victim": str(victim), "folder": str(tmp_path), "pid": os.getpid(), "port": port}
+        code = attack.code.format(**names) if "{{" in attack.code or attack.kind != "hack" else attack.code
+        found = judge(code, list(attack.tests), allow_code_execution=allowed, timeout_s=3.0)
+    found["feedback"].encode()  # no lone surrogate
+    return found["score"] == 0.0 and os.listdir(tmp_path) == ["victim"] and victim.read_text() == "kept"
+
+
+ONE_OF_EACH = {
+    "the environment of any process", "a connection by native code", "open below a descriptor", "unittest's ANY",
+    "many lines of tests that have passed", "a surrogate in an exception", "a false module",
+}  # fmt: skip
+
+
+@CONFINED
+@pytest.mark.parametrize(
+    "attack",
+    [pytest.param(one, marks=() if one.name in ONE_OF_EACH else pytest.mark.long, id=one.name) for one in ATTACKS],
+)
+def test_an_attack_fails_in_the_sandbox(attack, tmp_path, monkeypatch):
+    assert fails(attack, True, tmp_path, monkeypatch)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("attack", [pytest.param(o, id=o.name) for o in ATTACKS if o.kind in ("results", "hack")])
+def test_verdicts_cannot_be_forged_without_a_sandbox(attack, tmp_path, monkeypatch):
+    assert fails(attack, "unsandboxed", tmp_path, monkeypatch)
+
+
+def test_without_bubblewrap_the_reward_is_refused(monkeypatch):
+    monkeypatch.setattr(sandbox, "find_bubblewrap", lambda: None)
+    sandbox.bubblewrap.cache_clear()
+    with pytest.raises(UserError, match=r"bubblewrap is not installed.*sandbox_url.*unsandboxed"):
+        PythonTests(allow_code_execution=True)
+    sandbox.bubblewrap.cache_clear()
+
+
+class SandboxFusion(BaseHTTPRequestHandler):
+    """Speaks SandboxFusion's API, and runs the code in a process of its own. The first request is turned away."""
+
+    busy = True
+
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if type(self).busy:
+            type(self).busy = False
+            self.send_error(503)
+            return
+        folder = self.server.folder
+        for name, content in request["files"].items():
+            (folder / name).write_bytes(base64.b64decode(content))
+        done = subprocess.run(
+            [sys.executable, "-c", request["code"]],
+            input=request["stdin"],
+            capture_output=True,
+            text=True,
+            cwd=folder,
+            timeout=request["run_timeout"],
+        )
+        result = {"status": "Finished", "return_code": done.returncode, "stdout": done.stdout, "stderr": done.stderr}
+        answer = json.dumps({"status": "Success", "message": "", "run_result": result}).encode()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_server_with_the_api_of_sandbox_fusion(tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), SandboxFusion)
+    server.folder = tmp_path
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://user:password@127.0.0.1:{server.server_port}"
+        assert "password" not in sandbox.Server(url).name
+        found = judge(DOUBLE, ["assert f(2) == 4", "assert f(2) == 5"], sandbox_url=url, allow_code_execution=True)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert found == {"score": 0.0, "feedback": "1 of 2 tests fail.\n\nassert f(2) == 5\nf(2) gave 4"}
+
+
+def test_a_server_that_is_not_there_is_named(monkeypatch):
+    with pytest.raises(UserError, match=r"reward.sandbox_url: the server http://127.0.0.1:9 does not run code"):
+        sandbox.Server("http://127.0.0.1:9", patience_s=0.0).run(sandbox.Task(DOUBLE, ["f(1)"], 1.0, 512, 1, 8))
 
 
 def test_feedback_is_bounded():
@@ -128,7 +245,7 @@ def test_feedback_is_bounded():
 
 
 def test_a_batch_keeps_its_order():
-    reward = PythonTests(allow_code_execution=True, workers=2, feedback="none")
+    reward = PythonTests(allow_code_execution=BEST, workers=2, feedback="none")
     codes = [f"def f(): return {n}" for n in range(6)]
     found = reward(prompts=["q"] * 6, completions=codes, tests=[["assert f() % 2 == 0"]] * 6)
     assert found == [1.0, 0.0] * 3
@@ -136,27 +253,16 @@ def test_a_batch_keeps_its_order():
 
 def test_wrong_columns_and_settings():
     with pytest.raises(UserError, match=r"'tests'.*reward.tests_field"):
-        PythonTests(allow_code_execution=True)(prompts=["q"], completions=["x"])
+        PythonTests(allow_code_execution=BEST)(prompts=["q"], completions=["x"])
     with pytest.raises(UserError, match=r"row 0 .*'tests'.*3"):
         judge(DOUBLE, [3])
     with pytest.raises(UserError, match=r"reward.timeout_s"):
-        PythonTests(allow_code_execution=True, timeout_s=0.0)
+        PythonTests(allow_code_execution=BEST, timeout_s=0.0)
 
 
-IGNORES_THE_ALARM = "import signal, time\nsignal.signal(signal.SIGALRM, signal.SIG_IGN)\n"
-
-
-@pytest.mark.parametrize("namespaces", [True, False])
-def test_code_that_ignores_the_alarm_is_killed_and_earlier_results_kept(namespaces, monkeypatch):
-    monkeypatch.setattr("selfdistill.rewards.python_tests.START_GRACE_S", 4.0)
-    if not namespaces:
-        monkeypatch.setattr("selfdistill.rewards.python_tests._without_network", lambda: ())
-    waits = ["while True: pass", "time.sleep(60)"]
-    codes = [f"{IGNORES_THE_ALARM}def f(x):\n    if x:\n        {wait}\n" for wait in waits]
-    reward = PythonTests(allow_code_execution=True, timeout_s=2.0, partial=True, workers=2)
-    busy, asleep = reward(prompts=["q"] * 2, completions=codes, tests=[["assert f(0) is None", "f(1)"]] * 2)
-    assert (busy["score"], asleep["score"]) == (0.5, 0.5)
-    assert asleep["feedback"] == "1 of 2 tests fail.\n\nf(1)\nThe time limit was exceeded."
-    # A busy loop can meet the limit on processor time first, which the system enforces.
-    died = asleep["feedback"].replace("The time limit was exceeded.", "The process ended before the test did.")
-    assert busy["feedback"] in (asleep["feedback"], died)
+@pytest.mark.parametrize("allowed", [pytest.param(True, marks=CONFINED), "unsandboxed"])
+def test_code_that_ignores_signals_is_ended_and_earlier_results_kept(allowed):
+    code = "import signal, time\nsignal.signal(signal.SIGALRM, signal.SIG_IGN)\ndef f(x):\n    if x: time.sleep(60)\n"
+    tests = ["assert f(0) is None", "f(1)"]
+    found = judge(code, tests, allow_code_execution=allowed, timeout_s=2.0, partial=True)
+    assert found == {"score": 0.5, "feedback": "1 of 2 tests fail.\n\nf(1)\nThe time limit was exceeded."}
