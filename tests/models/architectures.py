@@ -36,7 +36,7 @@ XLSTM_KERNELS = {
 DROPOUT = (
     "dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "hidden_dropout_prob",
     "attention_probs_dropout_prob", "attn_pdrop", "resid_pdrop", "embd_pdrop", "embed_dropout", "resid_dropout",
-    "layerdrop",
+    "residual_dropout", "layerdrop",
 )  # fmt: skip
 
 
@@ -188,7 +188,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "RecurrentGemma": Architecture(
         **shaped("RecurrentGemmaConfig", "max_position_embeddings", num_hidden_layers=3, lru_width=32,
                  attention_window_size=64, logits_soft_cap=2.0),
-        padding=TOLD, hybrid=REFUSED,
+        padding=REFUSED, hybrid=REFUSED,
     ),
     "RWKV": Architecture("RwkvConfig", {"hidden_size": 32, "num_hidden_layers": 2}, padding=REFUSED, hybrid=REFUSED),
     "Seed-OSS": Architecture(**shaped("SeedOssConfig")),
@@ -225,8 +225,9 @@ does not hold is refused with the reason. The table is what was found for tiny r
 - **head**: the logits that a divergence is computed from (the output head times hidden states, with the model's bias,
   scale and soft cap) are the model's own.
 - **hybrid**: one step with a policy gradient and a divergence has the loss and the gradient of a naive computation on
-  all logits of each row alone. *refused*: TRL's fused head does not know the model's soft cap, so that there is no
-  policy gradient for it, while a teacher or cross-entropy alone trains it; or its padding is refused already.
+  all logits of each row alone. A mixture of experts is compared without the load-balancing
+  loss that TRL adds to its policy gradient. *refused*: for its padding. (A model is refused a policy gradient too where
+  TRL's log-probabilities are not its own; none of these is.)
 
 Learned prompts (prompt tuning and its kind) are right too. A vision-language model is trained on text; data with images
 is refused where a teacher, cross-entropy or a reward that asks the policy would look at the text alone.
