@@ -1,4 +1,4 @@
-# make demo   own environment, then the main job on the embedded model
+# make demo   own environment, then a model that learns: SDPO on the embedded one
 # make test   own environment, then the tests
 # make test-long   the tests marked long, and those against a real vLLM server where `make vllm` was run
 # make vllm   a real vLLM for the CPU, in an environment of its own
@@ -19,7 +19,7 @@ $(BIN)/.installed: pyproject.toml
 	touch $@
 
 demo: $(BIN)/.installed
-	$(BIN)/python -m selfdistill.train experiment=grpo_supervised
+	$(BIN)/python -m selfdistill.train experiment=sdpo max_steps=30
 
 test: $(BIN)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" --ignore tests/vllm

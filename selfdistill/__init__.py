@@ -9,6 +9,8 @@ from importlib import import_module
 from logging import getLogger
 from typing import Any
 
+__version__ = "0.1.0"
+
 # On a CPU with AVX512-BF16, bitsandbytes warns while peft imports it that an optional kernel is missing, and the line
 # would stand before every answer of every command. Nothing here uses that kernel; all other records of the logger pass.
 getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))
@@ -22,7 +24,7 @@ _EXPORTS = {
     "UserError": "selfdistill.errors",
 }
 
-__all__ = list(_EXPORTS)
+__all__ = [*_EXPORTS, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -51,9 +51,9 @@ def diagnose(cfg: DictConfig) -> list[Line]:
         hardware.check_disk(Path(cfg.output_dir)),
         hardware.check_wandb(cfg.logger is not None and issubclass(get_class(cfg.logger._target_), WandbLogger)),
     ]
-    if cfg.teacher is not None and "base_url" in cfg.teacher:
-        lines += _check_server(cfg)
-    return [*lines, *_check_sandbox()]
+    server = _check_server(cfg) if cfg.teacher is not None and "base_url" in cfg.teacher else []
+    language = _check_language(cfg, ask_server=all(line.state != "error" for line in server))
+    return [*lines, *server, *language, *_check_sandbox()]
 
 
 def _check_sandbox() -> list[Line]:
@@ -67,6 +67,19 @@ def _check_sandbox() -> list[Line]:
         advice = "only reward=python_tests needs it: install bubblewrap, or name a server with reward.sandbox_url"
         return [warning("sandbox for code", found, advice)]
     return [ok("sandbox for code", found.name)]
+
+
+def _check_language(cfg: DictConfig, *, ask_server: bool) -> list[Line]:
+    """Lines for how student and teacher are asked and end. Imported here, because it needs torch, as below."""
+    try:
+        from selfdistill.training.language import language_findings
+
+        found = language_findings(config.check(cfg), ask_server=ask_server)
+    except ImportError:
+        return []  # said by the lines of the packages
+    except UserError as problem:
+        return [error("language", str(problem), "let student and teacher be asked alike and end alike")]
+    return [warning("language", finding, "") for finding in found]
 
 
 def _check_server(cfg: DictConfig) -> list[Line]:

@@ -1,6 +1,6 @@
 """What a batch of completions is: who was asked, what came back, how it was judged, and what the teacher is shown."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,18 @@ Prompt = str | list[Message]
 def text_of(message: Any) -> str:
     """The text of a prompt or completion: a string as it is, of messages the last one's content."""
     return message if isinstance(message, str) else message[-1]["content"]
+
+
+def shown_in(columns: Mapping[str, Iterable[Any]], field: str) -> list[Any]:
+    """A column's values. A row without a `golden_response` has its `answer` for a demonstration."""
+    values = list(columns[field])
+    if field != "golden_response" or "answer" not in columns:
+        return values
+    return [value if _holds_text(value) else answer for value, answer in zip(values, columns["answer"], strict=True)]
+
+
+def _holds_text(value: Any) -> bool:
+    return any(value) if isinstance(value, list | tuple) else bool(value)
 
 
 @dataclass(repr=False)

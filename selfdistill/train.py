@@ -5,6 +5,7 @@
   python -m selfdistill.train model=qwen3_0_6b hardware=gpu_24gb data=jsonl data.path=my.jsonl export=lora
   python -m selfdistill.train --multirun experiment=sdpo beta=0,0.04 alpha=0,0.5,1
   python -m selfdistill.train resume=outputs/RUN            continue a run
+  python -m selfdistill.train repeat=outputs/RUN            the same run once more
 
 --check          compose and check everything, show the plan, and stop
 --multirun, -m   one run for each combination of the values that are given with commas
@@ -18,7 +19,7 @@ from omegaconf import DictConfig
 from selfdistill import config
 from selfdistill.config import doors
 from selfdistill.config.conf import CONF
-from selfdistill.runs import sweep
+from selfdistill.runs import preflight, provenance, sweep
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -26,15 +27,24 @@ def run(cfg: DictConfig) -> float | None:
     hydra_config: Any = HydraConfig.get()  # a DictConfig, though Hydra declares a dataclass
     overrides = sweep.overrides_of(hydra_config)
     with sweep.job(cfg) as job:
-        checked = config.check(cfg, overrides)
+        if cfg.resume:
+            preflight.look_for_run(cfg.resume, hydra_config)
+        elif cfg.repeat:
+            cfg, checked, notes = provenance.repeated_config(cfg, overrides)
+            preflight.look_for_files(checked)
+            for note in notes:
+                print(f"not as in {cfg.repeat}: {note}")
+        else:
+            checked = config.check(cfg, overrides)
+            preflight.look_for_files(checked)
 
         # Nothing heavy is imported before the configuration has passed.
         from selfdistill.config.targets import check_targets
-        from selfdistill.runs import plan, session
+        from selfdistill.runs import cards, plan, session
         from selfdistill.training.arguments import ARGUMENTS
         from selfdistill.training.build import build
 
-        if checked.resume:
+        if cfg.resume:
             cfg, checked = session.resumed_config(cfg, overrides)
         check_targets(checked, ARGUMENTS)
         if checked.check:
@@ -43,9 +53,12 @@ def run(cfg: DictConfig) -> float | None:
         with session.recorded(cfg, checked, hydra_config) as this:
             job.folder = this.folder
             parts = build(checked, this.folder.path)
+            parts.trainer.card = card = cards.card_of(checked, this.folder, parts.data)
             this.begin(parts)
             this.train(parts)
             this.end(parts)
+            if parts.trainer.is_world_process_zero():
+                cards.add_results(card, this.folder)
         return this.final_accuracy
     return None
 

@@ -22,6 +22,14 @@ COMPOSITION = [
     ("betta=1", ["betta is not a key", "did you mean beta?"]),
     ("+betta=1", ["betta is not a key", "did you mean beta?"]),
     ("++betta=1", ["betta is not a key", "did you mean beta?"]),
+    ("training.arguments.learning_rate=3", ["training.arguments.learning_rate", "write learning_rate=…"]),
+    ("+training.arguments.learning_rate=3", ["training.arguments.learning_rate", "write learning_rate=…"]),
+    ("training.arguments.optim=sgd", ["training.arguments.optim", "plus sign, +training.arguments.optim=…"]),
+    ("eval.scorer.contains=true", ["eval.scorer.contains is not a key", "reward@eval.scorer=exact_match"]),
+    ("max_steps=null", ["max_steps=null", "epochs=3"]),
+    ("epochs=3 max_steps=5", ["max_steps is set but nothing reads it", "epochs=null"]),
+    ("keep_best=eval/accuracy", ["keep_best=eval/accuracy", "eval.every=20"]),
+    ("experiment=gkd model=local model.name=mine", ["teacher.weights.name is missing", "mine"]),
     ("distillation.tpo_k=3", ["distillation.tpo_k is not a key", "did you mean top_k?"]),
     ("+distillation.tpo_k=3", ["distillation.tpo_k is not a key", "did you mean top_k?"]),
     ("hardware.vllm.mod=colocate", ["hardware.vllm.mod is not a key", "did you mean mode?"]),
@@ -47,7 +55,7 @@ COMPOSITION = [
     ("teacher/weights=ema", ["teacher/weights", "Choose that first"]),
     ("+experiment=sdft", ["+experiment=sdft", "write experiment=sdft"]),
     ("reward=null", ["reward=null", "write reward=none"]),
-    ("model=null", ["model=null", "choose one of its options"]),
+    ("model=null", ["model=null", "write the name of an option", "local"]),
     # types, ranges and choices
     ("beta=abc", ["beta='abc': write a number"]),
     ("beta=nan", ["beta=nan: write a finite number"]),
@@ -89,8 +97,45 @@ COMPOSITION = [
     # what may not be built
     ("reward._target_=os.system", ["reward._target_=os.system", "trusted_prefixes=[os]"]),
     ("reward._target_=torchvision.ops.nms", ["reward._target_=torchvision.ops.nms", "trusted_prefixes=[torchvision]"]),
+    ("reward._target_=torch.load", ["reward._target_=torch.load: only selfdistill, trl.rewards are trusted"]),
+    ("reward._target_=transformers.pipeline", ["only selfdistill, trl.rewards are trusted"]),
     ("reward._target_=my_reward", ["reward._target_='my_reward': write a dotted path"]),
     ("~reward._target_", ["reward has no _target_"]),
+    ("+hydra.callbacks.x._target_=os.getpid", ["only selfdistill's own callbacks are run"]),
+    ("+hydra.callbacks.x._target_=selfdistill.files.write_atomically --check", ["only selfdistill's own callbacks"]),
+    ("hydra.launcher._target_=os.getpid", ["only Hydra's launchers and sweepers can stand here"]),
+    # Hydra's keys that would have no effect
+    ("hydra.job.name=x", ["hydra.job.name has no effect", "name=NAME"]),
+    ("hydra.verbose=true", ["hydra.verbose has no effect"]),
+    ("hydra.output_subdir=x --check", ["hydra.output_subdir has no effect", "hydra.run.dir=FOLDER"]),
+    ("hydra/job_logging=default --check", ["hydra.job_logging has no effect"]),
+    ("hydra.searchpath=[file:///nowhere/at/all]", ["hydra.searchpath: there is no folder /nowhere/at/all"]),
+    ("--config-path x", ["--config-dir=x"]),
+    # groups are given the names of options
+    ("experiment=5", ["experiment=5: write the name of an option"]),
+    ("logger=true", ["logger=true: write the name of an option", "wandb"]),
+    ("hardware=[[1]]", ["hardware=[[1]]: write the name of an option"]),
+    ("~experiment=2", ["experiment=2: write the name of an option"]),
+    ("=5", ["=5 has no key"]),
+    ("-sc", ["--shell-completion: write eval"]),
+    ("-sc install=nothing", ["--shell-completion: write eval"]),
+    ("hardware.memory_gib=" + "9" * 400, ["hardware.memory_gib=999", "characters left out", "too large"]),
+    ("model=" + "x" * 100_000, ["model=xxx", "characters left out", "write the name of an option"]),
+    ("beta=" + "x" * 100_000, ["beta='xxx", "characters left out", "write a number"]),
+    ("hardware.threads=10000", ["hardware.threads=10000 is out of range"]),
+    ("model.tuning=lora model.lora.r=100000", ["model.lora.r=100000 is out of range"]),
+    ("model.tuning=lora model.lora.target_modules=5", ["model.lora.target_modules=5: write all-linear"]),
+    # files and folders that are not there
+    ("data=jsonl data.path=absent.jsonl --check", ["data.path=absent.jsonl: there is no such file"]),
+    ("--multirun seed=0,1 data=jsonl data.path=absent.jsonl", ["data.path=absent.jsonl: there is no such file"]),
+    ("data.eval_path=absent.jsonl", ["data.eval_path=absent.jsonl: there is no such file"]),
+    ("data=jsonl data.path=mine", ["data.path=mine is a folder"]),
+    ("model=local model.name=mine --check", ["model.name=mine: this folder holds no model", "no config.json"]),
+    ("model=local model.name=./absent --check", ["model.name=./absent: there is no such folder"]),
+    ("model=local model.name=mine/absent", ["model.name=mine/absent: there is no such folder."]),
+    ("resume=nowhere", ["nowhere is no run's folder"]),
+    ("resume=nowhere hydra.run.dir=x", ["hydra.run.dir=x cannot be given with resume=nowhere"]),
+    ("repeat=nowhere", ["nowhere is no run's folder"]),
     # combinations
     ("reward=none", ["Nothing to learn from", "reward=supervised", "teacher=demonstration"]),
     ("reward=none rollout.cross_entropy_weight=1", ["rollout.cross_entropy_weight", "rollout.on_policy_fraction=0"]),
@@ -100,6 +145,16 @@ COMPOSITION = [
     ("policy_weight=0.5", ["policy_weight is set but nothing reads it"]),
     (f"{TAUGHT} policy_weight=0.5", ["policy_weight is set but nothing reads it", "there is no reward"]),
     (f"{TAUGHT} distillation.signal=advantage alpha=0.5", ["alpha is set but nothing reads it", "signal=advantage"]),
+    (f"{TAUGHT} distillation.signal=advantage distillation.is_clip=3", ["distillation.is_clip", "signal=advantage"]),
+    (
+        f"{TAUGHT} distillation.signal=advantage distillation.aggregation=token_mean",
+        ["distillation.aggregation is set"],
+    ),
+    (f"{TAUGHT} distillation.signal=advantage distillation.temperature=2", ["distillation.temperature is set"]),
+    (
+        f"{TAUGHT} distillation.signal=advantage distillation.count_inactive_rows=false",
+        ["distillation.count_inactive_rows is set"],
+    ),
     (f"{TAUGHT} distillation.tail=false", ["distillation.tail is set but nothing reads it", "distillation.top_k"]),
     ("model.lora.r=8", ["model.lora.r is set but nothing reads it", "model.tuning=lora"]),
     ("hardware.vllm.standby=true", ["hardware.vllm.standby is set but nothing reads it", "hardware.vllm.mode is null"]),
@@ -145,25 +200,38 @@ LOADING = [
     ("eval.max_rows=many", ["eval.max_rows='many': write a whole number"]),
     ("data.eval_fraction=abc", ["data.eval_fraction='abc': write a number"]),
     (
-        "reward._target_=selfdistill.rewards.InverseLos",
-        ["selfdistill.rewards has no InverseLos", "did you mean InverseLoss?"],
+        "reward._target_=selfdistill.rewards.ExactMach",
+        ["selfdistill.rewards has no ExactMach", "did you mean ExactMatch?"],
     ),
     ("reward._target_=selfdistill.rewordz.InverseLoss", ["selfdistill has no rewordz", "did you mean rewards?"]),
-    ("reward._target_=torch.nn", ["reward._target_=torch.nn is no class or function"]),
+    ("reward._target_=selfdistill.rewards", ["reward._target_=selfdistill.rewards is no class or function"]),
+    ("reward._target_=selfdistill.runs.folder.shutil.rmtree", ["is shutil.rmtree, and not at home in selfdistill"]),
+    ("trusted_prefixes=[json] reward._target_=json.codecs.open", ["is codecs.open, and not at home in json"]),
     ("trusted_prefixes=[absent] reward._target_=absent.f", ["reward._target_=absent.f", "there is no module absent"]),
-    ("+reward.weight=3", ["reward.weight: selfdistill.rewards.InverseLoss takes no such argument", "score_eos"]),
+    ("+reward.weight=3", ["reward.weight: selfdistill.rewards.ExactMatch takes no such argument", "contains"]),
     ("+data.colour=red", ["data.colour: selfdistill.data.load_data takes no such argument"]),
     ("+training.arguments.lernin_rate=1", ["training.arguments.lernin_rate", "did you mean learning_rate?"]),
-    ("--multirun reward.score_eos=true,5", ["reward.score_eos=5: write true or false"]),
+    ("--multirun reward.contains=true,5", ["reward.contains=5: write true or false"]),
     ("resume=nowhere", ["nowhere is no run's folder"]),
     ("resume=mine", ["mine is no run's folder: config.yaml and summary.json are missing"]),
-    ("resume=nowhere seed=3", ["seed cannot be changed when a run is resumed"]),
     ("logger.mode=loud", ["logger.mode is 'loud'", "offline"]),
+    (
+        "reward=python_tests allow_code_execution=true",
+        ["reward.tests_field=tests: the rows of embedded:half_known_train"],
+    ),
+    ("reward=multiple_choice", ["reward: embedded:half_known_train, row "]),
+    ("eval.scorer=null", ["eval.scorer=None: write something else than null"]),
+    ("eval.scorer=null --check", ["eval.scorer=None: write something else than null"]),
+    ("model.tuning=lora model.lora.target_modules=[nope]", ["model.lora.target_modules: the model has no layer nope"]),
+    ("data=jsonl data.path=empty.jsonl --check", ["empty.jsonl is empty"]),
+    ("data=jsonl data.path=malformed.jsonl --check", ["malformed.jsonl, line 2: malformed JSON"]),
+    ("data=jsonl data.path=anwser.jsonl reward=exact_match --check", ["no row of anwser.jsonl has an answer"]),
+    ("monitors.entropy.action=shout --check", ["monitors.entropy.action is 'shout'"]),
     ("monitors.entropy.action=shout", ["monitors.entropy.action is 'shout'", "warn, stop, off"]),
     ("eval.max_rows=0", ["eval.max_rows=0", "at least 1"]),
     ("export=merged_16bit export.dtype=float8", ["export.dtype=float8", "bfloat16"]),
     ("reward=python_tests", ["allow_code_execution=true"]),
-    (f"{TAUGHT} teacher/weights=ema teacher.weights.rate=2", ["teacher.weights.rate=2 is outside (0, 1]"]),
+    (f"{TAUGHT} teacher/weights=ema teacher.weights.rate=2", ["teacher.weights.rate=2.0 is outside (0, 1]"]),
     (f"{TAUGHT} teacher.context.template='nothing'", ["teacher.context.template", "{prompt}, {demonstration}"]),
     (f"{TAUGHT} teacher.context.template=file:absent.txt", ["teacher.context.template", "absent.txt"]),
     (f"{TAUGHT} distillation.top_k=5000", ["distillation.top_k=5000 is above the vocabulary of 102 tokens"]),
@@ -300,3 +368,34 @@ def test_the_configuration_of_a_resumed_run_is_checked(folder: Path) -> None:
     (folder / "old" / "config.yaml").write_text(OmegaConf.to_yaml(composed(["beta=-1"]), resolve=True))
     outcome = command(["resume=old"], folder)
     check_refusal(outcome.code, outcome.err, outcome.left, ["old/config.yaml: beta=-1", "out of range"])
+    outcome = command(["resume=old", "seed=3"], folder)
+    check_refusal(outcome.code, outcome.err, outcome.left, ["seed cannot be changed when a run is resumed"])
+
+
+@pytest.mark.parametrize("door", ["resume", "repeat"])
+@pytest.mark.parametrize(
+    ("written", "given", "words"),
+    [
+        (
+            ["trusted_prefixes=[os]"],
+            [],
+            ["trusted_prefixes=[os]", "code that is not ours", "add trusted_prefixes=[os]"],
+        ),
+        (["allow_code_execution=true"], [], ["allow_code_execution=true"]),
+        (["model.trust_remote_code=true"], [], ["model.trust_remote_code=true"]),
+        (["+training.arguments.trust_remote_code=true"], [], ["add ++training.arguments.trust_remote_code=true"]),
+        (["trusted_prefixes=[os]", "beta=-1"], ["trusted_prefixes=[os]"], ["beta=-1 is out of range"]),
+        (["reward._target_=numpy.load"], [], ["only selfdistill, trl.rewards are trusted"]),
+        (["trusted_prefixes=[m]"], ["trusted_prefixes=[n]"], ["its config.yaml has trusted_prefixes=[m]"]),
+        (["+training.arguments.hub_token='***'"], [], ["training.arguments.hub_token is secret and was not recorded"]),
+        (["+training.arguments.hub_token='***'", "beta=-1"], ["++training.arguments.hub_token=x"], ["beta=-1 is out"]),
+    ],
+)
+def test_a_folder_from_somebody_else_is_granted_nothing(
+    door: str, written: list[str], given: list[str], words: list[str], folder: Path
+) -> None:
+    (folder / "old").mkdir()
+    (folder / "old" / "summary.json").write_text('{"run_id": "old"}')
+    (folder / "old" / "config.yaml").write_text(OmegaConf.to_yaml(composed(written), resolve=True))
+    outcome = command([f"{door}=old", *given], folder)
+    check_refusal(outcome.code, outcome.err, outcome.left, words)

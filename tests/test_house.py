@@ -12,13 +12,13 @@ PACKAGE = ROOT / "selfdistill"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up. A room imports from its own floor and from those below.
 FLOORS: tuple[set[str], ...] = (
-    {"errors", "rollout", "limits", "statistics", "files"},
+    {"errors", "rollout", "limits", "statistics", "files", "text", "tokens"},
     {"losses"},
     {"config"},
     {"data", "models", "rewards", "teachers", "evaluation", "machine"},
     {"training"},
     {"runs"},
-    {"train", "export", "doctor", "generate_data"},
+    {"train", "export", "doctor", "generate_data", "__main__"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

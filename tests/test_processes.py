@@ -171,3 +171,27 @@ def test_a_refused_run_leaves_nothing(launch: Launcher, tmp_path: Path) -> None:
     assert_gone(done.pids)
     assert not (tmp_path / "outputs").exists()
     assert done.terminal.count("selfdistill: ") == 1, done.terminal
+
+
+def test_several_processes_sweep_nothing(launch: Launcher, tmp_path: Path) -> None:
+    done = launch([*overrides("grpo"), "--multirun", "seed=1,2"], tmp_path)
+    assert done.code != 0
+    assert_gone(done.pids)
+    assert done.terminal.count("selfdistill: --multirun is for one process") == 1, done.terminal
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.long
+def test_a_model_in_memory_is_the_reference_of_every_process(launch: Launcher, tmp_path: Path) -> None:
+    """transformers lets the main process alone write the model, which all then load."""
+    done = launch([], tmp_path, program="tests.in_memory")
+    assert done.code == 0, done.terminal
+    assert "find_unused_parameters" not in done.terminal
+
+
+@pytest.mark.long
+def test_the_others_wait_for_the_main_process_longer_than_a_collective_operation(
+    launch: Launcher, tmp_path: Path
+) -> None:
+    done = launch([], tmp_path, program="tests.late")
+    assert (done.code, done.terminal.count("over")) == (0, 2), done.terminal

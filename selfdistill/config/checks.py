@@ -4,6 +4,7 @@ Keys, types, ranges, choices and combinations are judged here, before torch is i
 """
 
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -16,8 +17,9 @@ from selfdistill.config.batch import batch_of
 from selfdistill.config.messages import WITHOUT, explain
 from selfdistill.config.schema import Run
 from selfdistill.config.targets import check_trust, declares, targets
+from selfdistill.config.trl_names import OUR_KEYS, instead_of
 from selfdistill.config.values import mismatch
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, quoted, shortened
 from selfdistill.limits import check_limits
 from selfdistill.losses.divergence import Divergence
 
@@ -44,10 +46,14 @@ def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> Run:
         check_trust(key, node["_target_"], values["trusted_prefixes"])
     _check_limits(cfg, Run, values)
     run = cast(Run, OmegaConf.to_object(typed))
-    _check_read(run, cfg, {override.lstrip("+~").split("=")[0] for override in overrides})
+    given = {override.lstrip("+~").split("=")[0] for override in overrides}
+    _check_read(run, cfg, given)
+    _check_arguments(run)
     _check_signal(run)
     _check_batch(run)
     _check_machine(run)
+    _check_teacher_model(run, given)
+    _check_language(run)
     return run
 
 
@@ -61,6 +67,20 @@ def _typed(cfg: DictConfig) -> DictConfig:
         return cast(DictConfig, OmegaConf.merge(_schema(Run), cfg))
     except OmegaConfBaseException as error:
         raise UserError(_wrong_type(cfg, error)) from None
+    except OverflowError:
+        raise UserError(f"{_too_large(cfg)} is too large: write a smaller number.") from None
+
+
+def _too_large(value: Any, key: str = "") -> str:
+    """KEY=VALUE of the first whole number that is larger than any float."""
+    items = value.items_ex(resolve=False) if isinstance(value, DictConfig) else []
+    for name, item in items:
+        inner = f"{key}.{name}" if key else str(name)
+        if isinstance(item, int) and abs(item) > sys.float_info.max:
+            return f"{inner}={quoted(item)}"
+        if isinstance(item, DictConfig) and (found := _too_large(item, inner)):
+            return found
+    return ""
 
 
 def _groups(kind: type, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -90,7 +110,7 @@ def _wrong_type(cfg: DictConfig, error: OmegaConfBaseException) -> str:
     value = OmegaConf.select(cfg, key)
     value = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     wanted = mismatch(value, hint) if hint is not None else None
-    return f"{key}={value!r}: write {wanted}." if wanted else explain(error)
+    return f"{key}={quoted(value)}: write {wanted}." if wanted else explain(error)
 
 
 def _resolved(typed: DictConfig, cfg: DictConfig) -> dict[str, Any]:
@@ -120,7 +140,7 @@ def _written(cfg: DictConfig, key: str) -> str:
     above, _, name = key.rpartition(".")
     value = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.select(cfg, above), resolve=False))[name]
     source = re.fullmatch(r"\$\{([\w.]+)\}", str(value))
-    return _written(cfg, source[1]) if source else f"{key}={value}"
+    return _written(cfg, source[1]) if source else f"{key}={shortened(str(value))}"
 
 
 def _check_read(run: Run, cfg: DictConfig, overridden: set[str]) -> None:
@@ -145,7 +165,8 @@ def _check_read(run: Run, cfg: DictConfig, overridden: set[str]) -> None:
     no_reward = "there is no reward. Choose one, e.g. reward=exact_match"
     refuse(run.reward is None, no_reward, "policy_weight", "training.scale_rewards")
     refuse(d.weight == 0, "distillation.weight is 0", *with_alpha)
-    for signal, keys in (("advantage", with_alpha), ("sampled_token", divergence)):
+    of_a_loss = [f"distillation.{name}" for name in ("aggregation", "count_inactive_rows", "is_clip", "temperature")]
+    for signal, keys in (("advantage", [*with_alpha, *of_a_loss]), ("sampled_token", divergence)):
         refuse(d.signal == signal, f"distillation.signal={signal} compares the sampled tokens alone", *keys)
     refuse(tail_unread, "it belongs to distillation.top_k, which is null", "distillation.tail")
     readers = "it belongs to distillation.route=failures and teacher/context=feedback"
@@ -154,6 +175,8 @@ def _check_read(run: Run, cfg: DictConfig, overridden: set[str]) -> None:
     refuse(own_answers, "rollout.on_policy_fraction is 1", "rollout.demonstration_field")
     no_adapter = "model.tuning=full has no adapter. Write model.tuning=lora"
     refuse(run.model.tuning == "full", no_adapter, "model.lora")
+    epochs_decide = "epochs decides in its place. Write epochs=null"
+    refuse(run.epochs is not None, epochs_decide, "max_steps")
     in_its_place = "hardware.accumulation_steps decides in its place. Write hardware.accumulation_steps=null"
     refuse(run.hardware.accumulation_steps is not None, in_its_place, "completions_per_step")
     refuse(vllm.mode is None, "hardware.vllm.mode is null", *vllm_keys)
@@ -163,6 +186,24 @@ def _context_follows(cfg: DictConfig, key: str) -> bool:
     """Whether the teacher's context takes this value from elsewhere in the configuration."""
     context = OmegaConf.select(cfg, "teacher.context")
     return isinstance(context, DictConfig) and key in context and OmegaConf.is_interpolation(context, key)
+
+
+def _check_arguments(run: Run) -> None:
+    """What has a key of ours is set there: what config.yaml records is then what the run did."""
+    for argument in run.training.arguments:
+        if argument in OUR_KEYS:
+            raise UserError(f"training.arguments.{argument}: {instead_of(argument)}")
+
+
+def _check_teacher_model(run: Run, given: set[str]) -> None:
+    """The embedded model, which a method's file may name so that it runs by itself, teaches no other student."""
+    weights = (run.teacher or {}).get("weights") or {}
+    unnamed = weights.get("name") == "embedded" and "teacher.weights.name" not in given
+    if unnamed and run.model.name != "embedded":
+        raise UserError(
+            f"teacher.weights.name is missing: name the model that teaches {run.model.name}, one with the same "
+            "tokenizer: teacher.weights.name=FOLDER_OR_HUB_NAME."
+        )
 
 
 def _check_signal(run: Run) -> None:
@@ -201,6 +242,10 @@ def _check_signal(run: Run) -> None:
 
 def _check_batch(run: Run) -> None:
     batch_of(run)
+    if run.max_steps is None and run.epochs is None:
+        raise UserError("max_steps=null leaves open when the run ends: write max_steps=100, or epochs=3.")
+    if run.keep_best is not None and run.keep_best.startswith("eval/") and not (run.eval or {}).get("every"):
+        raise UserError(f"keep_best={run.keep_best} needs evaluations during the training: write eval.every=20, or so.")
     if run.reward is not None and run.num_generations == 1 and (run.teacher is None or run.distillation.policy_weight):
         without = "." if run.teacher is None else ", or policy_weight=0."
         raise UserError(f"num_generations=1 leaves a policy gradient nothing to compare: write at least 2{without}")
@@ -213,6 +258,11 @@ def _check_batch(run: Run) -> None:
 
 def _check_machine(run: Run) -> None:
     model, vllm = run.model, run.hardware.vllm
+    modules = model.lora.target_modules
+    if not isinstance(modules, str) and not (isinstance(modules, list) and all(isinstance(m, str) for m in modules)):
+        raise UserError(
+            f"model.lora.target_modules={quoted(modules)}: write all-linear, or a list of names, e.g. [q_proj,v_proj]."
+        )
     if model.load_in_4bit and model.tuning == "full":
         raise UserError("model.load_in_4bit=true cannot be trained in full: write model.tuning=lora.")
     if model.dtype == "float16" and model.tuning == "full":
@@ -240,6 +290,17 @@ def _check_machine(run: Run) -> None:
         raise UserError(
             "export=lora has no adapter to export with model.tuning=full: write export=merged_16bit "
             "or model.tuning=lora."
+        )
+
+
+def _check_language(run: Run) -> None:
+    """Refuses prompts that are measured otherwise than they are asked."""
+    given, asked = run.data.get("chat_template_kwargs"), run.model.chat_template_kwargs
+    if given is not None and given != asked:
+        raise UserError(
+            f"data.chat_template_kwargs={given}: prompts are asked with model.chat_template_kwargs={asked}. Write the "
+            "latter alone: data and evaluation take it from there, and so does the teacher, unless "
+            "teacher.chat_template_kwargs says otherwise."
         )
 
 

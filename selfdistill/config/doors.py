@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from selfdistill.config.help import command_line
+from selfdistill.config.hydra_keys import guarded_composition
 from selfdistill.config.messages import COMPOSITION_ERRORS, explain, fail
 from selfdistill.config.targets import bind, check_trust, make, targets
 from selfdistill.errors import UserError
@@ -44,7 +45,8 @@ def main(file: Path, task: Callable[[DictConfig], Any], usage: str | None, *, sw
 
     try:
         sys.argv[1:] = command_line(sys.argv[1:], file, usage or "", sweeps=sweeps)
-        hydra.main(version_base="1.3", config_path=str(file.parent), config_name=file.stem)(refusing)()
+        with guarded_composition():
+            hydra.main(version_base="1.3", config_path=str(file.parent), config_name=file.stem)(refusing)()
     except (UserError, *COMPOSITION_ERRORS) as error:
         raise SystemExit(fail(explain(error))) from None
     except KeyboardInterrupt:

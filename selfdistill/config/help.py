@@ -13,7 +13,7 @@ from hydra._internal.utils import get_args_parser
 
 from selfdistill.config.messages import WITHOUT
 from selfdistill.config.suggestions import closest
-from selfdistill.errors import UserError
+from selfdistill.errors import LONGEST_VALUE, UserError, shortened
 
 FLAGS = """\
 flags
@@ -38,11 +38,9 @@ def command_line(arguments: Sequence[str], file: Path, usage: str, *, sweeps: bo
         UserError: an unknown flag, or one without its value.
     """
     arguments = ["check=true" if argument == "--check" else argument for argument in arguments]
-    for group in _groups(file):
-        if f"{group}=null" in arguments:
-            without = f"to do without write {group}={WITHOUT[group]}" if group in WITHOUT else None
-            raise UserError(f"{group}=null: {without or 'choose one of its options, or leave it out'}.")
     keys = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
+    for key in keys:
+        _check_choice(key, file)
     arguments = [*(a for a in arguments if a not in keys), *keys]
     parser = get_args_parser()
     flags = [flag for action in parser._actions for flag in action.option_strings if flag.startswith("--")]
@@ -61,6 +59,13 @@ def command_line(arguments: Sequence[str], file: Path, usage: str, *, sweeps: bo
         except BrokenPipeError:  # `| head` closes the pipe early
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0)
+    if given.config_path:
+        raise UserError(
+            f"--config-path={shortened(given.config_path)} would take the place of selfdistill's own configuration: "
+            f"write --config-dir={shortened(given.config_path)}, which adds a folder of your own to it."
+        )
+    if given.shell_completion:
+        _check_completion(given.overrides)
     if given.experimental_rerun:
         raise UserError("--experimental-rerun is not for these runs: continue one with resume=outputs/RUN.")
     if given.multirun and not sweeps:
@@ -71,6 +76,52 @@ def command_line(arguments: Sequence[str], file: Path, usage: str, *, sweeps: bo
     if given.resolve and not given.cfg:
         raise UserError("--resolve belongs to --cfg.")
     return arguments
+
+
+def _check_choice(argument: str, file: Path) -> None:
+    """Raises UserError where a group is given something that cannot be an option; Hydra expects texts there."""
+    name, equals, value = argument.lstrip("+~").partition("=")
+    group, groups = name.split("@")[0], _groups(file)
+    if not name.strip():
+        raise UserError(f"{shortened(argument)} has no key: write KEY=VALUE.")
+    is_group = group in groups or "/" in group or group == "hydra"
+    if not (is_group and equals) or _is_choice(argument):
+        return
+    instead = "choose one of its options, or leave it out"
+    if value == "null" and group in WITHOUT:
+        instead = f"to do without write {group}={WITHOUT[group]}"
+    elif (file.parent / group).is_dir():
+        options = [entry.stem for entry in (file.parent / group).glob("*.yaml")]
+        instead = f"write the name of an option; {closest(shortened(value), options)}"
+    raise UserError(f"{name}={shortened(value)}: {instead.removesuffix('.')}.")
+
+
+def _is_choice(argument: str) -> bool:
+    """Whether the value is a text that can name an option, or several of them."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Glob, QuotedString
+    from hydra.errors import OverrideParseException
+
+    try:
+        (parsed,) = OverridesParser.create().parse_overrides([argument])
+    except OverrideParseException:
+        return True  # Hydra says what is wrong with it
+    value = parsed._value
+    values = getattr(value, "list", value) if parsed.is_sweep_override() else value
+    if isinstance(values, Glob):
+        return True
+    listed = values if isinstance(values, list) else [values]
+    return all(isinstance(v, str | QuotedString) and len(str(v)) <= LONGEST_VALUE for v in listed)
+
+
+def _check_completion(arguments: Sequence[str]) -> None:
+    task, _, shell = "".join(arguments).partition("=")
+    if len(arguments) != 1 or task not in ("install", "uninstall", "query") or shell not in ("bash", "zsh", "fish"):
+        raise UserError(
+            '--shell-completion: write eval "$(selfdistill --shell-completion install=bash)", or zsh, fish.'
+        )
+    if task == "query" and "COMP_LINE" not in os.environ:
+        raise UserError("--shell-completion query= is what the shell asks, with the line in COMP_LINE: write install=.")
 
 
 def help_text(file: Path, usage: str) -> str:
@@ -86,7 +137,7 @@ def _groups(file: Path) -> list[str]:
     """The groups that a primary configuration chooses from."""
     defaults = yaml.safe_load(file.read_text(encoding="utf-8"))["defaults"]
     entries = [key for entry in defaults if isinstance(entry, dict) for key in entry]
-    return [entry for entry in entries if not entry.startswith("override ")]
+    return [entry for entry in entries if not entry.startswith("override ") and "@" not in entry]
 
 
 def _group(folder: Path, name: str) -> str:

@@ -10,17 +10,23 @@ from yaml import MarkedYAMLError, YAMLError
 
 from selfdistill.config.schema import Run
 from selfdistill.config.suggestions import closest
-from selfdistill.errors import UserError
+from selfdistill.config.trl_names import OUR_KEYS, instead_of
+from selfdistill.errors import UserError, bounded, shortened
 
 # What Hydra and OmegaConf raise for a mistake on the command line or in a configuration file.
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
 # How to do without a group; the others are always there.
 WITHOUT = {"reward": "none", "teacher": "none", "eval": "none", "export": "none", "logger": "none", "monitors": "off"}
 
+# Choices of Hydra's plugins, which come with the extra `sweep`.
+SWEEP_EXTRA = (
+    "hydra/sweeper=optuna", "hydra/launcher=joblib", "hydra/launcher=submitit_local", "hydra/launcher=submitit_slurm",
+)  # fmt: skip
+
 
 def fail(message: str) -> int:
     """Prints the message and gives the exit code of a refused command."""
-    print(f"selfdistill: {message}", file=sys.stderr)
+    print(f"selfdistill: {bounded(message)}", file=sys.stderr)
     return 2
 
 
@@ -41,6 +47,8 @@ def explain(error: BaseException) -> str:
     text = str(error)
     if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         options = [option for option in re.findall(r"^\t(\S+)$", text, flags=re.M) if not option.startswith("_")]
+        if f"{match[1]}={match[2]}" in SWEEP_EXTRA:
+            return f"{match[1]}={match[2]} is not installed: pip install 'selfdistill[sweep]' brings it."
         return f"{match[1]}={match[2]}: there is no such choice; {closest(match[2], options)}"
     if match := re.search(r"Could not override '([^']+)'\.\s+No match in the defaults list", text):
         first = "Choose that first, e.g. teacher=demonstration teacher/weights=ema."
@@ -76,13 +84,23 @@ def unknown_key(key: str, error: BaseException) -> str:
     known = [
         name for name in (parent if isinstance(parent, DictConfig) else Run.__dataclass_fields__) if name != "hydra"
     ]
+    if above == "training.arguments":
+        return f"{key} is not a key: {_argument(last)}"
+    if above == "eval.scorer":
+        return f"{key} is not a key: choose the judge first, e.g. reward@eval.scorer=exact_match."
     return f"{key} is not a key: {closest(last, known) if known else f'{above} has no keys here.'}"
+
+
+def _argument(name: str) -> str:
+    if name in OUR_KEYS:
+        return instead_of(name)
+    return f"to add it among the arguments of trl.GRPOConfig write a plus sign, +training.arguments.{name}=…"
 
 
 def _syntax(error: OverrideParseException) -> str:
     first = str(error).strip().splitlines()[0]
     quoted = "quotes around special characters: 'KEY=\"VALUE\"'"
-    return f"{error.override} cannot be read: {first}. Write KEY=VALUE, and {quoted}."
+    return f"{shortened(str(error.override))} cannot be read: {first}. Write KEY=VALUE, and {quoted}."
 
 
 def _yaml(error: YAMLError) -> str:

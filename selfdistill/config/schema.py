@@ -11,10 +11,16 @@ Target = dict[str, Any]  # `_target_` and the arguments that it is called with
 
 @dataclass(frozen=True)
 class Adapter:
-    r: int = field(metadata=number(1))
+    r: int = field(metadata=number(1, 4096))
     alpha: int = field(metadata=number(1))
     dropout: float = field(metadata=number(0, 1))
     target_modules: Any
+
+
+@dataclass(frozen=True)
+class Rates:
+    lora: float = field(metadata=number(above=0))
+    full: float = field(metadata=number(above=0))
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,9 @@ class Student:
     local_files_only: bool
     adapter_path: str | None
     max_seq_tokens: int = field(metadata=number(1))
+    max_prompt_tokens: int | None = field(metadata=number(1))
     max_completion_tokens: int = field(metadata=number(1))
-    learning_rate: float = field(metadata=number(above=0))
+    rates: Rates
     chat_template_kwargs: dict[str, Any]
     retention_path: str | None
     parameters_billion: float | None = field(metadata=number(0))
@@ -56,7 +63,7 @@ class Hardware:
     accumulation_steps: int | None = field(metadata=number(1))
     gradient_checkpointing: bool
     memory_gib: float | None = field(metadata=number(0))
-    threads: int | None = field(metadata=number(1))
+    threads: int | None = field(metadata=number(1, 1024))
     vllm: Vllm
 
 
@@ -102,14 +109,18 @@ class Run:
     alpha: float
     num_generations: int = field(metadata=number(1))
     completions_per_step: int = field(metadata=number(1))
-    max_steps: int = field(metadata=number(1))
+    max_steps: int | None = field(metadata=number(1))
+    epochs: float | None = field(metadata=number(above=0))
+    rates: Rates
     learning_rate: float = field(metadata=number(above=0))
+    keep_best: str | None
     policy_weight: float
     name: str | None
     group: str | None
     tags: list[str]
     output_dir: str
     resume: str | None
+    repeat: str | None
     check: bool
     dry_run: bool
     allow_code_execution: bool | str

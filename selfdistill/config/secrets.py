@@ -1,20 +1,53 @@
 """Keeps API keys and passwords out of the files that a run leaves behind."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-MASK = "***"
+from selfdistill.errors import MASK, without_passwords
 
 _SECRET_KEY = re.compile(
     r"(^|_)(api_?key|secret|secrets|password|passwd|credential|credentials|authorization)($|_)"
-    r"|^(hf|hub|access|auth|api|bearer|write)_token$|^token$",
+    r"|^(hf|hub|push_to_hub|access|auth|api|bearer|write|refresh)_token$|^token$",
     re.IGNORECASE,
 )
 # Shorter values are left alone outside of their own key: they would mask ordinary words.
 _SHORTEST_IN_TEXT = 8
+
+
+# `key: value` within the braces of one argument, such as teacher={api_key: x}
+_IN_BRACES = re.compile(r"([\w-]+)(\s*:\s*)('[^']*'|\"[^\"]*\"|[^,{}\[\]\s]+)")
+_ADDRESS = re.compile(r"\w://([^/\s@?#'\"]+)@")
+
+
+def _masked_pair(pair: re.Match[str]) -> str:
+    return f"{pair[1]}{pair[2]}{MASK}" if is_secret_key(pair[1]) else pair[0]
+
+
+def _hides_nothing(raw: str) -> bool:
+    """Whether what stands before the `@` of an address is a variable of the environment and nothing else."""
+    user = _ADDRESS.search(raw)
+    return user is None or re.fullmatch(r"(\w+:)?\$\{oc\.env:\w+\}(:\$\{oc\.env:\w+\})?", user[1]) is not None
+
+
+def masked_keys(config: DictConfig) -> list[str]:
+    """The keys whose values were masked when this configuration was written, and so are lost."""
+    found: list[str] = []
+
+    def visit(value: Any, key: str) -> None:
+        if isinstance(value, dict):
+            for name, item in value.items():
+                visit(item, f"{key}.{name}" if key else str(name))
+        elif isinstance(value, list):
+            for index, item in enumerate(value):
+                visit(item, f"{key}[{index}]")
+        elif isinstance(value, str) and (value == MASK or f"://{MASK}@" in value):
+            found.append(key)
+
+    visit(OmegaConf.to_container(config, resolve=False), "")
+    return found
 
 
 class _Interpolation(str):
@@ -24,8 +57,9 @@ class _Interpolation(str):
 class Redactor:
     """Masks the secrets of one configuration.
 
-    A secret is a text under a key such as `api_key`, `password`, `hub_token` or `authorization`. One that the user
-    wrote as `${oc.env:NAME}` keeps that form, so that the configuration can be used again.
+    A secret is a text under a key such as `api_key`, `password`, `hub_token` or `authorization`, and what stands before
+    the `@` of an address (`http://user:password@host`). One that the user wrote as `${oc.env:NAME}` keeps that form, so
+    that the configuration can be used again.
 
     Attributes:
         config: the configuration as plain dicts and lists, resolved, secrets masked everywhere.
@@ -48,7 +82,7 @@ class Redactor:
         """`text` without the configuration's secrets."""
         for secret in sorted(self._secrets, key=len, reverse=True):
             text = text.replace(secret, MASK)
-        return text
+        return without_passwords(text)
 
     def arguments(self, arguments: Sequence[str]) -> list[str]:
         """Command-line arguments, those that set a secret key masked."""
@@ -56,7 +90,7 @@ class Redactor:
         for argument in arguments:
             key, equals, _ = argument.partition("=")
             is_secret = bool(equals) and is_secret_key(re.split(r"[.@/+~]", key)[-1])
-            masked.append(f"{key}={MASK}" if is_secret else argument)
+            masked.append(f"{key}={MASK}" if is_secret else self.text(_IN_BRACES.sub(_masked_pair, argument)))
         return masked
 
     def _mask(self, value: Any, raw: Any) -> Any:
@@ -69,12 +103,30 @@ class Redactor:
         return value
 
     def _mask_item(self, key: Any, value: Any, raw: Any) -> Any:
+        if isinstance(value, str) and (user := _ADDRESS.search(value)):
+            for secret in user[1].split(":")[-1], user[1]:
+                if len(secret) >= _SHORTEST_IN_TEXT:
+                    self._secrets.add(secret)
         if not (isinstance(value, str) and value and value not in ("???", MASK) and is_secret_key(str(key))):
-            return self._mask(value, raw)
+            kept = isinstance(raw, str) and "${oc.env:" in raw and without_passwords(value) != value
+            return _Interpolation(raw) if kept and _hides_nothing(raw) else self._mask(value, raw)
         if len(value) >= _SHORTEST_IN_TEXT:
             self._secrets.add(value)
         from_environment = isinstance(raw, str) and raw.startswith("${oc.env:") and raw.count("${") == 1
         return _Interpolation(self.text(raw)) if from_environment else MASK
+
+
+def masked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping of arguments whose secrets are masked: texts under secret keys, and passwords in addresses."""
+    return {
+        key: value if not isinstance(value, str) else MASK if is_secret_key(key) else without_passwords(value)
+        for key, value in values.items()
+    }
+
+
+def without_secrets(overrides: Sequence[str]) -> list[str]:
+    """A command line's keys, secrets masked."""
+    return Redactor(OmegaConf.create()).arguments(overrides)
 
 
 def escaped(value: Any) -> Any:

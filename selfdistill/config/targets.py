@@ -1,5 +1,6 @@
 """Finds what a `_target_` names, checks that it may be built and that its arguments fit, and builds it."""
 
+import functools
 import importlib
 import inspect
 import re
@@ -11,13 +12,15 @@ from typing import Any, get_type_hints
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
+from selfdistill.config.reward_calls import check_call
 from selfdistill.config.schema import Run
 from selfdistill.config.secrets import escaped
 from selfdistill.config.suggestions import closest
-from selfdistill.config.values import mismatch
-from selfdistill.errors import UserError
+from selfdistill.config.values import as_hinted, mismatch
+from selfdistill.errors import UserError, quoted
 
-TRUSTED = ("selfdistill", "trl", "peft", "transformers", "torch")
+# Whole libraries are not trusted: torch.load, transformers.pipeline and many others run code that a file brings.
+TRUSTED = ("selfdistill", "trl.rewards")
 PASSED_LATER = {"tokenizer"}  # arguments that `make` is given beside the configuration
 
 
@@ -37,12 +40,12 @@ def check_trust(key: str, target: Any, prefixes: Iterable[str]) -> None:
     """Raises UserError unless `target` is a dotted path below a module that is trusted."""
     if not isinstance(target, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", target):
         raise UserError(
-            f"{key}._target_={target!r}: write a dotted path to a class or function, e.g. my_module.MyReward."
+            f"{key}._target_={quoted(target)}: write a dotted path to a class or function, e.g. my_module.MyReward."
         )
     trusted = (*TRUSTED, *prefixes)
     if not any(target.startswith(f"{prefix.rstrip('.')}.") for prefix in trusted):
         raise UserError(
-            f"{key}._target_={target}: only {', '.join(trusted)} are trusted. To allow it: "
+            f"{key}._target_={target}: only {', '.join(trusted)} are trusted. To allow it, if you know what it does: "
             f"trusted_prefixes=[{target.split('.')[0]}]."
         )
 
@@ -57,6 +60,8 @@ def check_targets(run: Run, trainer_arguments: Collection[str]) -> None:
         UserError: an argument that is unknown, missing or of the wrong type.
     """
     for key, node in targets(asdict(run)):
+        if re.fullmatch(r"(reward|eval\.(retention_)?scorer)(\.rewards\.[^.]+)?", key):
+            check_call(key, node, find(key, node["_target_"]))
         bind(key, node)
     for argument in run.training.arguments:
         if argument not in trainer_arguments:
@@ -69,8 +74,11 @@ def check_targets(run: Run, trainer_arguments: Collection[str]) -> None:
 def find(key: str, name: str) -> Callable[..., Any]:
     """What a dotted name stands for, found as Hydra finds it: attribute by attribute, modules imported on the way.
 
+    A name is trusted by its first parts, and what it stands for must be at home there: `mine.system`, where mine.py
+    says `from os import system`, is a function of `posix`.
+
     Raises:
-        UserError: there is no such thing, or it cannot be called.
+        UserError: there is no such thing, it cannot be called, or it comes from another package than its name says.
     """
     found: Any = None
     parts = name.split(".")
@@ -94,7 +102,26 @@ def find(key: str, name: str) -> Callable[..., Any]:
             raise UserError(f"{key}._target_={name}: {reason}") from None
     if not callable(found):
         raise UserError(f"{key}._target_={name} is no class or function: name one that is in it.")
-    return found
+    _check_home(key, name, found)
+    return found  # type: ignore[no-any-return]
+
+
+def _check_home(key: str, name: str, found: Callable[..., Any]) -> None:
+    """Raises UserError where the module that defines a class or function is of another package than its name says."""
+    inner: Any = found
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    if not (inspect.isclass(inner) or inspect.isroutine(inner)):
+        inner = type(inner)  # an object that can be called
+    home = getattr(inner, "__module__", None)
+    root = "trl.rewards" if name.startswith("trl.rewards.") else name.split(".")[0]
+    if not isinstance(home, str) or not f"{home}.".startswith(f"{root}."):
+        its_name = getattr(inner, "__qualname__", type(inner).__name__)
+        where = f"{home}.{its_name}" if isinstance(home, str) else f"{its_name}, which belongs to no module"
+        raise UserError(
+            f"{key}._target_={name} is {where}, and not at home in {root}: name a class or function that {root} "
+            "itself defines."
+        )
 
 
 def declares(key: str, node: Any, attribute: str) -> bool:
@@ -119,7 +146,7 @@ def bind(key: str, node: Mapping[str, Any]) -> None:
         will_be_built = isinstance(value, Mapping) and "_target_" in value
         hint = Any if will_be_built or argument not in parameters else _hint(parameters[argument], target)
         if wanted := mismatch(value, hint):
-            raise UserError(f"{key}.{argument}={value!r}: write {wanted}.")
+            raise UserError(f"{key}.{argument}={quoted(value)}: write {wanted}.")
     if node.get("_partial_") or "_args_" in node:
         return
     named = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -146,6 +173,21 @@ def _hint(parameter: inspect.Parameter, target: Callable[..., Any]) -> Any:
         return Any
 
 
+def _as_hinted(node: Any, key: str) -> Any:
+    """A copy of plain mappings and lists, with the arguments of every `_target_` in the type that it annotates."""
+    if isinstance(node, list):
+        return [_as_hinted(item, key) for item in node]
+    if not isinstance(node, Mapping):
+        return node
+    copy = {name: _as_hinted(value, f"{key}.{name}") for name, value in node.items()}
+    if "_target_" in node:
+        target = find(key, node["_target_"])
+        for name, parameter in (_parameters(target) or {}).items():
+            if name in copy:
+                copy[name] = as_hinted(copy[name], _hint(parameter, target))
+    return copy
+
+
 def make(node: Mapping[str, Any] | None, key: str, **later: Any) -> Any:
     """What the group `key` stands for; None where it is null.
 
@@ -159,7 +201,9 @@ def make(node: Mapping[str, Any] | None, key: str, **later: Any) -> Any:
         return None
     parameters = _parameters(find(key, node["_target_"])) or {}
     given = {name: value for name, value in later.items() if name in parameters}
-    literal = escaped(escaped(dict(node)))  # Hydra would resolve a `${` in the text, and the result once more
+    literal = escaped(
+        escaped(_as_hinted(node, key))
+    )  # Hydra would resolve a `${` in the text, and the result once more
     try:
         # "all": plain lists and dictionaries
         built = instantiate(literal | {"_partial_": True} if given else literal, _convert_="all")

@@ -34,12 +34,22 @@ def mismatch(value: Any, hint: Any) -> str | None:
                 write = "a list of texts"
             if kind is str and isinstance(value, bool | int | float):
                 write = f"text, in quotes: '\"{value}\"'"
+        elif value is None and option not in (Any, object) and not isinstance(option, typing.TypeVar):
+            fits, write = False, "something else than null"
         else:
             return None
         if fits:
             return None
         wanted.append(write)
     return " or ".join(wanted)
+
+
+def as_hinted(value: Any, hint: Any) -> Any:
+    """The value, a whole number as a float where its annotation says so: some libraries tell 1 from 1.0."""
+    union = get_origin(hint) in (typing.Union, types.UnionType)
+    options = get_args(hint) if union else (hint,)
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if is_whole and float in options and int not in options else value
 
 
 def _fits(value: Any, kind: Any, arguments: tuple[Any, ...]) -> bool:

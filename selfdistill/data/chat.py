@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from selfdistill import tokens
 from selfdistill.config.suggestions import guess
 from selfdistill.errors import UserError
 from selfdistill.rollout import Prompt
@@ -12,7 +13,8 @@ from selfdistill.rollout import Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PROBE = "Which template?"
+SYSTEM_TURNS = ("keep", "merge")
+SYSTEM_ROLES = ("system", "developer")
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,12 @@ class Prompts:
     max_prompt_tokens: int | None
     chat_template: str
     template_kwargs: Mapping[str, Any]
+    system_turn: str = "keep"
 
     def __post_init__(self) -> None:
+        if self.system_turn not in SYSTEM_TURNS:
+            wanted = f"write {' or '.join(SYSTEM_TURNS)}{guess(self.system_turn, SYSTEM_TURNS)}"
+            raise UserError(f"data.system_turn={self.system_turn}: {wanted}")
         check_positive(prompt_tokens=self.prompt_tokens, max_prompt_tokens=self.max_prompt_tokens)
         if self.prompt_tokens and self.max_prompt_tokens and self.prompt_tokens > self.max_prompt_tokens:
             raise UserError(
@@ -59,26 +65,51 @@ class Prompts:
                 "Write data.chat_template=none for raw text, or the path of a Jinja file."
             )
         try:
-            rendered = self.render(tokenizer, [{"role": "user", "content": PROBE}])
+            rendered = self.render(tokenizer, [{"role": "user", "content": tokens.PROBE}])
         except Exception as error:  # a template raises anything, also by its own raise_exception()
             line = getattr(error, "lineno", None)
             place = f", line {line}" if line else ""
             raise UserError(
                 f"data.chat_template={self.chat_template}{place}: the template fails on one user message: {error}"
             ) from None
-        if PROBE not in rendered:
+        if tokens.PROBE not in rendered:
             raise UserError(
                 f"data.chat_template={self.chat_template}: the template leaves out what the user says. "
                 "Write message['content'] for each message in messages."
             )
         return True
 
+    def arranged(self, prompt: Prompt) -> Prompt:
+        """The prompt as it is asked: with `system_turn=merge`, its system text stands in the first user turn."""
+        return merged_system(prompt) if self.system_turn == "merge" else prompt
+
+    def way_out(self, tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> str:
+        """What to set where the template refuses a prompt; empty where nothing of ours helps."""
+        merged = merged_system(prompt)
+        if merged == prompt:
+            return ""
+        try:
+            self.render(tokenizer, merged)
+        except Exception:  # a template raises anything
+            return ""
+        return "; data.system_turn=merge puts the system text in front of the first user turn, which it takes"
+
     def render(self, tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> str:
-        """The text that the model is given for this prompt, ready for its answer."""
-        if isinstance(prompt, str):
-            return prompt
-        options = {"add_generation_prompt": True, **self.template_kwargs}
-        return str(tokenizer.apply_chat_template(prompt, tokenize=False, **options))
+        """The text that the model is given for this prompt, ready for its answer, as `lengths` takes it."""
+        return tokens.render(tokenizer, prompt, self.template_kwargs)
+
+
+def merged_system(prompt: Prompt) -> Prompt:
+    """Messages without system turns: their text stands before the first user turn's, with an empty line between."""
+    if isinstance(prompt, str) or not any(message["role"] in SYSTEM_ROLES for message in prompt):
+        return prompt
+    system = [message["content"] for message in prompt if message["role"] in SYSTEM_ROLES]
+    turns = [message for message in prompt if message["role"] not in SYSTEM_ROLES]
+    first = next((i for i, turn in enumerate(turns) if turn["role"] == "user"), None)
+    if first is None:
+        return prompt
+    content = "\n\n".join([*system, turns[first]["content"]])
+    return [*turns[:first], {**turns[first], "content": content}, *turns[first + 1 :]]
 
 
 def check_positive(**counts: int | None) -> None:
@@ -106,15 +137,13 @@ def _read(chat_template: str) -> str:
 
 def lengths(tokenizer: "PreTrainedTokenizerBase", texts: list[str], rendered: bool) -> list[int]:
     """Tokens of each prompt as the trainer will have them: special tokens are added to plain text only."""
-    if not texts:
-        return []
-    return [len(ids) for ids in tokenizer(texts, add_special_tokens=not rendered, verbose=False)["input_ids"]]
+    return [len(ids) for ids in tokens.encode_rendered(tokenizer, texts, add_special_tokens=not rendered)]
 
 
-def cut(tokenizer: "PreTrainedTokenizerBase", text: str, tokens: int) -> tuple[str, str]:
-    """The text of the first `tokens` tokens, and the rest; together they are the whole text."""
+def cut(tokenizer: "PreTrainedTokenizerBase", text: str, max_tokens: int) -> tuple[str, str]:
+    """The text of the first `max_tokens` tokens, and the rest; together they are the whole text."""
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
-    if len(offsets) <= tokens:
+    if len(offsets) <= max_tokens:
         return text, ""
-    end = offsets[tokens - 1][1]
+    end = offsets[max_tokens - 1][1]
     return text[:end], text[end:]

@@ -62,6 +62,7 @@ def load_data(
     max_prompt_tokens: int | None = 512,
     chat_template: str = "default",
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    system_turn: str = "keep",
     on_bad_row: str = "error",
     local_files_only: bool = False,
     seed: int = 0,
@@ -79,9 +80,11 @@ def load_data(
     Args:
         path: a file, `embedded:NAME` for data that comes with the package, or a hub dataset `owner/name[:split]`.
         tokenizer: the student's; a `chat_template` that is a path is set on it.
-        format: jsonl, json, parquet, csv or hub; None goes by the extension.
+        format: jsonl, json, parquet, csv or hub; None goes by the extension. A JSON list and one JSON object a line
+            are told apart by themselves, and parquet is recognised.
         split, subset: of a hub dataset. Without a split `train` is taken.
-        eval_path: where the evaluation rows are; None takes `eval_fraction` of the distinct prompts of `path`.
+        eval_path: where the evaluation rows are, in any format; None takes `eval_fraction` of the distinct prompts of
+            `path`.
         max_train_rows, max_eval_rows: keep so many rows, chosen by the seed; a larger choice includes the smaller ones.
         require: `answer`, `golden_response`: the fields that every row must have.
         system: a system message for all rows, in place of their own.
@@ -91,6 +94,8 @@ def load_data(
         chat_template: `default`, `none`, or the path of a Jinja file.
         chat_template_kwargs: what the template is rendered with, such as {"enable_thinking": False}; the trainer has to
             render with the same.
+        system_turn: `keep`, or `merge`: the system text stands in the first user turn, for templates that refuse a
+            system turn (Gemma's).
         on_bad_row: `error`, or `skip`: leave the row out and list it in `bad_rows`.
         local_files_only: never ask the hub; a hub dataset comes from the local cache.
         seed: of the split and of the choice of rows. Rows with identical prompts never land on both sides.
@@ -100,7 +105,8 @@ def load_data(
     """
     if not path:
         raise UserError("data.path is empty: write the file to train on.")
-    prompts = Prompts(system, prompt_tokens, max_prompt_tokens, chat_template, dict(chat_template_kwargs or {}))
+    kwargs = dict(chat_template_kwargs or {})
+    prompts = Prompts(system, prompt_tokens, max_prompt_tokens, chat_template, kwargs, system_turn)
     selection = Selection(None if eval_path else eval_fraction, seed)
     check_positive(max_train_rows=max_train_rows, max_eval_rows=max_eval_rows)
     fields = Fields(prompt_field, text_field, answer_field, demonstration_field, system_field, messages_field, id_field)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, one_line
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -69,10 +69,6 @@ def jsonl_records(file: Path, name: str) -> Iterator[Record]:
                 continue
             if not text:
                 continue
-            if number == 1 and text.startswith("["):
-                raise UserError(
-                    f"{name}, line 1: this is a JSON list, not one JSON object a line. Write data.format=json."
-                )
             try:
                 yield Record(number, json.loads(text))
             except (json.JSONDecodeError, RecursionError) as error:
@@ -171,11 +167,17 @@ def _csv_record(line: int, cells: list[str], header: list[str]) -> Record:
 
 
 def _check_header(header: Sequence[str], name: str) -> None:
+    text = "".join(header)
+    if wrong := re.search("[\udc80-\udcff]", text):
+        byte = ord(wrong.group()) - 0xDC00
+        raise UserError(f"{name}, line 1: is not UTF-8: it has the byte 0x{byte:02x}. Save the file as UTF-8.")
+    if "\0" in text:
+        raise UserError(f"{name}, line 1: the name of a column has a NUL character. Is this a text file?")
     if not any(cell.strip() for cell in header):
         raise UserError(f"{name}, line 1: a CSV file begins with the names of its columns, and this line has none.")
     twice = next((cell for cell in header if header.count(cell) > 1), None)
     if twice is not None:
-        raise UserError(f"{name}, line 1: two columns are named '{twice}'. Rename one.")
+        raise UserError(f"{name}, line 1: two columns are named '{one_line(twice)}'. Rename one.")
     other = next((mark for mark in (";", "\t", "|") if len(header) == 1 and mark in header[0]), None)
     if other:
         raise UserError(f"{name}, line 1: the columns are separated by {other!r}. Save the file with commas.")

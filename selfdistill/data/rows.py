@@ -1,6 +1,5 @@
 """One row of a file becomes one row of the dataset: prompt, answer, golden_response, id, and its other columns."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,8 +7,8 @@ from typing import Any
 from selfdistill.config.suggestions import nearest
 from selfdistill.data.chat import cut
 from selfdistill.rollout import Message, Prompt
+from selfdistill.text import SURROGATE
 
-SURROGATE = re.compile("[\ud800-\udfff]")
 MESSAGE = '{"role": "user", "content": "…"}'
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -80,7 +79,10 @@ class RowReader:
         columns["answer"] = self._answer(raw)
         columns["golden_response"] = self._demonstrations(raw) or followed
         columns["id"] = self._id(raw, line)
-        columns.update({key: value for key, value in raw.items() if key not in used and key not in columns})
+        others = {key: value for key, value in raw.items() if key not in used and key not in columns}
+        if any("\0" in str(key) for key in others):
+            raise BadRow("a field's name has a NUL character")
+        columns.update(_whole(others))
         return CheckedRow(line, columns, present)
 
     def _raw_text_field(self, raw: dict[str, Any]) -> str:
@@ -189,7 +191,7 @@ class RowReader:
             raise BadRow(f"field '{field}' is empty")
         if isinstance(value, bool) or not isinstance(value, str | int):
             raise BadRow(f"field '{field}' must be text or a whole number, this is {_kind(value)}")
-        return str(value)
+        return str(_whole(value))
 
 
 def _system_message(system: str | None) -> list[Message]:
@@ -226,10 +228,20 @@ def _refuse_surrogates(field: str | None, text: str) -> None:
         raise BadRow(f"field '{field}' has {problem}. Write the whole character")
 
 
+def _whole(value: Any) -> Any:
+    """A value of a field that is only passed on, with U+FFFD in the place of half characters."""
+    if isinstance(value, str):
+        return SURROGATE.sub("\ufffd", value)
+    if isinstance(value, dict):
+        return {_whole(key): _whole(item) for key, item in value.items()}
+    return [_whole(item) for item in value] if isinstance(value, list) else value
+
+
 def _kind(value: Any) -> str:
     """What kind of value this is in JSON's terms, and the beginning of it."""
     if value is None:
         return "null"
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
-    text = repr(value)
-    return f"{names.get(type(value), type(value).__name__)}: {text[:60] + '…' if len(text) > 60 else text}"
+    text = repr(value[:60] if isinstance(value, str | list) else value)  # a cell may hold megabytes
+    cut = len(text) > 60 or (isinstance(value, str | list) and len(value) > 60)
+    return f"{names.get(type(value), type(value).__name__)}: {text[:60] + '…' if cut else text}"

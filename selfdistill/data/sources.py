@@ -1,13 +1,14 @@
 """Where rows come from: what a path means, and the source that it opens."""
 
 import importlib.resources
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from selfdistill.config.suggestions import closest, guess, nearest
-from selfdistill.data.readers import Record, csv_records, hub_records, json_records, jsonl_records, parquet_records
+from selfdistill.data.readers import BOM, Record, csv_records, hub_records, json_records, jsonl_records, parquet_records
 from selfdistill.errors import UserError
 
 READERS = {"jsonl": jsonl_records, "json": json_records, "parquet": parquet_records, "csv": csv_records}
@@ -56,7 +57,7 @@ def open_source(
     if format is not None and format not in FORMATS:
         raise UserError(f"data.format={format}: write one of {', '.join(FORMATS)}{guess(format, FORMATS)}")
     if path.startswith(EMBEDDED_PREFIX):
-        return _file_source(_embedded_file(path.removeprefix(EMBEDDED_PREFIX), key), path, "jsonl")
+        return _file_source(embedded_file(path.removeprefix(EMBEDDED_PREFIX), key), path, "jsonl")
     file = Path(path).expanduser()
     format = format or _guess_format(path, file, key)
     if format == "hub":
@@ -106,7 +107,8 @@ def _near_file(file: Path) -> str:
     return f"; did you mean {near}?" if near else f". In {file.parent.absolute()}: {_listing(file.parent)}."
 
 
-def _embedded_file(name: str, key: str) -> Path:
+def embedded_file(name: str, key: str) -> Path:
+    """The file of data that comes with the package."""
     folder = Path(str(importlib.resources.files("selfdistill.data"))) / "embedded"
     names = sorted(p.stem for p in folder.glob("*.jsonl"))
     if name not in names:
@@ -117,4 +119,28 @@ def _embedded_file(name: str, key: str) -> Path:
 def _file_source(file: Path, name: str, format: str) -> RowSource:
     if file.stat().st_size == 0:
         raise UserError(f"{name} is empty: it has no rows.")
+    format = _by_content(file, format)
     return RowSource(name, "row" if format == "parquet" else "line", READERS[format](file, name))
+
+
+def _by_content(file: Path, format: str) -> str:
+    """What a file holds, where its first bytes tell: parquet, a JSON list, or one JSON object a line."""
+    with file.open("rb") as lines:
+        if lines.read(4) == b"PAR1":
+            return "parquet"
+        if format not in ("json", "jsonl"):
+            return format
+        lines.seek(0)
+        written = (line.strip().removeprefix(BOM) for line in lines)
+        first = next(filter(None, written), b"")
+        if first.startswith(b"["):
+            return "json"
+        # An object alone in its file is no row: the reader of lists says what is wrong with it.
+        return "jsonl" if _is_object(first) and (format == "jsonl" or any(written)) else format
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False

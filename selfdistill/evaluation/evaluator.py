@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from selfdistill.data.chat import merged_system
 from selfdistill.data.rows import BadRow, Fields, RowReader
 from selfdistill.data.sources import open_source
 from selfdistill.errors import UserError
@@ -19,6 +20,33 @@ from selfdistill.rewards.result import normalise
 Row = Mapping[str, Any]
 Scorer = Callable[..., list[Any]]
 RETENTION = "eval/retention/"  # before the name of a suite
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row of an evaluation.
+
+    Attributes:
+        suite: the old skill that the row asks for; None for the new task.
+        row: the row's id, or its number within its suite.
+        prompt: a text, or messages.
+        answer: what the model wrote, without special tokens.
+        verdict: the score; None where the answer could not be judged.
+    """
+
+    suite: str | None
+    row: str
+    prompt: Any
+    answer: str
+    verdict: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation found: its metrics, and the rows that they are means of."""
+
+    metrics: dict[str, float]
+    items: list[Item]
 
 
 def forgetting(before: Mapping[str, float], after: Mapping[str, float]) -> float | None:
@@ -49,11 +77,12 @@ class EvalSettings:
 
     Attributes:
         scorer: judges the task; a reward function, called with prompts, completions, completion_ids and the rows' other
-            columns; returns a float, None (not scorable) or {"score": …} for each row.
+            columns; returns a float, None (not scorable) or {"score": …} for each row. In a run None stands for the
+            run's own reward where that is verifiable, and for exact match where it is not.
         retention_scorer: judges the old skills.
         every: evaluate every so many optimizer steps; 0: only before and after training.
         max_rows: rows of the task at most, the first of its evaluation split.
-        max_new_tokens: longest answer, in tokens.
+        max_new_tokens: longest answer, in tokens; in a run as long as a completion of the training.
         batch_size: rows generated at a time.
         temperature: 0 takes the likeliest token at each position; otherwise the answers are sampled with a fixed seed.
         retention_path: rows of the old skills, with the columns suite, prompt and what the scorer needs; or null.
@@ -63,7 +92,7 @@ class EvalSettings:
         UserError: a value out of its range.
     """
 
-    scorer: Scorer
+    scorer: Scorer | None
     retention_scorer: Scorer
     every: int = field(default=0, metadata=number(0))
     max_rows: int = field(default=200, metadata=number(1))
@@ -81,8 +110,10 @@ class Evaluator:
     """Answers fixed rows with a model and scores the answers.
 
     Args:
+        settings: `settings.scorer` must be there unless `scorer` is given.
         task: held-out rows of the new task. A row has `prompt` (a string, or messages) and whatever the scorer needs.
         retention: rows of each old skill, by suite.
+        scorer: judges the task in place of `settings.scorer`.
         chat_template_kwargs: passed to the tokenizer's chat template, for example {"enable_thinking": False}.
 
     Raises:
@@ -95,12 +126,16 @@ class Evaluator:
         task: Iterable[Row],
         retention: Mapping[str, Sequence[Row]],
         *,
+        scorer: Scorer | None = None,
         seed: int = 0,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.settings, self.seed, self.chat_template_kwargs = settings, seed, chat_template_kwargs
+        self.scorer = scorer or settings.scorer
+        if self.scorer is None:
+            raise UserError("eval.scorer is null: name a reward that judges the answers.")
         groups: list[tuple[str | None, Sequence[Row], Scorer]] = [
-            (None, list(islice(task, settings.max_rows)), settings.scorer),
+            (None, list(islice(task, settings.max_rows)), self.scorer),
             *((suite, rows, settings.retention_scorer) for suite, rows in retention.items()),
         ]
         self.groups = [group for group in groups if group[1]]
@@ -110,12 +145,13 @@ class Evaluator:
                     where = "the evaluation data" if suite is None else f"the retention suite '{suite}'"
                     raise UserError(f"row {index} of {where} has no prompt: write a 'prompt' that is not empty.")
 
-    def evaluate(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    def evaluate(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> Evaluation:
         """Generate and score; the model's mode, generation settings and the random state are left as they were.
 
         Returns:
-            what was measured, of `eval/accuracy` (mean score over the task's rows that could be scored),
-            `eval/retention/SUITE` (the same for an old skill) and `eval/retention` (mean over the suites).
+            the rows with answers and verdicts, and as metrics `eval/accuracy` (mean score over the task's rows that
+            could be scored), `eval/retention/SUITE` (the same for an old skill) and `eval/retention` (mean over the
+            suites).
 
         Raises:
             UserError: a scorer could judge no row of its group.
@@ -131,25 +167,31 @@ class Evaluator:
             temperature=self.settings.temperature,
             seed=self.seed,
         )
-        metrics, start = {}, 0
+        metrics: dict[str, float] = {}
+        items: list[Item] = []
+        start = 0
         for suite, rows, scorer in self.groups:
             span = slice(start, start + len(rows))
             start += len(rows)
             key = "eval.scorer" if suite is None else f"eval.retention_scorer (suite '{suite}')"
             texts = tokenizer.batch_decode(completion_ids[span], skip_special_tokens=True)
-            scores = _scores(key, scorer, rows, texts, completion_ids=completion_ids[span], prompt_ids=prompt_ids[span])
+            ids = {"completion_ids": completion_ids[span], "prompt_ids": prompt_ids[span]}
+            verdicts = _scores(key, scorer, rows, texts, **ids)
+            for place, (row, text, verdict) in enumerate(zip(rows, texts, verdicts, strict=True)):
+                items.append(Item(suite, str(row.get("id") or place), row["prompt"], text, verdict))
+            scores = [verdict for verdict in verdicts if verdict is not None]
             if not scores:
                 raise UserError(f"{key} could judge none of {len(rows)} rows: does the data have the column it reads?")
             metrics["eval/accuracy" if suite is None else f"{RETENTION}{suite}"] = fmean(scores)
         if retention := [value for name, value in metrics.items() if name.startswith(RETENTION)]:
             metrics["eval/retention"] = fmean(retention)
-        return metrics
+        return Evaluation(metrics, items)
 
 
 def _scores(
     key: str, scorer: Scorer, rows: Sequence[Row], texts: Sequence[str], **ids: Sequence[list[int]]
-) -> list[float]:
-    """The scores that there are. The scorer is called as TRL calls a reward: columns are lists, and the completion of
+) -> list[float | None]:
+    """The score of each row. The scorer is called as TRL calls a reward: columns are lists, and the completion of
     messages is a message."""
     names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "suite"))
     results = scorer(
@@ -161,15 +203,17 @@ def _scores(
         **ids,
         **{name: [row.get(name) for row in rows] for name in names},
     )
-    scores, _ = normalise(results, key, len(rows))
-    return [score for score in scores if score is not None]
+    return normalise(results, key, len(rows))[0]
 
 
-def load_retention(path: str | None, *, max_rows_per_suite: int, chat: bool = True) -> dict[str, list[Row]]:
+def load_retention(
+    path: str | None, *, max_rows_per_suite: int, chat: bool = True, merge_system: bool = False
+) -> dict[str, list[Row]]:
     """The first rows of each suite, from a file of any format of data with a column `suite`; nothing without a file.
 
     Args:
         chat: whether prompts become messages.
+        merge_system: whether the system text goes into the first user turn.
 
     Raises:
         UserError: no such file, a row that cannot be read, or one without a suite; with file and line.
@@ -188,6 +232,8 @@ def load_retention(path: str | None, *, max_rows_per_suite: int, chat: bool = Tr
                 raise BadRow("the field 'suite' is missing: it names the old skill that the row asks for")
         except BadRow as error:
             raise UserError(f"eval.retention_path: {source.place(record.line)}: {error}") from None
+        if merge_system:
+            columns["prompt"] = merged_system(columns["prompt"])
         rows = suites.setdefault(str(columns["suite"]), [])
         if len(rows) < max_rows_per_suite:
             rows.append(columns)

@@ -2,26 +2,25 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from selfdistill.models.structure import evaluating, inner_model, limited_logits
 from selfdistill.rollout import Prompt
+from selfdistill.tokens import encode_prompt
 
 
 def tokenize(
     prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat_template_kwargs: Mapping[str, Any] | None = None
 ) -> list[int]:
     """Token ids of a prompt: messages through the chat template up to where the assistant speaks, a string as it is."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    options = {"add_generation_prompt": True, "return_dict": False, **(chat_template_kwargs or {})}
-    return cast(list[int], tokenizer.apply_chat_template(prompt, tokenize=True, **options))
+    return encode_prompt(tokenizer, prompt, chat_template_kwargs)
 
 
 def generate(
@@ -46,6 +45,7 @@ def generate(
     if any(not ids for ids in prompt_ids):
         raise ValueError("a prompt has no tokens")
     base = inner_model(model)
+    answering: Any = model if isinstance(model, FSDPModule) else base  # FSDP2 gathers what the outermost module owns
     end_ids = _end_ids(base, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(end_ids, default=0)
     special = {"eos_token_id": sorted(end_ids) or None, "pad_token_id": pad_id, "bos_token_id": tokenizer.bos_token_id}
@@ -63,7 +63,7 @@ def generate(
             prompts = [torch.tensor(prompt_ids[index], device=device) for index in rows]
             input_ids = pad_sequence(prompts, batch_first=True, padding_value=pad_id, padding_side="left")
             mask = pad_sequence([torch.ones_like(ids) for ids in prompts], batch_first=True, padding_side="left")
-            output = base.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)
+            output = answering.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)
             for index, ids in zip(rows, output[:, input_ids.shape[1] :].tolist(), strict=True):
                 length = next((n for n, token in enumerate(ids, start=1) if token in end_ids), len(ids))
                 completions[index] = ids[:length]

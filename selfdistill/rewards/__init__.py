@@ -5,6 +5,7 @@ from selfdistill.rewards.arithmetic import Arithmetic
 from selfdistill.rewards.base import PolicyReward, Reward
 from selfdistill.rewards.confidence import Entropy, InverseLoss, SelfCertainty
 from selfdistill.rewards.exact import ExactMatch
+from selfdistill.rewards.form import Form
 from selfdistill.rewards.mix import Mix
 from selfdistill.rewards.multiple_choice import MultipleChoice
 from selfdistill.rewards.penalties import LengthFloor, RandomReward, RepetitionPenalty
@@ -19,6 +20,7 @@ __all__ = [
     "Arithmetic",
     "Entropy",
     "ExactMatch",
+    "Form",
     "InverseLoss",
     "LengthFloor",
     "Mix",

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from functools import partial
+from logging import getLogger
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,11 @@ from selfdistill.rewards.mix import Mix
 from selfdistill.rewards.result import normalise
 from selfdistill.rewards.scorer import PolicyScorer
 from selfdistill.rollout import Rollouts
+
+# TRL prints a row's columns in every step in which no reward applies to it; the monitors say so once.
+getLogger("trl.trainer.grpo_trainer").addFilter(
+    lambda record: "All reward functions returned None" not in record.getMessage()
+)
 
 # The column in which the trainer passes the whole batch. The function gets what is known of it, and its feedback is
 # written onto it.
@@ -71,7 +77,7 @@ def adapt(reward_funcs: Any) -> tuple[list[Any], list[float] | None]:
     rewards: list[Any] = []
     weights: list[float] = []
     for function in functions:
-        parts = function.parts if isinstance(function, Mix) else [(_name(function), function, 1.0)]
+        parts = function.parts if isinstance(function, Mix) else [(name_of(function), function, 1.0)]
         for name, part, weight in parts:
             rewards.append(part if isinstance(part, str | nn.Module) else _adapted(name, part))
             weights.append(weight)
@@ -85,7 +91,8 @@ def _adapted(name: str, function: Any) -> AdaptedReward:
     return AsyncAdaptedReward(name, function) if coroutine else AdaptedReward(name, function)
 
 
-def _name(function: Any) -> str:
+def name_of(function: Any) -> str:
+    """What a reward is called in the logs."""
     function = _inner(function)
     return getattr(function, "__name__", None) or type(function).__name__
 

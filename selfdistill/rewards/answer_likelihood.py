@@ -51,7 +51,8 @@ class AnswerLikelihood(PolicyReward):
         self, prompt_ids: Ids, completion_ids: Ids, logprobs: Sequence[Tensor] | None, columns: Mapping[str, Any]
     ) -> list[float | None]:
         answers = self._answers(columns, self.answer_field, len(completion_ids))
-        opening = self.scorer.encode(self.delimiter) if self.delimiter else []
+        # Written in the configuration and not by anybody in the data, so a special token in it is one.
+        opening = self.scorer.tokenizer(self.delimiter, add_special_tokens=False)["input_ids"] if self.delimiter else []
 
         scores: list[float | None] = [None] * len(completion_ids)
         # Each question is a context and an answer; the number is its place in the pass of the policy.
@@ -70,12 +71,12 @@ class AnswerLikelihood(PolicyReward):
                 contexts.append((*prompt, *opening))
             asked = [(context, tuple(answer)) for context in contexts]
             places[row] = [questions.setdefault(question, len(questions)) for question in asked]
-        if questions:
-            found = self.scorer.token_logprobs(*(list(part) for part in zip(*questions, strict=True)))
-            values = [self._reduced(row) for row in to_lists(found)]
-            for row, (place, *bare) in places.items():
-                gain = values[place] - sum(values[other] for other in bare)
-                scores[row] = min(1.0, max(0.0, gain)) if bare and self.reduce != "mean_logp" else gain
+        # Without a question too: where the policy is sharded its passes take all processes, whoever has questions.
+        asked = [list(part) for part in zip(*questions, strict=True)] or [[], []]
+        values = [self._reduced(row) for row in to_lists(self.scorer.token_logprobs(*asked))]
+        for row, (place, *bare) in places.items():
+            gain = values[place] - sum(values[other] for other in bare)
+            scores[row] = min(1.0, max(0.0, gain)) if bare and self.reduce != "mean_logp" else gain
         return scores
 
     def _reasoning(self, content: list[int]) -> list[int] | None:

@@ -8,13 +8,22 @@ from selfdistill.rewards.base import BadAnswer, Judge, Wrong
 
 # A minus behind a digit, letter or bracket subtracts; elsewhere it is a sign. Commas count between groups of three.
 SIGN = r"(?:(?<![\w.)\]])-)?"
-NUMBER = re.compile(SIGN + r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)(?:[eE][+-]?\d+)?")
+NUMBER = SIGN + r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)(?:[eE][+-]?\d+)?"
+# One number, or a fraction of two; a date such as 1/2/2024 is none.
+FRACTION = rf"(?<![\d/])({NUMBER})\s*/\s*({NUMBER})(?!\s*/|\d)"
+VALUE = re.compile(rf"{SIGN}\\[dt]?frac\{{({NUMBER})\}}\{{({NUMBER})\}}|{FRACTION}|({NUMBER})")
 
 
 def last_number(text: str) -> float | None:
-    """The last number in a text, or None: 1,234.5 and −3 and 2e5 are one number each, in 5-3 the last is 3."""
-    found = NUMBER.findall(text.replace("−", "-"))
-    return float(found[-1].replace(",", "")) if found else None
+    """The last number in a text, or None: 1,234.5 and −3 and 2e5 and 3/4 are one number each, in 5-3 the last is 3."""
+    found = list(VALUE.finditer(text.replace("−", "-")))
+    if not found:
+        return None
+    parts = [float(part.replace(",", "")) for part in found[-1].groups() if part is not None]
+    if len(parts) == 1:
+        return parts[0]
+    sign = -1 if found[-1][0].startswith("-\\") else 1
+    return sign * parts[0] / parts[1] if parts[1] else parts[1]
 
 
 @dataclass(eq=False)

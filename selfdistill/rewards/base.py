@@ -7,7 +7,8 @@ and leaves the group's baseline), or {"score", "feedback"}.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from functools import partial
+from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
 from torch import Tensor
 
@@ -43,7 +44,13 @@ class Reward:
 
     A file `conf/reward/NAME.yaml` with `_target_` and the settings makes it `reward=NAME`. `Judge` is the base of
     rewards that compare with an answer, and `PolicyReward` of those that ask the policy.
+
+    Attributes:
+        verifiable: whether the score says how right a completion is, from 0 to 1, by itself: then it also judges the
+            evaluation. A function of one's own declares it with `my_reward.verifiable = True`.
     """
+
+    verifiable: ClassVar[bool] = False
 
     @property
     def __name__(self) -> str:  # type: ignore[override]
@@ -65,6 +72,13 @@ class BadAnswer(ValueError):
     """A reference answer that the reward cannot compare with; the message says what to correct."""
 
 
+def is_verifiable(function: Any) -> bool:
+    """Whether a reward, or a function of the user's own, says of itself that it tells right from wrong."""
+    while isinstance(function, partial):  # what Hydra's `_partial_: true` makes
+        function = function.func
+    return bool(getattr(function, "verifiable", False))
+
+
 @dataclass(eq=False)
 class Judge(Reward):
     """1 for a right completion, 0 for a wrong one, None where the row has no answer. Subclasses give `judge` alone.
@@ -78,6 +92,8 @@ class Judge(Reward):
     Raises:
         UserError: a setting is not one of those that are offered, or a row's answer cannot be compared with.
     """
+
+    verifiable: ClassVar[bool] = True
 
     answer_field: str = "answer"
     feedback: str = "verdict"
@@ -121,6 +137,9 @@ class AsksPolicy(Protocol):
 
 class PolicyReward(Reward):
     """A reward that asks the current policy for log-probabilities. Subclasses give `_scores` alone.
+
+    It judges the model as it is, at temperature 1, whatever the sampling temperature. TRL's own log-probabilities,
+    which are at that temperature, take the place of a pass only where it is 1.
 
     Raises:
         ValueError: no policy is bound, or `policy_logprobs` has not one value for each completion token.

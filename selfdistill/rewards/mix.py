@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from selfdistill.errors import UserError
-from selfdistill.rewards.base import AsksPolicy, Result, Reward, RewardFunction
+from selfdistill.rewards.base import AsksPolicy, Result, Reward, RewardFunction, is_verifiable
 from selfdistill.rewards.result import normalise
 from selfdistill.rewards.scorer import PolicyScorer
 
@@ -26,7 +26,8 @@ class Mix(Reward):
             raise UserError("reward.rewards is empty; name at least one reward")
         if unknown := sorted(set(weights) - set(rewards)):
             raise UserError(
-                f"reward.weights names {', '.join(unknown)}, which reward.rewards does not have ({', '.join(rewards)})"
+                f"reward.weights names {', '.join(unknown)}, which reward.rewards does not have "
+                f"({', '.join(rewards)}); to leave it out write ~reward.weights.{unknown[0]}"
             )
         for name, function in rewards.items():
             if not callable(function):
@@ -34,6 +35,11 @@ class Mix(Reward):
         self.parts: list[tuple[str, RewardFunction, float]] = [
             (str(name), function, float(weights.get(name, 1.0))) for name, function in rewards.items()
         ]
+
+    @property
+    def judge(self) -> RewardFunction | None:
+        """The first part that tells right from wrong, which is what an evaluation asks for."""
+        return next((function for _, function, _ in self.parts if is_verifiable(function)), None)
 
     def bind(self, scorer: PolicyScorer) -> None:
         """Hand the policy to every part that asks for it."""

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from selfdistill.errors import UserError
 from selfdistill.rewards.base import Result, Reward, check_choice, shorten
@@ -55,6 +55,8 @@ class PythonTests(Reward):
     Raises:
         UserError: code may not be run, or there is no sandbox for it.
     """
+
+    verifiable: ClassVar[bool] = True
 
     allow_code_execution: bool | str = False
     tests_field: str = "tests"

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from selfdistill.errors import UserError
+from selfdistill.text import whole_characters
 
 FORMS = 'one entry per completion, each a number, None or {"score": number or None, "feedback": text or None}'
 
@@ -17,7 +18,7 @@ def normalise(
 ) -> tuple[list[float | None], list[str | None]]:
     """Scores and feedback, one of each per completion, from whatever a reward function returned.
 
-    Entries may be numbers (NaN counts as None), booleans, None, or mappings with `score` and, where there is something
+    Entries may be finite numbers, booleans, None, or mappings with `score` and, where there is something
     to say, `feedback`. Where no entry has feedback, the attribute `last_feedback` of `function` is read, which is a
     convention of other libraries.
 
@@ -55,20 +56,20 @@ def _score(value: Any, place: str) -> float | None:
     if value is None:
         return None
     try:
-        infinite = math.isinf(value)  # takes tensors and arrays of one number too, and refuses text
+        finite = math.isfinite(value)  # takes tensors and arrays of one number too, and refuses text
     except (TypeError, ValueError, RuntimeError):
         raise UserError(f"{place}: the score is {_described(value)}; return {FORMS}") from None
-    if infinite:
+    if not finite:
         raise UserError(
-            f"{place}: the score is {float(value)}; an infinite score makes every advantage of its group undefined. "
+            f"{place}: the score is {float(value)}, which leaves every advantage of its group undefined. "
             f"Return a finite number, or None for a completion that cannot be judged"
         )
-    return None if math.isnan(value) else float(value)
+    return float(value)
 
 
 def _feedback(value: Any, place: str) -> str | None:
     if value is None or isinstance(value, str):
-        return value or None
+        return whole_characters(value) if value else None
     raise UserError(f"{place}: the feedback is {_described(value)}; return {FORMS}")
 
 

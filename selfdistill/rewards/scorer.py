@@ -15,6 +15,7 @@ from selfdistill.losses.head import finish_
 from selfdistill.models.agreement import logits_agree
 from selfdistill.models.structure import evaluating, inner_model, scale_and_soft_cap
 from selfdistill.rewards.batching import Ids, ScoringBatch, plan
+from selfdistill.tokens import encode
 
 # Logits held at any moment: 2^25 float32 are 128 MiB, about 220 tokens of a vocabulary of 152 thousand.
 LOGITS_AT_ONCE = 2**25
@@ -50,6 +51,8 @@ class PolicyScorer:
         tokenizer: gives the EOS id, and encodes answers.
         micro_batch_tokens: padded tokens a forward pass.
         temperature: logits are divided by it, as the trainer does with the sampling temperature.
+        most_of_any_process: gives the largest of the processes' numbers, where a pass of the model takes all of them:
+            then each makes as many as the others, and all have to ask for scores equally often.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class PolicyScorer:
         *,
         micro_batch_tokens: int = 16384,
         temperature: float = 1.0,
+        most_of_any_process: Callable[[int], int] | None = None,
     ) -> None:
         if micro_batch_tokens < 1:
             raise ValueError(f"micro_batch_tokens is {micro_batch_tokens}, it must be at least 1")
@@ -68,6 +72,7 @@ class PolicyScorer:
         self.tokenizer = tokenizer
         self.micro_batch_tokens = micro_batch_tokens
         self.temperature = temperature
+        self._most_of_any_process = most_of_any_process
         inner = inner_model(model)
         self._pretrained: PreTrainedModel | None = inner if isinstance(inner, PreTrainedModel) else None
         # What `_look_at_model` finds out before the first row: the head, where it may be called apart.
@@ -92,8 +97,8 @@ class PolicyScorer:
         return None if self._pretrained is None else self._pretrained.config.get_text_config()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text without special tokens."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        """Ids of a text by itself; what it spells like a special token stays text."""
+        return encode(self.tokenizer, text)
 
     def without_eos(self, ids: Sequence[int]) -> list[int]:
         """The ids without a closing EOS."""
@@ -136,15 +141,24 @@ class PolicyScorer:
         counts = [len(target) for target in targets]
         found = [torch.empty(3 if statistics else 1, 0, device=self._device)] * len(targets)
         with evaluating(self.model):
-            if not self._looked and any(targets):
-                self._look_at_model(next(prompt[0] for prompt in prompt_ids if prompt))
-            for batch in plan(prompt_ids, counts, self.micro_batch_tokens, self._shared_budget_tokens()):
+            if not self._looked and (any(targets) or self._most_of_any_process):
+                self._look_at_model(next((prompt[0] for prompt in prompt_ids if prompt), 0))
+            batches = plan(prompt_ids, counts, self.micro_batch_tokens, self._shared_budget_tokens())
+            self._pass_with_the_others(sum(1 if batch.prompts is None else 2 for batch in batches))
+            for batch in batches:
                 call, predicting = self._call(batch, prompt_ids, completion_ids, counts)
                 wanted = torch.tensor([token for row in batch.rows for token in targets[row]], device=self._device)
                 values = self._forward(call, predicting, wanted, statistics)
                 for row, part in zip(batch.rows, values.split([counts[row] for row in batch.rows], dim=1), strict=True):
                     found[row] = part
         return found
+
+    def _pass_with_the_others(self, passes: int) -> None:
+        """Makes as many passes of one token as this process has fewer than another one."""
+        if self._most_of_any_process is not None:
+            token = torch.zeros(1, 1, dtype=torch.long, device=self._device)
+            for _ in range(self._most_of_any_process(passes) - passes):
+                self.model(input_ids=token)
 
     def _call(
         self, batch: ScoringBatch, prompt_ids: Ids, completion_ids: Ids, counts: Sequence[int]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from selfdistill.errors import UserError
 from selfdistill.rewards.base import PolicyReward, check_choice
@@ -80,6 +81,25 @@ class Supervised(PolicyReward):
             warnings.warn(SEED_WARNING, stacklevel=3)
             self.include_eos = False  # that formula knows no EOS
 
+    def check_answers(self, key: str, answers: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuses answers of one token, which the prompt alone predicts: every completion would score the same.
+
+        Args:
+            key: of this reward in the configuration.
+            answers: texts; the first thousand are looked at.
+
+        Raises:
+            UserError: more than half of them are such answers.
+        """
+        looked_at = [str(answer) for answer in answers[:1000]]
+        short = [text for text in looked_at if len(tokenizer(text, add_special_tokens=False)["input_ids"]) < 2]
+        if not self.include_eos and 2 * len(short) > len(looked_at):
+            raise UserError(
+                f"{key}: {len(short)} of {len(looked_at)} answers have one token, e.g. {short[0][:40]!r}. It is "
+                "predicted from the prompt alone, so that every completion scores the same and nothing is learned: "
+                "write reward=answer_likelihood, which asks for the answer after the completion's reasoning."
+            )
+
     def _scores(
         self, prompt_ids: Ids, completion_ids: Ids, logprobs: Sequence[Tensor] | None, columns: Mapping[str, Any]
     ) -> list[float | None]:
@@ -120,11 +140,12 @@ class Supervised(PolicyReward):
                 continue
             context = context[: len(targets)]
             questions.setdefault((tuple(prompt), tuple(context), tuple(targets)), []).append(row)
-        if questions:
-            found = to_lists(self.scorer.token_logprobs(*(list(part) for part in zip(*questions, strict=True))))
-            for sharing, values in zip(questions.values(), found, strict=True):
-                for row in sharing:
-                    known[row] = [-value for value in values]
+        # Without a question too: where the policy is sharded its passes take all processes, whoever has questions.
+        asked = [list(part) for part in zip(*questions, strict=True)] or [[], [], []]
+        found = to_lists(self.scorer.token_logprobs(*asked))
+        for sharing, values in zip(questions.values(), found, strict=True):
+            for row in sharing:
+                known[row] = [-value for value in values]
         return known
 
     def _combine(self, nats: list[float], written: int, wanted: int) -> float:

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,10 @@ FORM = '[{"Action": "name", "Action_Input": "{\\"argument\\": \\"value\\"}"}]'
 ACTION = re.compile(r"^\s*Action:[ \t]*(.+?)\s*$", re.MULTILINE)
 ACTION_INPUT = re.compile(r"^\s*Action[ _]Input:\s*", re.MULTILINE)
 FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
+# Where calls begin; brackets that stand in the prose before them are none.
+CALLS = re.compile(r'(?:\[\s*)?\{\s*"Action')
+# A policy that repeats itself writes a thousand brackets. No tool takes arguments that are nested so deeply.
+MOST_LEVELS = 50
 
 
 @dataclass(frozen=True)
@@ -34,17 +37,24 @@ def parse_calls(text: str) -> list[Call]:
     lines = list(ACTION.finditer(body))
     if lines and not body.startswith(("[", "{")):
         return [_line_call(body, line, end) for line, end in zip(lines, [*lines[1:], None], strict=True)]
-    start = min((at for at in (body.find("["), body.find("{")) if at >= 0), default=-1)
-    if start < 0:
+    found = CALLS.search(body) or re.search(r"[\[{]", body)
+    if not found:
         raise FormatError(f"No tool call was found. Write {FORM}.")
-    try:
-        value, _ = json.JSONDecoder().raw_decode(body[start:])
-    except json.JSONDecodeError as error:
-        raise FormatError(f"The tool calls are not valid JSON: {error.msg} at character {start + error.pos}.") from None
+    value = _decoded(body, "The tool calls are", start=found.start())
     entries = value if isinstance(value, list) else [value]
     if not entries:
         raise FormatError(f"No tool call was found. Write {FORM}.")
     return [_json_call(entry) for entry in entries]
+
+
+def _decoded(text: str, what: str, *, start: int = 0, whole: bool = False) -> Any:
+    """The JSON value that begins at a character; with `whole` nothing may follow. Raises FormatError."""
+    try:
+        return json.loads(text) if whole else json.JSONDecoder().raw_decode(text[start:])[0]
+    except json.JSONDecodeError as error:
+        raise FormatError(f"{what} not valid JSON: {error.msg} at character {start + error.pos}.") from None
+    except (ValueError, RecursionError):  # a number of thousands of digits, or as many brackets
+        raise FormatError(f"{what} not valid JSON that can be read.") from None
 
 
 def _json_call(entry: Any) -> Call:
@@ -61,16 +71,13 @@ def _line_call(body: str, line: re.Match[str], following: re.Match[str] | None) 
         raise FormatError(f'"Action: {name}" is not followed by a line "Action Input:".')
     raw = rest[found.end() :].strip()
     if raw.startswith("{"):  # the model may go on writing after the object
-        return Call(name, _arguments(raw, name, lambda text: json.JSONDecoder().raw_decode(text)[0]))
+        return Call(name, _arguments(raw, name, whole=False))
     return Call(name, _arguments(raw.split("\n")[0], name))
 
 
-def _arguments(value: Any, name: str, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
+def _arguments(value: Any, name: str, *, whole: bool = True) -> dict[str, Any]:
     if isinstance(value, str):
-        try:
-            value = parse(value) if value.strip() else {}
-        except json.JSONDecodeError as error:
-            raise FormatError(f"The input of {name} is not valid JSON: {error.msg} at character {error.pos}.") from None
+        value = _decoded(value, f"The input of {name} is", whole=whole) if value.strip() else {}
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -78,18 +85,23 @@ def _arguments(value: Any, name: str, parse: Callable[[str], Any] = json.loads) 
     return value
 
 
-def _canonical(value: Any) -> Any:
+def _canonical(value: Any, levels: int = MOST_LEVELS) -> Any:
     """A text (or a dictionary or list of texts) that is equal for equal arguments.
 
-    5 and "5", true and "true" are the same argument; the order of keys and surrounding space don't matter.
+    5, 5.0, "5" and "5.0", true and "true" are the same argument; the order of keys and surrounding space don't matter.
+    Raises FormatError where more levels are nested.
     """
+    if levels == 0:
+        raise FormatError(f"The arguments are nested in more than {MOST_LEVELS} levels.")
     if isinstance(value, dict):
-        return {key: _canonical(item) for key, item in value.items()}
+        return {key: _canonical(item, levels - 1) for key, item in value.items()}
     if isinstance(value, list):
-        return [_canonical(item) for item in value]
+        return [_canonical(item, levels - 1) for item in value]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return value.strip() if isinstance(value, str) else json.dumps(value)
+    text = value.strip() if isinstance(value, str) else json.dumps(value)
+    whole = re.fullmatch(r"(-?\d+)\.0+", text)
+    return whole[1] if whole else text
 
 
 def differences(given: list[Call], wanted: list[Call]) -> list[str]:

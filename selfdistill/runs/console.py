@@ -38,7 +38,10 @@ class Plan:
         weights: their precision, for example "bfloat16, trained in float32".
         adapter: for example "LoRA, rank 32"; empty for full training.
         teacher: for example "ema 0.99, sees a demonstration"; empty without one.
+        judge: who judges the answers of the evaluation.
         memory_gib: estimate by part, for example {"weights": 1.2, "optimizer": 0.1}.
+        available_gib: what the device has, where that is known.
+        learning_rate: the highest of the run.
     """
 
     model: str
@@ -53,7 +56,10 @@ class Plan:
     weights: str = ""
     adapter: str = ""
     teacher: str = ""
+    judge: str = ""
     memory_gib: Mapping[str, float] = field(default_factory=dict)
+    available_gib: float | None = None
+    learning_rate: float | None = None
 
 
 def make_console(**options: Any) -> Console:
@@ -76,17 +82,21 @@ def plan_table(plan: Plan) -> Group:
     arithmetic = f"{batch.per_device} completions x {batch.accumulation_steps} accumulated"
     if batch.processes > 1:
         arithmetic += f" x {batch.processes} processes"
-    total, passes = plan.max_steps * batch.completions, plan.max_steps * prompts / plan.train_rows
+    total = plan.max_steps * batch.completions
+    passes = f" = {plan.max_steps * prompts / plan.train_rows:.2f} passes over the data" if plan.train_rows else ""
+    known = f"{count(plan.parameters)}, {count(plan.trained)} trained ({share:.1%}; {method})"
     facts: dict[str, str | Text] = {
         "model": plan.model,
-        "parameters": f"{count(plan.parameters)}, {count(plan.trained)} trained ({share:.1%}; {method})",
+        "parameters": known if plan.parameters else "",
         "weights": plan.weights,
         "device": plan.device,
         "teacher": plan.teacher,
-        "data": f"{plan.train_rows:,} rows to train on, {plan.eval_rows:,} held out",
+        "judge": plan.judge,
+        "data": f"{plan.train_rows:,} rows to train on, {plan.eval_rows:,} held out" if plan.train_rows else "",
+        "learning": f"rate {plan.learning_rate:g}" if plan.learning_rate else "",
         "a step": f"{arithmetic} = {batch.completions}: {prompts:g} prompts x {plan.num_generations} generations",
-        "the run": f"{plan.max_steps:,} steps = {total:,} completions = {passes:.2f} passes over the data",
-        "memory": memory_line(plan.memory_gib) if plan.memory_gib else "",
+        "the run": f"{plan.max_steps:,} steps = {total:,} completions{passes}",
+        "memory": memory_line(plan.memory_gib, plan.available_gib),
     }
     return _facts("plan", facts)
 

@@ -37,18 +37,34 @@ class Evaluations(TrainerCallback):
         self.every, self.before, self.tell = every, before, tell
         self._latest: tuple[int, dict[str, float]] | None = None
 
+    def again(self, model: Module) -> dict[str, float]:
+        """The metrics of a model that is not that of the last step; they are not entered into the record."""
+        with self.record.busy("evaluating"):
+            return self._compared(self.evaluator.evaluate(model, self.tokenizer).metrics)
+
+    def _compared(self, metrics: dict[str, float]) -> dict[str, float]:
+        """The metrics with what was forgotten since the start."""
+        forgotten = forgetting(self.before or metrics, metrics)
+        compared = metrics if forgotten is None else {**metrics, "eval/forgetting": forgotten}
+        self.before = self.before or compared
+        return compared
+
     def at(self, step: int, model: Module) -> dict[str, float]:
         """The metrics of the model after `step`, which is evaluated once."""
         if self._latest is None or self._latest[0] != step:
             with self.record.busy("evaluating"):
-                metrics = self.evaluator.evaluate(model, self.tokenizer)
-            self.before = self.before or metrics
-            forgotten = forgetting(self.before, metrics)
-            if forgotten is not None:
-                metrics["eval/forgetting"] = forgotten
-            self.record.evaluation(step, metrics)
+                evaluation = self.evaluator.evaluate(model, self.tokenizer)
+            metrics = self._compared(evaluation.metrics)
+            self.record.evaluation(step, metrics, evaluation.items)
             self._latest = step, metrics
         return self._latest[1]
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any
+    ) -> None:
+        """Evaluates the start of a sharded model, which is put onto its devices only when the training begins."""
+        if self.before is None:
+            self.tell(self.at(0, event["model"]))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         if self.every and state.global_step % self.every == 0:

@@ -2,6 +2,7 @@
 
     config.yaml        the composed configuration, resolved, secrets masked
     metrics.jsonl      one JSON object a logged step
+    evaluation.jsonl   the rows of each evaluation, with the model's answer and the verdict
     completions.jsonl  sampled completions with reward, feedback and advantage
     prompts.md         the prompts of student and teacher at step 0, as they went into the models
     bad_rows.jsonl     rows of the data that were skipped, and why
@@ -39,7 +40,9 @@ from selfdistill.config.secrets import Redactor
 from selfdistill.errors import UserError
 from selfdistill.files import write_atomically
 from selfdistill.machine.memory import peak_memory_gib, reset_peak_memory
+from selfdistill.runs.side_by_side import CLOSED, OPENED, Stretch, columns
 from selfdistill.runs.step_log import StepLog, jsonable
+from selfdistill.text import printable
 
 Status = Literal["running", "finished", "failed", "interrupted", "stopped"]
 
@@ -56,6 +59,7 @@ class PromptSample:
         completion_ids: the ids that were sampled.
         teacher: the teacher's rendered prompt; None where the rollout has no teacher or carries no signal.
         teacher_completion_ids: the ids that the teacher scored; None where it scored nothing.
+        beside: the two prompts in stretches of tokens that are the same or differ; none without a teacher's prompt.
     """
 
     student: str
@@ -63,6 +67,7 @@ class PromptSample:
     completion_ids: list[int]
     teacher: str | None = None
     teacher_completion_ids: list[int] | None = None
+    beside: Sequence[Stretch] = ()
 
 
 class RunFolder:
@@ -201,6 +206,8 @@ class RunFolder:
     def write_prompts(self, samples: Sequence[PromptSample]) -> bool:
         """Write prompts.md; returns whether the teacher scored the very ids that the student sampled."""
         parts = ["# What student and teacher saw at step 0\n"]
+        if any(sample.beside for sample in samples):
+            parts.append(f"Side by side, the tokens in which the two prompts differ stand in {OPENED}{CLOSED}.\n")
         agree = True
         for index, sample in enumerate(samples):
             ids, scored = sample.completion_ids, sample.teacher_completion_ids
@@ -208,6 +215,7 @@ class RunFolder:
             parts += [
                 f"## Rollout {index}\n\n### The student's prompt\n\n{_fenced(sample.student)}",
                 f"### The teacher's prompt\n\n{no_teacher if sample.teacher is None else _fenced(sample.teacher)}",
+                f"### Side by side\n\n{_fenced(columns(sample.beside, 'student', 'teacher'))}" if sample.beside else "",
                 f"### The completion\n\n{_fenced(sample.completion)}",
                 f"{len(ids)} token ids: {' '.join(map(str, ids))}\n",
             ]
@@ -322,7 +330,7 @@ def _load_config(path: Path) -> DictConfig:
 def _fenced(text: str) -> str:
     longest = max((len(ticks) for ticks in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text}\n{fence}\n"
+    return f"{fence}text\n{printable(text)}\n{fence}\n"
 
 
 def _now() -> str:

@@ -13,7 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from selfdistill.config import Run, run_name
 from selfdistill.config.conf import CONF
 from selfdistill.config.secrets import MASK, Redactor, is_secret_key
+from selfdistill.runs.cards import choices_of
 from selfdistill.runs.folder import RunFolder
+from selfdistill.runs.provenance import write_provenance
 from selfdistill.runs.sweep import overrides_of
 
 
@@ -41,6 +43,8 @@ def new_run(cfg: DictConfig, run: Run, hydra_config: DictConfig) -> RunFolder:
         return redactor.text(value)
 
     hydra: Any = OmegaConf.to_container(hydra_config, resolve=False, enum_to_str=True)
+    if run.repeat:  # what was composed is the repeated run's
+        hydra["runtime"]["choices"] = choices_of(Path(run.repeat)) or hydra["runtime"]["choices"]
     hydra["run"] = {"dir": str(made.path)}
     hydra["runtime"]["output_dir"] = str(made.path.absolute())
     folder = made.path / ".hydra"
@@ -48,6 +52,7 @@ def new_run(cfg: DictConfig, run: Run, hydra_config: DictConfig) -> RunFolder:
     OmegaConf.save(OmegaConf.create(masked(overrides)), folder / "overrides.yaml")
     OmegaConf.save(OmegaConf.create(masked({"hydra": hydra})), folder / "hydra.yaml")
     (folder / "config.yaml").write_text(redactor.yaml(), encoding="utf-8")
+    write_provenance(made.path, cfg, run)
     return made
 
 

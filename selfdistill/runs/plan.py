@@ -1,46 +1,146 @@
 """What a run is going to do, before it does it."""
 
 import os
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from omegaconf import DictConfig
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from selfdistill.config import Run
 from selfdistill.config.batch import batch_of
-from selfdistill.machine.memory_estimate import estimate
+from selfdistill.config.targets import make
+from selfdistill.data import DataSplits
+from selfdistill.machine.memory_estimate import ADAPTER_SHARE, estimate
+from selfdistill.models.loading import resolve
+from selfdistill.models.location import files_of, parameters
 from selfdistill.models.precision import precision_line
 from selfdistill.runs import console
-from selfdistill.training.arguments import precision, use_cuda
-from selfdistill.training.build import Parts
+from selfdistill.training.arguments import precision, trainer_arguments, use_cuda
+from selfdistill.training.build import Parts, load_data
+from selfdistill.training.language import language_findings
+from selfdistill.training.reward_trial import try_reward
+from selfdistill.training.row_checks import check_rows
 
 
 def show_plan(cfg: DictConfig, run: Run) -> None:
-    """Prints the composed tree and a memory estimate; nothing is loaded or written."""
+    """Reads the data, builds what is cheap to build, and prints configuration and plan; no weights are loaded.
+
+    Raises:
+        UserError: what a run would be refused for after loading, as far as it can be known now.
+    """
     # The processes that a launcher has started are not connected yet; RANK is the number that it gave to each.
     screen = console.make_console(quiet=int(os.environ.get("RANK", 0)) > 0)
+    reward = make(run.reward, "reward")
+    for group in ("teacher", "eval", "monitors", "export"):
+        make(getattr(run, group), group)
+    arguments = trainer_arguments(_anywhere(run), Path())
+    tokenizer, data = _tokenizer(run), None
+    if tokenizer is not None and run.data.get("format") != "hub":
+        data = load_data(run, tokenizer)
+        check_rows(reward, data.train, run.rollout, str(run.data.get("path", run.data["_target_"])), tokenizer)
+        try_reward(reward, data.train, str(run.data.get("path", run.data["_target_"])))
+    counted = parameters(run.model.name)
+    if counted is not None:
+        run = replace(run, model=replace(run.model, parameters_billion=counted / 1e9))
     console.print_all(screen, console.config_tree(cfg))
-    screen.print("memory:", console.memory_line(estimate(run), run.hardware.memory_gib))
-    screen.print("checked: nothing was loaded or written")
+    console.print_all(screen, console.plan_table(_planned(run, data, arguments.max_steps)))
+    if data is not None and data.bad_rows:
+        screen.print(f"{len(data.bad_rows)} bad rows would be skipped, the first: {data.bad_rows[0]}", markup=False)
+    for note in _notes(run, tokenizer, data):
+        screen.print(f"note: {note}", markup=False)
+    for finding in language_findings(run, ask_server=False):
+        screen.print(f"warning: {finding}", markup=False)
+    screen.print("checked: no weights were loaded, nothing was written")
+
+
+def _anywhere(run: Run) -> Run:
+    """The run on whatever device is here: a plan for a GPU may be checked on a machine that has none."""
+    here = run.hardware.device if torch.cuda.is_available() else "cpu"
+    vllm = replace(run.hardware.vllm, mode=run.hardware.vllm.mode if torch.cuda.is_available() else None)
+    return replace(
+        run, hardware=replace(run.hardware, device=here, precision="fp32" if here == "cpu" else "auto", vllm=vllm)
+    )
+
+
+def _tokenizer(run: Run) -> PreTrainedTokenizerBase | None:
+    """The student's tokenizer, where it is on this machine."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            resolve(run.model.name),
+            padding_side="left",
+            local_files_only=True,
+            revision=run.model.revision,
+            trust_remote_code=run.model.trust_remote_code,
+        )
+    except (OSError, ValueError, ImportError):
+        return None
+
+
+def _planned(run: Run, data: DataSplits | None, max_steps: int) -> console.Plan:
+    model, gpu = run.model, torch.cuda.is_available() and run.hardware.device != "cpu"
+    known = round((model.parameters_billion or 0) * 1e9)
+    trained = known if model.tuning == "full" else int(known * ADAPTER_SHARE * model.lora.r)
+    here = run.hardware.device != "cuda" or gpu
+    kind = precision(run.hardware) if here else run.hardware.precision
+    device = torch.cuda.get_device_name() if gpu else "cpu" if here else "cuda"
+    return console.Plan(
+        model=model.name,
+        device=f"{device}, {kind}",
+        parameters=known,
+        trained=trained,
+        train_rows=len(data.train) if data else 0,
+        eval_rows=len(data.eval) if data else 0,
+        max_steps=max_steps,
+        batch=batch_of(run),
+        num_generations=run.num_generations,
+        adapter=f"LoRA, rank {model.lora.r}" if model.tuning == "lora" else "",
+        teacher=(run.teacher or {}).get("_target_", "").rpartition(".")[2],
+        memory_gib=estimate(run),
+        available_gib=run.hardware.memory_gib,
+        learning_rate=run.learning_rate,
+    )
+
+
+def _notes(run: Run, tokenizer: PreTrainedTokenizerBase | None, data: DataSplits | None) -> list[str]:
+    """What could not be looked at here, and what is not here."""
+    notes = []
+    if tokenizer is None:
+        notes.append(f"model.name={run.model.name} is not on this machine: it would be fetched from the hub")
+    elif not files_of(run.model.name):
+        notes.append(f"model.name={run.model.name} has no safetensors files here to count its parameters by")
+    if data is None:
+        notes.append("the rows of the data were not rendered or counted, which takes the model's tokenizer and a file")
+    if run.hardware.device == "cuda" and not torch.cuda.is_available():
+        notes.append("hardware.device=cuda, and torch sees no GPU here: this run has to be started where there is one")
+    if run.hardware.vllm.mode == "colocate" and find_spec("vllm") is None:
+        notes.append("hardware.vllm.mode=colocate, and vLLM is not installed here: pip install 'selfdistill[vllm]'")
+    return notes
 
 
 def plan_of(run: Run, parts: Parts) -> console.Plan:
     """The plan of a run whose parts are built."""
     trainer = parts.trainer
     model: torch.nn.Module = trainer.accelerator.unwrap_model(trainer.model)
-    parameters = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    trained = sum(count for count, is_trained in parameters if is_trained)
+    counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    known, trained = sum(count for count, _ in counts), sum(count for count, is_trained in counts if is_trained)
+    counted = replace(run, model=replace(run.model, parameters_billion=known / 1e9))
     return console.Plan(
         model=run.model.name,
         device=f"{torch.cuda.get_device_name() if use_cuda(run.hardware) else 'cpu'}, {precision(run.hardware)}",
-        parameters=sum(count for count, _ in parameters),
+        parameters=known,
         trained=trained,
         weights=precision_line(model),
         train_rows=len(parts.data.train),
         eval_rows=len(parts.data.eval) if parts.data.eval is not None else 0,
-        max_steps=trainer.args.max_steps,
+        max_steps=trainer.planned_steps,
         batch=batch_of(run),
         num_generations=run.num_generations,
         adapter=f"LoRA, rank {run.model.lora.r}" if run.model.tuning == "lora" else "",
         teacher="" if trainer.teacher is None else str(trainer.teacher),
-        memory_gib=estimate(run, trained=trained),
+        judge=parts.judged_by,
+        memory_gib=estimate(counted, trained=trained),
+        learning_rate=run.learning_rate,
     )

@@ -3,7 +3,7 @@
 The other processes have a record that does nothing, so that no other code has to ask which process it is in.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,13 @@ from omegaconf import DictConfig
 from transformers import TrainerCallback
 
 from selfdistill.config import Run
+from selfdistill.config.permissions import resume_command
+from selfdistill.evaluation.evaluator import Item
 from selfdistill.rollout import Rollouts
 from selfdistill.runs import console
 from selfdistill.runs.callbacks import CompletionsCallback, MonitorCallback, ProgressCallback, RecordCallback
+from selfdistill.runs.evaluated import EVALUATION, write_items
+from selfdistill.runs.finished import load_policy, read_run
 from selfdistill.runs.folder import RunFolder, Status
 from selfdistill.runs.loggers import RunLogger
 from selfdistill.runs.plan import plan_of
@@ -46,8 +50,11 @@ class NoRecord:
         """Shows a word while the context lasts."""
         return nullcontext()
 
-    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Enters the metrics of an evaluation; later ones are compared with that of step 0."""
+    def evaluation(self, step: int, metrics: dict[str, float], items: Sequence[Item]) -> None:
+        """Enters an evaluation, its metrics and its rows; later ones are compared with that of step 0."""
+
+    def kept(self, metric: str, step: int | None, value: float | None) -> None:
+        """Says which step's weights become the model, where the best ones by a metric were asked for."""
 
     def rollouts(self, parts: Parts, rollouts: Rollouts) -> None:
         """Keeps a step's completions, of all processes; the first ones are written to prompts.md."""
@@ -73,7 +80,8 @@ class Record(NoRecord):
         super().__init__(folder)
         self.cfg, self.run, self.logger = cfg, run, logger
         self.screen = console.make_console()
-        self._begun = self._prompts_written = run.resume is not None
+        self._begun = run.resume is not None
+        self._prompts_written = False
         self._monitor: MonitorCallback | None = None
         self._rows: list[dict[str, Any]] = []
 
@@ -83,6 +91,7 @@ class Record(NoRecord):
         if evaluated := self.folder.summary.get("eval"):  # of a resumed run, whose end is evaluated again
             self.folder.update_summary(eval={"before": evaluated.get("before")})
         self.folder.write_bad_rows(parts.data.bad_rows)
+        self.folder.update_summary(findings=parts.trainer.findings)
         console.print_all(self.screen, console.config_tree(self.cfg), console.plan_table(plan_of(self.run, parts)))
         if parts.data.bad_rows:
             self.screen.print(
@@ -100,15 +109,23 @@ class Record(NoRecord):
     def busy(self, word: str) -> AbstractContextManager[object]:
         return self.screen.status(word) if self.screen.is_terminal else nullcontext()
 
-    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+    def evaluation(self, step: int, metrics: dict[str, float], items: Sequence[Item]) -> None:
+        write_items(self.folder.path / EVALUATION, step, items)
         if step == 0:
             self.folder.update_summary(eval={"before": metrics})
         self.folder.log_metrics(step, metrics)
         self.logger.log(step, metrics)
 
+    def kept(self, metric: str, step: int | None, value: float | None) -> None:
+        if step is None or value is None:
+            self.screen.print(f"no step was better than the others by {metric}: model/ is that of the last one")
+            return
+        self.folder.update_summary(best={"metric": metric, "step": step, "value": value})
+        self.screen.print(f"model/ is that of step {step}, the best by {metric}: {value:.3f}")
+
     def rollouts(self, parts: Parts, rollouts: Rollouts) -> None:
         self._rows = completion_rows(rollouts)
-        if not self._prompts_written:
+        if not self._prompts_written and not parts.trainer.state.global_step:
             self._prompts_written = True
             if not self.folder.write_prompts(prompt_samples(parts.tokenizer, rollouts)):
                 raise RuntimeError(f"student and teacher score different tokens: see {self.folder.path / 'prompts.md'}")
@@ -126,7 +143,7 @@ class Record(NoRecord):
             self.screen.print(console.change_table(_short(evaluations["before"]), _short(evaluations["after"])))
         if parts.exporter is not None and status == "finished" and not self.run.dry_run:
             places["export"] = parts.exporter.run(
-                parts.trainer.model,
+                self._whole_model(parts),
                 parts.tokenizer,
                 self.folder.path / "export" / parts.exporter.name,
                 parts.data.eval[:8]["prompt"],
@@ -134,10 +151,16 @@ class Record(NoRecord):
         self.folder.finish(status, step=step)
         places |= {"status": status, "log": self.logger.location}
         if status == "interrupted":
-            self.screen.print(
-                f"interrupted at step {step}; continue with: python -m selfdistill.train resume={self.folder.path}"
-            )
+            again = resume_command(self.run, self.folder.path)
+            self.screen.print(f"interrupted at step {step}; continue with: {again}", markup=False)
         self.screen.print(console.where_table(places))
+
+    def _whole_model(self, parts: Parts) -> Any:
+        """The trained model; where the processes have shards of it, the one that was saved."""
+        if not parts.trainer.sharded:
+            return parts.trainer.model
+        model, _ = load_policy(read_run(self.folder.path, force=True))
+        return model
 
     def end_early(self, end: EarlyEnd) -> None:
         # A new run that is refused before it has begun (no such model, a malformed file) leaves no folder.

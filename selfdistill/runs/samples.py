@@ -6,16 +6,21 @@ from transformers import PreTrainedTokenizerBase
 
 from selfdistill.rollout import Rollouts
 from selfdistill.runs.folder import PromptSample
+from selfdistill.runs.side_by_side import stretches
 from selfdistill.statistics import completion_metrics, reward_spread
 
 PROMPT_SAMPLES = 4
 
 
-def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
+def rollout_metrics(rollouts: Rollouts, *, rewarded: bool) -> dict[str, float]:
     """How repetitive and how varied the completions are, and how far the rewards of one prompt differ."""
     metrics = completion_metrics(rollouts.completion_ids)
     spread = reward_spread(rollouts.scores, rollouts.num_generations)
-    return metrics if spread is None else {**metrics, "monitor/reward_spread": spread}
+    if spread is not None:
+        metrics["monitor/reward_spread"] = spread
+    if rewarded:
+        metrics["monitor/unscored"] = sum(score is None for score in rollouts.scores) / max(len(rollouts), 1)
+    return metrics
 
 
 def completion_rows(rollouts: Rollouts) -> list[dict[str, Any]]:
@@ -44,6 +49,7 @@ def prompt_samples(tokenizer: PreTrainedTokenizerBase, rollouts: Rollouts) -> li
                 completion_ids=rollouts.completion_ids[i],
                 teacher=None if teacher_prompt is None else str(tokenizer.decode(teacher_prompt)),
                 teacher_completion_ids=scored,
+                beside=() if teacher_prompt is None else stretches(tokenizer, rollouts.prompt_ids[i], teacher_prompt),
             )
         )
     return samples

@@ -13,9 +13,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from selfdistill import config
+from selfdistill.config.permissions import granted_again, resume_command
 from selfdistill.config.targets import make
 from selfdistill.errors import UserError
 from selfdistill.rollout import Rollouts
+from selfdistill.runs.best import KeepBest, load_best
 from selfdistill.runs.callbacks import MainDecides, use_callbacks
 from selfdistill.runs.evaluations import Evaluations
 from selfdistill.runs.folder import RunFolder
@@ -32,21 +34,26 @@ from selfdistill.training.checkpoints import CompleteCallback, StepBegun, newest
 
 
 def resumed_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, config.Run]:
-    """The configuration of the run that `resume` names, and the run; of the command line only `max_steps` may differ.
+    """The configuration of the run that `resume` names, and the run; of the command line only its length may differ.
+
+    What runs code of others, and secrets, which are not recorded, are given again (`config.permissions`).
 
     Raises:
         UserError: not a run's folder, a configuration that does not pass, or another key was given beside it.
     """
+    saved = RunFolder.open(Path(cfg.resume), write=False).config
+    again = granted_again(saved, cfg, overrides, f"resume={cfg.resume}")
     for override in overrides:
         key = override.lstrip("+~").split("=")[0]
-        if key not in ("resume", "max_steps"):
+        if key not in ("resume", "max_steps", "epochs", "check", *again):
             raise UserError(
                 f"{key} cannot be changed when a run is resumed: its configuration is in {cfg.resume}/config.yaml."
             )
-    saved = RunFolder.open(Path(cfg.resume), write=False).config
-    saved.resume = cfg.resume
+    saved.resume, saved.check = cfg.resume, cfg.check
     if any(o.startswith("max_steps=") for o in overrides):
-        saved.max_steps = cfg.max_steps
+        saved.max_steps, saved.epochs = cfg.max_steps, None
+    if any(o.startswith("epochs=") for o in overrides):
+        saved.epochs = cfg.epochs
     try:
         return saved, config.check(saved)
     except UserError as error:
@@ -85,9 +92,11 @@ class Session:
                 before=self.folder.summary.get("eval", {}).get("before") if self.run.resume else None,
                 tell=trainer.report_evaluation,
             )
-            if self._evaluations.before is None:
+            if self._evaluations.before is None and not trainer.sharded:
                 self._evaluations.at(0, trainer.model)
             callbacks.append(self._evaluations)
+        if self.run.keep_best is not None and self.processes.is_main:
+            callbacks.append(KeepBest(self.run.keep_best, self.folder))
         callbacks.append(self.interruption)
         if self.processes.count > 1:
             callbacks.append(MainDecides())
@@ -95,7 +104,7 @@ class Session:
         trainer.on_rollouts = partial(self._look_at_rollouts, parts)
 
     def _look_at_rollouts(self, parts: Parts, rollouts: Rollouts, _: Mapping[str, Any]) -> None:
-        for name, value in rollout_metrics(rollouts).items():
+        for name, value in rollout_metrics(rollouts, rewarded=bool(parts.trainer.rewards)).items():
             parts.trainer.note(name, value)
         self.record.rollouts(parts, rollouts)
 
@@ -119,10 +128,19 @@ class Session:
     def end(self, parts: Parts) -> None:
         """Saves the model, evaluates and exports it."""
         trainer, interrupted = parts.trainer, self.interruption.requested
+        best = None
+        if self.run.keep_best is not None and not interrupted:
+            best = load_best(trainer, self.folder.path)
+            self.record.kept(self.run.keep_best, best, trainer.state.best_metric)
         trainer.save_model(str(self.folder.path / MODEL))
         evaluations: dict[str, dict[str, float]] = {}
         if self._evaluations is not None and not interrupted:
-            after = self._evaluations.at(trainer.state.global_step, trainer.model)
+            is_last = best in (None, trainer.state.global_step)
+            after = (
+                self._evaluations.at(trainer.state.global_step, trainer.model)
+                if is_last
+                else self._evaluations.again(trainer.model)
+            )
             evaluations = {"before": self._evaluations.before or after, "after": after}
             self.final_accuracy = after.get("eval/accuracy")
         self.record.end(parts, evaluations, interrupted=interrupted)
@@ -157,7 +175,7 @@ def recorded(cfg: DictConfig, run: config.Run, hydra_config: DictConfig) -> Iter
             processes.acknowledge(end)
             if end.process != processes.index:  # the other process says why
                 raise SystemExit(end.exit_code) from None
-            if (message := _message(error, record, end)) is not None:
+            if (message := _message(error, record, end, run)) is not None:
                 raise message from error
             raise
         record.close()
@@ -187,7 +205,7 @@ def _early_end(error: BaseException, processes: Processes, interruption: Interru
     )
 
 
-def _message(error: BaseException, record: NoRecord | None, end: EarlyEnd) -> BaseException | None:
+def _message(error: BaseException, record: NoRecord | None, end: EarlyEnd, run: config.Run) -> BaseException | None:
     """How the command ends: with the exit code of an interrupted one, or with a message that says how to go on.
 
     None where the error itself says all there is to say.
@@ -197,11 +215,12 @@ def _message(error: BaseException, record: NoRecord | None, end: EarlyEnd) -> Ba
     if not isinstance(error, Exception) or record is None or not record.folder.path.exists():
         return None
     if isinstance(error, ServerUnavailable):
-        return UserError(f"{error} Continue with: python -m selfdistill.train resume={record.folder.path}")
+        return UserError(f"{error} Continue with: {resume_command(run, record.folder.path)}")
     if isinstance(error, UserError):
         return None
     last = traceback.extract_tb(error.__traceback__)[-1]
     return UserError(
         f"the run failed: {type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno}). The traceback is "
-        f"in {record.folder.path / 'error.txt'}; continue from the last checkpoint with resume={record.folder.path}"
+        f"in {record.folder.path / 'error.txt'}; continue from the last checkpoint with: "
+        f"{resume_command(run, record.folder.path)}"
     )

@@ -19,9 +19,12 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from selfdistill.config import COMPOSITION_ERRORS, check, explain, fail
+from selfdistill.config.secrets import without_secrets
 from selfdistill.config.targets import check_targets
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, without_passwords
+from selfdistill.files import write_atomically
 from selfdistill.runs.folder import RunFolder
+from selfdistill.runs.preflight import look_for_files
 
 JOBS = "jobs.jsonl"
 GOOD = ("finished", "stopped", "checked")
@@ -42,6 +45,16 @@ class CheckSweep(Callback):
             config.hydra.run.folder = None if config.hydra.run.dir == "." else config.hydra.run.dir
             config.hydra.run.dir = "."
 
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        """Takes the secrets out of multirun.yaml, which Hydra's sweepers write before their first job."""
+        file = Path(config.hydra.sweep.dir) / "multirun.yaml"
+        overrides = overrides_of(config.hydra)
+        if config.hydra.mode == RunMode.MULTIRUN and file.is_file() and without_secrets(overrides) != overrides:
+            written = file.read_text(encoding="utf-8")
+            for override, mask in zip(overrides, without_secrets(overrides), strict=True):
+                written = written.replace(override, mask)
+            write_atomically(file, without_passwords(written))
+
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Composes and checks every job, so that a bad one stops the sweep at once; `check=true` ends it here.
 
@@ -51,6 +64,13 @@ class CheckSweep(Callback):
 
         # An ordinary exception would be turned into a warning by Hydra.
         try:
+            if int(os.environ.get("RANK", 0)) > 0:  # the first process says why
+                raise SystemExit(2)
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                raise UserError(
+                    "--multirun is for one process: each of several would choose and number the jobs by itself. Start "
+                    "it without torchrun or accelerate, or launch the runs one after the other."
+                )
             if not config.check and (Path(config.hydra.sweep.dir) / JOBS).exists():
                 folder = config.hydra.sweep.dir
                 raise UserError(f"hydra.sweep.dir={folder} holds a sweep already: name another folder.")
@@ -84,12 +104,17 @@ def check_jobs(config: DictConfig) -> list[list[str]]:
     """
     from hydra import compose
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.global_hydra import GlobalHydra
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     given = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    parsed = OverridesParser.create().parse_overrides([*given, *overrides_of(config.hydra)])
+    # glob(…) looks for options
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+    parsed = parser.parse_overrides([*given, *overrides_of(config.hydra)])
     (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     runs = [check(compose(config.hydra.job.config_name, list(job)), list(job)) for job in jobs]
+    for run in runs:
+        look_for_files(run)
 
     from selfdistill.training.arguments import ARGUMENTS  # imports torch and trl, which takes seconds
 
@@ -134,7 +159,8 @@ def job(cfg: DictConfig) -> Iterator[Job]:
 
 def _write(this: Job, folder: Path, status: str, message: str | None) -> str:
     hydra_config = HydraConfig.get()
-    line: dict[str, Any] = {"job": hydra_config.job.num, "overrides": overrides_of(hydra_config)}
+    overrides = without_secrets(overrides_of(hydra_config))
+    line: dict[str, Any] = {"job": hydra_config.job.num, "overrides": overrides}
     if this.folder is not None and not this.folder.path.exists():
         status = "refused"  # before it began
     elif this.folder is not None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfdistill.config.suggestions import guess
 from selfdistill.errors import UserError
-from selfdistill.rollout import Prompt, Rollouts
+from selfdistill.rollout import Prompt, Rollouts, shown_in
 from selfdistill.teachers import templates
 from selfdistill.teachers.templating import Template, cut, fill_last_user_turn
 
@@ -76,10 +76,11 @@ class _Column(Context):
             UserError: the data has no column `field`, or every row of it is empty.
         """
         self._check_name(columns)
-        if not any(self._text(value) for value in columns[self.field]):
+        if not any(self._text(value) for value in shown_in(columns, self.field)):
+            filled = sorted(name for name, values in columns.items() if name != "id" and any(map(self._text, values)))
             raise UserError(
                 f"teacher.context.field={self.field}: this column is empty in every row, so that nothing could be "
-                f"learned. Name one that holds texts, of {', '.join(sorted(columns))}."
+                f"learned. Name one that holds texts: {', '.join(filled) or 'no column does'}."
             )
 
     def _check_name(self, columns: Mapping[str, Iterable[Any]]) -> None:
@@ -99,7 +100,7 @@ class _Column(Context):
         """
         self._check_name(rollouts.columns)
         prompts: list[Prompt | None] = []
-        for prompt, value in zip(rollouts.prompts, rollouts.columns[self.field], strict=True):
+        for prompt, value in zip(rollouts.prompts, shown_in(rollouts.columns, self.field), strict=True):
             shown = cut(self._text(value), self.max_tokens, tokenizer)
             prompts.append(fill_last_user_turn(prompt, self.template, **{self.slot: shown}) if shown else None)
         return prompts
@@ -114,7 +115,8 @@ class Demonstration(_Column):
     """The question with golden responses as examples of a good response (SDFT, arXiv 2601.19897).
 
     Args:
-        field: the data's column with the golden responses: a list of texts, or one text. An empty one gives no signal.
+        field: the data's column with the golden responses: a list of texts, or one text. A row without one shows its
+            `answer`, and gives no signal where it has none.
         template: a text with {prompt} and {demonstration}, or a file (see `Template`); None for the default.
         max_tokens: longer demonstrations are cut at their end; None for no limit.
         separator: stands between several golden responses.

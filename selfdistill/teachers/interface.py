@@ -8,7 +8,7 @@ identity.
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from selfdistill.errors import UserError
 from selfdistill.losses.teacher_output import TeacherOutput, TopTokens
 from selfdistill.rollout import Prompt, Rollouts
 from selfdistill.teachers.context import Context
+from selfdistill.teachers.language import Speaker, asked_alike, unread_kwargs
 
 # The key of a micro-batch under which its `TeacherRequest` is kept.
 REQUEST = "teacher_request"
@@ -72,12 +73,15 @@ class BaseTeacher:
     Attributes:
         context: what the teacher sees beyond the prompt.
         context_tokens: the longest prompt and completion together that it takes, where there is a limit.
+        chat_template_kwargs: what the chat template is rendered with for the teacher, such as
+            {"enable_thinking": True}; None for what it is rendered with for the student.
         served: whether it gives log-probabilities of its likeliest tokens at temperature 1 alone, as servers do; the
             configuration is checked against it.
     """
 
     served = False
     context: Context
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
     @property
     def context_tokens(self) -> int | None:
@@ -115,6 +119,23 @@ class BaseTeacher:
         Raises:
             UserError: it cannot teach this student.
         """
+
+    def template_kwargs(self, of_student: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What the chat template is rendered with for the teacher, given what it is rendered with for the student."""
+        return of_student if self.chat_template_kwargs is None else self.chat_template_kwargs
+
+    def compare(self, student: Speaker) -> list[str]:
+        """Called once it is attached: how it is asked and ends otherwise than the student, each with what to set.
+
+        Raises:
+            UserError: they have no end in common, so that nothing good can be learned.
+        """
+        asked = replace(student, template_kwargs=self.template_kwargs(student.template_kwargs))
+        if not student.conversational or asked == student:
+            return []
+        same = "For the same leave teacher.chat_template_kwargs at model.chat_template_kwargs."
+        unread = unread_kwargs(asked, "teacher.chat_template_kwargs")
+        return [*unread, *asked_alike(student, asked.asked, same)]
 
     def generating(self) -> AbstractContextManager[None]:
         """The student's module samples as the teacher inside.

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from selfdistill.config.suggestions import guess
 from selfdistill.errors import UserError
 from selfdistill.rollout import Prompt
+from selfdistill.text import whole_characters
+from selfdistill.tokens import SEAM, control_tokens, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 FILE_PREFIX = "file:"
 FILE_SUFFIXES = (".txt", ".md", ".jinja")
 CUT_MARK = " …"
+# With which a text is first shortened; English has about four.
+CHARACTERS_PER_TOKEN = 16
 
 
 class Template:
@@ -104,7 +108,15 @@ def cut(text: str, max_tokens: int | None, tokenizer: "PreTrainedTokenizerBase")
 
     The cut falls between two tokens and never inside a character. A budget smaller than the mark leaves the bare mark.
     """
-    if max_tokens is None or _count(text, tokenizer) <= max_tokens:
+    text = whole_characters(text)
+    if max_tokens is None:
+        return text
+    # Of a text of megabytes no more is tokenised than is surely too long: a tokenizer takes minutes for the whole.
+    characters = CHARACTERS_PER_TOKEN * max_tokens
+    while characters < len(text) and _count(text[:characters], tokenizer) <= 2 * max_tokens:
+        characters *= 4
+    text = text[:characters]
+    if _count(text, tokenizer) <= max_tokens:
         return text
     starts = _token_starts(text, tokenizer)
     keep = min(max_tokens, len(starts) - 1)
@@ -119,14 +131,18 @@ def cut(text: str, max_tokens: int | None, tokenizer: "PreTrainedTokenizerBase")
 
 
 def _count(text: str, tokenizer: "PreTrainedTokenizerBase") -> int:
-    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return len(encode(tokenizer, text))
 
 
 def _token_starts(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The position in `text` at which each token begins; of tokens that share a character, that character's."""
     if tokenizer.is_fast:
-        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        return [start for start, _ in offsets]
+        starts, before = [], 0
+        for piece in control_tokens(tokenizer).with_seams(text).split(SEAM):
+            found = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            starts += [before + start for start, _ in found["offset_mapping"]]
+            before += len(piece)
+        return starts
     # Without offsets: the lengths of the decoded beginnings, less a last character that is not complete yet.
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = encode(tokenizer, text)
     return [len(str(tokenizer.decode(ids[:end])).rstrip("\ufffd")) for end in range(len(ids))]

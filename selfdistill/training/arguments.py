@@ -9,6 +9,7 @@ from trl import GRPOConfig
 
 from selfdistill.config.batch import batch_of
 from selfdistill.config.schema import Hardware, Run, Vllm
+from selfdistill.config.secrets import masked
 from selfdistill.errors import UserError
 
 
@@ -23,6 +24,10 @@ class SelfDistillConfig(GRPOConfig):
             # raised after everything that a run with one generation needs has been set up
             if self.num_generations != 1 or "at least 2 generations" not in str(error):
                 raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled into training_args.bin, which lies beside published weights, holds no token."""
+        return masked(vars(self))
 
 
 ARGUMENTS = frozenset(field.name for field in fields(SelfDistillConfig))
@@ -49,7 +54,7 @@ def precision(hardware: Hardware) -> str:
 
 
 def trainer_arguments(run: Run, output_dir: Path) -> SelfDistillConfig:
-    """TRL's arguments from our groups; `training.arguments` has the last word.
+    """TRL's arguments from our groups, and those of `training.arguments`, which have no key of ours.
 
     Raises:
         UserError: TRL refuses a combination.
@@ -57,12 +62,14 @@ def trainer_arguments(run: Run, output_dir: Path) -> SelfDistillConfig:
     batch, rollout, kind = batch_of(run), run.rollout, precision(run.hardware)
     shared = asdict(run.training)  # what TRL calls by the same names, once ours are taken out
     checkpoint_every, keep_checkpoints, others = map(shared.pop, ("checkpoint_every", "keep_checkpoints", "arguments"))
+    steps, epochs = (1, 0.0) if run.dry_run else (-1 if run.epochs else run.max_steps, run.epochs or 0.0)
     arguments: dict[str, Any] = {
         "output_dir": str(output_dir),
         "seed": run.seed,
         "beta": run.beta,
         "num_generations": run.num_generations,
-        "max_steps": 1 if run.dry_run else run.max_steps,
+        "max_steps": steps,  # -1: as many as the epochs take
+        "num_train_epochs": epochs,
         "learning_rate": run.learning_rate,
         "per_device_train_batch_size": batch.per_device,
         "gradient_accumulation_steps": batch.accumulation_steps,

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,24 @@ from selfdistill.config.schema import Run
 from selfdistill.config.targets import make
 from selfdistill.data import DataSplits
 from selfdistill.errors import UserError
-from selfdistill.evaluation.evaluator import EvalSettings, Evaluator, load_retention
+from selfdistill.evaluation.evaluator import EvalSettings, Evaluator, Scorer, load_retention
+from selfdistill.models.adapter_targets import check_target_modules
 from selfdistill.models.loading import load_configured, lora_config
+from selfdistill.rewards.adapter import name_of
+from selfdistill.rewards.base import AsksPolicy, is_verifiable
+from selfdistill.rewards.exact import ExactMatch
+from selfdistill.rewards.mix import Mix
+from selfdistill.rewards.scorer import PolicyScorer
 from selfdistill.teachers import Teacher
 from selfdistill.teachers.context import Demonstration
 from selfdistill.teachers.server import ServerTeacher
 from selfdistill.teachers.weights import Base
 from selfdistill.training.arguments import trainer_arguments, use_cuda
 from selfdistill.training.checkpoints import CHECKPOINTS
+from selfdistill.training.reward_trial import try_reward
 from selfdistill.training.row_checks import answer_field, check_rows
 from selfdistill.training.trainer import SelfDistillTrainer
+from selfdistill.training.update_size import UpdateSize
 
 
 @dataclass
@@ -32,6 +41,7 @@ class Parts:
     """A run that is ready to start.
 
     Attributes:
+        judged_by: who judges the evaluation's answers, for the plan.
         evaluator: None without the group `eval`; so are the monitors and the exporter without theirs.
     """
 
@@ -39,6 +49,7 @@ class Parts:
     data: DataSplits
     trainer: SelfDistillTrainer
     evaluator: Evaluator | None
+    judged_by: str
     monitors: Any
     exporter: Any
 
@@ -58,6 +69,8 @@ def build(run: Run, folder: Path) -> Parts:
     monitors, exporter = make(run.monitors, "monitors"), make(run.export, "export")
 
     model, tokenizer = load_configured(asdict(run.model))
+    if run.model.tuning == "lora" and not isinstance(model, PeftModel):
+        check_target_modules(model, run.model.lora.target_modules)
     has_adapter = run.model.tuning == "full" or isinstance(model, PeftModel)
     data = load_data(run, tokenizer)
     if teacher is not None:
@@ -66,7 +79,8 @@ def build(run: Run, folder: Path) -> Parts:
                 print(line)
     if isinstance(teacher, ServerTeacher) and teacher.mode == "write":
         teacher, data = written_by(teacher, run, data)
-    check_rows(reward, data.train, run.rollout, str(run.data.get("path", run.data["_target_"])))
+    check_rows(reward, data.train, run.rollout, str(run.data.get("path", run.data["_target_"])), tokenizer)
+    try_reward(reward, data.train, str(run.data.get("path", run.data["_target_"])))
 
     trainer = SelfDistillTrainer(
         model=model,
@@ -79,7 +93,9 @@ def build(run: Run, folder: Path) -> Parts:
         processing_class=tokenizer,
         peft_config=None if has_adapter else lora_config(**asdict(run.model.lora)),
     )
-    return Parts(tokenizer, data, trainer, _evaluator(run, settings, data, tokenizer), monitors, exporter)
+    trainer.add_callback(UpdateSize(trainer))
+    evaluator, judged_by = _evaluator(run, settings, reward, data, trainer)
+    return Parts(tokenizer, data, trainer, evaluator, judged_by, monitors, exporter)
 
 
 def _prepare_process(run: Run) -> None:
@@ -89,6 +105,11 @@ def _prepare_process(run: Run) -> None:
     if run.hardware.threads:
         torch.set_num_threads(run.hardware.threads)
     use_cuda(run.hardware)  # refuses here rather than after loading
+    if run.hardware.vllm.mode == "colocate" and find_spec("vllm") is None:
+        raise UserError(
+            "hardware.vllm.mode=colocate needs vLLM, which is not installed: pip install 'selfdistill[vllm]', or write "
+            "hardware.vllm.mode=null to generate with transformers."
+        )
 
 
 def load_data(run: Run, tokenizer: PreTrainedTokenizerBase) -> DataSplits:
@@ -130,18 +151,39 @@ def written_by(server: ServerTeacher, run: Run, data: DataSplits) -> tuple[Teach
     return teacher, replace(data, train=kept)
 
 
+def judge(run: Run, settings: EvalSettings, reward: Any) -> tuple[Scorer, str]:
+    """Who judges the task in an evaluation, and what the plan says of it.
+
+    `eval.scorer`, where it is given; else the run's own reward, where it tells right from wrong; else exact match.
+    """
+    if settings.scorer is not None:
+        return settings.scorer, f"{name_of(settings.scorer)} (eval.scorer)"
+    own = reward.judge if isinstance(reward, Mix) else reward
+    if own is not None and is_verifiable(own):
+        return own, f"{name_of(own)}, as the reward"
+    why = "there is no reward" if reward is None else f"{name_of(reward)} does not tell right from wrong"
+    return ExactMatch(), f"exact_match, since {why} (another one: reward@eval.scorer=NAME)"
+
+
 def _evaluator(
-    run: Run, settings: EvalSettings | None, data: DataSplits, tokenizer: PreTrainedTokenizerBase
-) -> Evaluator | None:
+    run: Run, settings: EvalSettings | None, reward: Any, data: DataSplits, trainer: SelfDistillTrainer
+) -> tuple[Evaluator | None, str]:
     """Rows without an answer, such as raw text, are left out where the scorer compares with one."""
     if settings is None:
-        return None
-    compares = answer_field(settings.scorer) is not None
+        return None, "nothing"
+    scorer, said = judge(run, settings, reward)
+    tokenizer: Any = trainer.processing_class
+    if isinstance(scorer, AsksPolicy):
+        scorer.bind(PolicyScorer(trainer.accelerator.unwrap_model(trainer.model), tokenizer))
+    compares = answer_field(scorer) is not None
+    merge = run.data.get("system_turn") == "merge"
     chat, limit = bool(tokenizer.chat_template), settings.max_rows_per_suite
-    return Evaluator(
+    evaluator = Evaluator(
         settings,
         (row for row in data.eval if not compares or row["answer"] or row["golden_response"]),
-        load_retention(settings.retention_path, max_rows_per_suite=limit, chat=chat),
+        load_retention(settings.retention_path, max_rows_per_suite=limit, chat=chat, merge_system=merge),
+        scorer=scorer,
         seed=run.seed,
         chat_template_kwargs=run.model.chat_template_kwargs,
     )
+    return evaluator, said

@@ -84,8 +84,8 @@ def save(folder: Path, trainer: Any) -> None:
     state = {"step": trainer._step, "rollouts": rollouts, "processes": accelerator.num_processes}
     torch.save(state, folder / _rollouts_file(accelerator.process_index))
     tensors = {} if trainer.teacher is None else trainer.teacher.state_dict()
-    if accelerator.is_main_process and tensors:
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / TEACHER)
+    if tensors and (accelerator.is_main_process or trainer.sharded):
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / _teacher_file(trainer))
 
 
 def restore(folder: Path, trainer: Any) -> None:
@@ -95,23 +95,29 @@ def restore(folder: Path, trainer: Any) -> None:
         UserError: the checkpoint was written without this teacher, or by another number of processes.
     """
     accelerator = trainer.accelerator
-    if trainer.teacher is not None and trainer.teacher.state_dict():
-        if not (folder / TEACHER).exists():
-            raise UserError(
-                f"{folder} has no {TEACHER}: it was written without this teacher and cannot be continued with it."
-            )
-        trainer.teacher.load_state_dict(load_file(folder / TEACHER))
     own = folder / _rollouts_file(accelerator.process_index)
     file = own if own.exists() else next(folder.glob(_rollouts_file("*")), None)
-    if file is None:  # a checkpoint of another trainer
-        return
-    state = torch.load(file, map_location=accelerator.device, weights_only=True)
-    if state["processes"] != accelerator.num_processes:
+    # None in a checkpoint of another trainer
+    state = file and torch.load(file, map_location=accelerator.device, weights_only=True)
+    if state and state["processes"] != accelerator.num_processes:
         raise UserError(
             f"{folder} was written by {state['processes']} processes and there are {accelerator.num_processes} now: "
             f"start {state['processes']}, since a batch is divided among all of them."
         )
-    trainer._step, trainer._buffered_inputs = state["step"], state["rollouts"]
+    if trainer.teacher is not None and trainer.teacher.state_dict():
+        teacher = folder / _teacher_file(trainer)
+        if not teacher.exists():
+            raise UserError(
+                f"{folder} has no {teacher.name}: it was written without this teacher and cannot be continued with it."
+            )
+        trainer.teacher.load_state_dict(load_file(teacher))
+    if state:
+        trainer._step, trainer._buffered_inputs = state["step"], state["rollouts"]
+
+
+def _teacher_file(trainer: Any) -> str:
+    """Of a sharded teacher each process keeps its shards."""
+    return f"teacher-{trainer.accelerator.process_index}.safetensors" if trainer.sharded else TEACHER
 
 
 def _rollouts_file(process: int | str) -> str:

@@ -1,8 +1,9 @@
 """TRL's trainer with what is known of a batch on one object: who writes the completions, and who judges them."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,20 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 
 from selfdistill.config.settings import RolloutSource
 from selfdistill.errors import UserError
-from selfdistill.models.structure import has_dropout, is_reference
+from selfdistill.models.card import Card, base_of, finish_folder, write_card
+from selfdistill.models.sharding import generate_in_step
+from selfdistill.models.structure import has_dropout, inner_model, is_reference
 from selfdistill.rewards.adapter import ROLLOUTS
-from selfdistill.rollout import Prompt, Rollouts, text_of
+from selfdistill.rollout import Prompt, Rollouts, shown_in, text_of
 from selfdistill.teachers.interface import REQUEST, BaseTeacher
+from selfdistill.teachers.language import Speaker
+from selfdistill.tokens import encode_prompts
 from selfdistill.training import checkpoints
 from selfdistill.training.demonstrations import demonstrated_groups, demonstration_ids
 from selfdistill.training.metrics import Means
@@ -38,6 +44,7 @@ class RolloutTrainer(GRPOTrainer):
     Attributes:
         teacher: who may sample in the student's place, and whose state is kept in checkpoints.
         rollout: where completions come from.
+        card: what the page of a saved model says; None for what the trainer knows by itself.
         rewards: the reward functions; empty where TRL is given one that scores nothing.
     """
 
@@ -50,12 +57,19 @@ class RolloutTrainer(GRPOTrainer):
     max_completion_length: int
     shuffle_dataset: bool
     aux_loss_enabled: bool
+    chat_template_kwargs: dict[str, Any]
+    tools: list[Any]
+    reward_funcs: list[Any]
+    reward_func_names: list[str]
+    reward_processing_classes: list[Any]
 
     teacher: BaseTeacher | None
+    card: Card | None
     rollout: RolloutSource
     rewards: list[Any]
     _rollouts: Rollouts
     _means: dict[str, Means]
+    _has_shards = False
 
     def _check_rollout(self, given: dict[str, Any]) -> None:
         if self.rollout.from_teacher:
@@ -65,10 +79,30 @@ class RolloutTrainer(GRPOTrainer):
                 if given.get(several_turns):
                     raise UserError(f"rollout: {several_turns} goes with the student's own completions only.")
 
+    def _take_environments_rewards(self) -> None:
+        """Counts what TRL found in environments, which may have a `get_reward`, among the rewards."""
+        given = len(self.rewards) or 1
+        of_environments = self.reward_funcs[given:]
+        if of_environments and not self.rewards:  # what stood where TRL insists on a reward
+            for found in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
+                del found[0]
+            self.reward_weights = self.reward_weights[1:]
+        self.rewards = [*self.rewards, *of_environments]
+
     @property
     def _windows_per_generation(self) -> float:
-        """How many optimizer steps the rollouts generated together are spread over."""
+        """How many windows like the current one the rollouts generated together are spread over; each is one optimizer
+        step, and the last one of an epoch may have fewer micro-batches than the others."""
         return self._micro_batches_per_generation / self.current_gradient_accumulation_steps
+
+    @property
+    def planned_steps(self) -> int:
+        """Optimizer steps of the whole training: as configured, or as many as the epochs take."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        generations = len(self.train_dataset) // self._prompts_per_generation
+        batches = generations * self._micro_batches_per_generation * self.num_iterations
+        return ceil(self.args.num_train_epochs * ceil(batches / self.args.gradient_accumulation_steps))
 
     @property
     def _micro_batches_per_generation(self) -> int:
@@ -80,6 +114,30 @@ class RolloutTrainer(GRPOTrainer):
         """Of all processes."""
         assert self.args.generation_batch_size is not None  # GRPOConfig fills it in
         return self.args.generation_batch_size // self.num_generations
+
+    # ---- how the student is asked and ends ----
+
+    def _student(self) -> Speaker:
+        """The student as it is asked and ends; whether in a chat is told by the first row of the data."""
+        ends = inner_model(self.accelerator.unwrap_model(self.model)).generation_config.eos_token_id
+        first: Any = next(iter(self.train_dataset), {"prompt": ""})
+        return Speaker(self._tokenizer, ends, self.chat_template_kwargs, not isinstance(first["prompt"], str))
+
+    def _stop_at(self, ends: Sequence[int]) -> None:
+        """Lets completions end with each of these tokens, here and wherever the model's generation settings are read.
+
+        A template's end of turn need not be among the ends that the model declares: Gemma's base models know <eos>
+        alone. Demonstrations end with it, and so do completions.
+        """
+        missing = [end for end in ends if end not in self.eos_token_ids]
+        if not missing:
+            return
+        self.eos_token_ids = [*self.eos_token_ids, *missing]
+        inner_model(self.accelerator.unwrap_model(self.model)).generation_config.eos_token_id = self.eos_token_ids
+        if self.use_vllm:
+            self.vllm_generation.generation_kwargs["stop_token_ids"] = self.eos_token_ids
+        else:
+            self.generation_config.eos_token_id = self.generation_kwargs["eos_token_id"] = self.eos_token_ids
 
     # ---- completions ----
 
@@ -96,7 +154,7 @@ class RolloutTrainer(GRPOTrainer):
                 demonstrated = rollouts.demonstrated = self._demonstrated(len(prompt_ids), num_generations)
         if training and self.rollout.from_teacher:
             asked, generating = self._as_the_teacher_is_asked(rollouts), self._generating()
-        sampled = [i for i, taken_from_data in enumerate(demonstrated) if not taken_from_data]
+        sampled = self._in_step([i for i, taken in enumerate(demonstrated) if not taken], len(prompt_ids))
         written: list[list[int]] = []
         logprobs = None
         if sampled:
@@ -104,15 +162,34 @@ class RolloutTrainer(GRPOTrainer):
                 written, logprobs = super()._generate_single_turn(
                     [asked[i] for i in sampled], images, multimodal_fields, num_generations, *args, **kwargs
                 )
-        if len(sampled) < len(prompt_ids) or (training and self.rollout.from_teacher):
+        if any(demonstrated) or (training and self.rollout.from_teacher):
             by_row = dict(zip(sampled, written, strict=True))
             known = {} if logprobs is None or self.rollout.from_teacher else dict(zip(sampled, logprobs, strict=True))
-            written = [by_row[i] if i in by_row else self._demonstration(i) for i in range(len(prompt_ids))]
+            written = [self._demonstration(i) if taken else by_row[i] for i, taken in enumerate(demonstrated)]
             # vLLM's importance correction wants a value for every token; it takes None for a ratio of 1.
             unknown = [[None] * len(ids) for ids in written]
-            logprobs = [known.get(i, unknown[i]) for i in range(len(written))] if self.use_vllm else None
+            logprobs = None
+            if self.use_vllm:
+                logprobs = [unknown[i] if taken else known.get(i, unknown[i]) for i, taken in enumerate(demonstrated)]
         self._note_seconds("time/generate_s", start)
         return written, logprobs
+
+    def _in_step(self, wanted: list[int], count: int) -> list[int]:
+        """The rows of `count` to sample, so that this process takes part wherever another one samples.
+
+        A pass of a sharded model takes all processes, and vLLM may serve several at once, with as many rows from each.
+        What is sampled beyond the wanted rows is thrown away.
+        """
+        if self.rollout.on_policy_fraction == 1 or not self.most_of_any_process(len(wanted)):
+            return wanted
+        together = self.use_vllm and self.accelerator.num_processes > 1
+        return list(range(count)) if together else wanted or [0]
+
+    def most_of_any_process(self, count: int) -> int:
+        """The largest of the processes' numbers. A collective call."""
+        if self.accelerator.num_processes == 1:
+            return count
+        return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
 
     def _demonstrated(self, count: int, num_generations: int) -> list[bool]:
         fraction, first = self.rollout.on_policy_fraction, self.accelerator.process_index * count
@@ -123,9 +200,12 @@ class RolloutTrainer(GRPOTrainer):
         return [chosen[(first + i) // num_generations - groups.start] for i in range(count)]
 
     def _demonstration(self, index: int) -> list[int]:
-        row = {name: values[index] for name, values in self._rollouts.columns.items()}
-        field = self.rollout.demonstration_field
-        return demonstration_ids(row, field, self._tokenizer, self.max_completion_length)
+        columns, field = self._rollouts.columns, self.rollout.demonstration_field
+        row = {name: values[index] for name, values in columns.items()}
+        row["prompt"] = self._rollouts.prompts[index]
+        if field in columns:
+            row[field] = shown_in(columns, field)[index]
+        return demonstration_ids(row, field, self._tokenizer, self.max_completion_length, self.chat_template_kwargs)
 
     def _generating(self) -> AbstractContextManager[None]:
         return BaseTeacher().generating() if self.teacher is None else self.teacher.generating()
@@ -134,7 +214,7 @@ class RolloutTrainer(GRPOTrainer):
         """The teacher's prompts as token ids; the student's own where the teacher is shown nothing."""
         assert self.teacher is not None
         prompts = self.teacher.prompts(rollouts, self._tokenizer)
-        ids = self._prompt_ids(prompts)
+        ids = self._teacher_prompt_ids(prompts)
         return [own if p is None else i for own, p, i in zip(rollouts.prompt_ids, prompts, ids, strict=True)]
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -159,10 +239,22 @@ class RolloutTrainer(GRPOTrainer):
         self._note_seconds("time/reward_s", start)
         return rewards
 
-    def _prompt_ids(self, prompts: Sequence[Prompt | None]) -> list[list[int]]:
-        """Prompts tokenised as the student's are; a missing one stands as one padding token."""
+    def _tokenize_prompts(self, prompts: list) -> Any:
+        if self._is_vlm or self.environment_factories is not None:
+            return super()._tokenize_prompts(prompts)
+        return self._encode(prompts, self.chat_template_kwargs), None, {}
+
+    def _encode(self, prompts: Sequence[Prompt], template_kwargs: Mapping[str, Any]) -> list[list[int]]:
+        # `or None`: some templates write about tools where there is an empty list of them.
+        options = {"tools": self.tools or None, "chat_template": self.chat_template, **template_kwargs}
+        return encode_prompts(self._tokenizer, prompts, options)
+
+    def _teacher_prompt_ids(self, prompts: Sequence[Prompt | None]) -> list[list[int]]:
+        """Prompts tokenised as the teacher is asked; a missing one stands as one padding token."""
+        teacher = BaseTeacher() if self.teacher is None else self.teacher
         filled = [i for i, prompt in enumerate(prompts) if prompt is not None]
-        ids = self._tokenize_prompts([prompts[i] for i in filled])[0] if filled else []
+        kwargs = teacher.template_kwargs(self.chat_template_kwargs)
+        ids = self._encode([prompt for prompt in prompts if prompt is not None], kwargs)
         by_row = dict(zip(filled, ids, strict=True))
         return [by_row.get(i, [self._tokenizer.pad_token_id]) for i in range(len(prompts))]
 
@@ -195,7 +287,43 @@ class RolloutTrainer(GRPOTrainer):
         """Tells the callbacks of an evaluation that was made outside of TRL's loop, as they are told of TRL's own."""
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
 
+    # ---- a student that is divided among the processes ----
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP or ZeRO-3 divides the student's parameters among the processes."""
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """FSDP2 shards the student here, and a checkpoint of it is loaded here."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._take_shards()
+        if self.is_deepspeed_enabled and resume_from_checkpoint is not None:  # DeepSpeed has loaded the student itself
+            checkpoints.restore(Path(resume_from_checkpoint), self)
+        return prepared
+
+    def _take_shards(self) -> None:
+        """Attaches the teacher to a student that FSDP2 has sharded by now; does nothing the second time."""
+        if not isinstance(self.model, FSDPModule) or self._has_shards:
+            return
+        self._has_shards = True
+        generate_in_step(self.model)
+        if self.teacher is not None:
+            self.teacher.attach(self.model, self._tokenizer, sharded=True)
+
     # ---- checkpoints ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves whole weights, also where the checkpoints of a sharded model are sharded."""
+        plugin = None if _internal_call else getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        of_checkpoints = plugin.state_dict_type
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        super().save_model(output_dir, _internal_call)
+        plugin.set_state_dict_type(of_checkpoints)
 
     def save_checkpoint(self) -> None:
         """Saves a checkpoint now, as the training does at its own times."""
@@ -222,7 +350,23 @@ class RolloutTrainer(GRPOTrainer):
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         checkpoints.save(Path(self._get_output_dir(trial=trial)) / name, self)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            finish_folder(Path(output_dir or self.args.output_dir or ""), self.card or self._own_card())
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """Writes our page to the output folder, which is what is pushed to a hub."""
+        if self.is_world_process_zero() and self.args.push_to_hub:
+            write_card(Path(self.args.output_dir or ""), self.card or self._own_card())
+
+    def _own_card(self) -> Card:
+        """What the trainer knows by itself of the model that it trains."""
+        name = self.accelerator.unwrap_model(self.model).name_or_path
+        return Card("A model trained with selfdistill", base_of(name) or "made in memory")
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._take_shards()
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         checkpoints.restore(Path(resume_from_checkpoint), self)
 

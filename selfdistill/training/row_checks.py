@@ -6,9 +6,12 @@ from selfdistill.config.settings import RolloutSource
 from selfdistill.config.suggestions import guess
 from selfdistill.errors import UserError
 from selfdistill.rewards.mix import Mix
+from selfdistill.rewards.supervised import Supervised
+from selfdistill.rollout import shown_in
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
 
 def answer_field(reward: Any) -> str | None:
@@ -16,22 +19,31 @@ def answer_field(reward: Any) -> str | None:
     return getattr(reward, "answer_field", None)
 
 
-def check_rows(reward: Any, train: "Dataset", rollout: RolloutSource, path: str) -> None:
+def check_rows(
+    reward: Any,
+    train: "Dataset",
+    rollout: RolloutSource,
+    path: str,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+) -> None:
     """Checks the rows for the reward and for demonstrations. What a teacher's context reads is checked by the trainer.
 
     Args:
         reward: as built; None, or one that may be a `Mix`.
         train: the rows as `load_data` makes them.
         path: where they come from, for messages.
+        tokenizer: the student's, to tell how long answers are; that is not checked without it.
 
     Raises:
-        UserError: a reward compares with answers and no row has one, or a row lacks the demonstration that takes the
-            place of the student's completion.
+        UserError: a reward compares with answers and no row has one, or has no signal for answers as these are, or a
+            row lacks the demonstration that takes the place of the student's completion.
     """
     parts = {f"reward.rewards.{name}": part for name, part, _ in reward.parts} if isinstance(reward, Mix) else {}
     for key, part in (parts or {"reward": reward}).items():
         if field := answer_field(part):
             _check_answers(key, field, train, path)
+            if isinstance(part, Supervised) and tokenizer is not None:
+                part.check_answers(key, [answer for answer in train[field] if answer], tokenizer)
     if rollout.on_policy_fraction < 1:
         _check_demonstrations(rollout, train, path)
 
@@ -53,7 +65,14 @@ def _check_demonstrations(rollout: RolloutSource, train: "Dataset", path: str) -
     key = f"rollout.demonstration_field={field}"
     if field not in train.column_names:
         raise UserError(_no_column(key, field, train, path))
-    for row, text in zip(train["id"], train[field], strict=True):
+    texts = shown_in({name: train[name] for name in {field, "answer"} & set(train.column_names)}, field)
+    if not any(texts):
+        raise UserError(
+            f"{key}: no row of {path} has a demonstration, which this run learns from (golden_response and answer are "
+            f"empty in all). The rows' other fields: {', '.join(_own_fields(train)) or 'none'}. Name the one with the "
+            "demonstrations with data.demonstration_field=NAME."
+        )
+    for row, text in zip(train["id"], texts, strict=True):
         if not text:
             # The id of a row that brings none is its line.
             raise UserError(

@@ -10,12 +10,14 @@ reward, teacher, context and weights; nothing here knows a method's name.
 What is known of a batch travels on its `Rollouts`, and what is asked about a micro-batch on its `TeacherRequest`.
 """
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -40,6 +42,7 @@ from selfdistill.rewards.adapter import AdaptedReward, adapt
 from selfdistill.rewards.scorer import PolicyScorer
 from selfdistill.rollout import Rollouts
 from selfdistill.teachers.interface import REQUEST, BaseTeacher, TeacherRequest
+from selfdistill.teachers.language import own_findings
 from selfdistill.training.metrics import Means
 from selfdistill.training.rollout_trainer import RolloutTrainer, no_reward
 from selfdistill.training.student_checks import check_student
@@ -52,11 +55,18 @@ from selfdistill.training.token_weights import (
 
 __all__ = ["SelfDistillTrainer"]
 
+log = logging.getLogger(__name__)
+
 # Rows whose teacher's prompts are tokenised to find the longest: those with the most characters.
 LONGEST_ROWS = 64
 
 # The entropy is estimated from so many tokens of each row: enough for an alarm, and cheap beside the loss.
 ENTROPY_TOKENS_PER_ROW = 4
+
+NOTHING_TO_LEARN_FROM = (
+    "Nothing to learn from: give a reward, a teacher, demonstrations with a cross-entropy weight, or an environment "
+    "with a get_reward."
+)
 
 # Hidden states (N, H) of the tokens in a mask (B, T), in row order.
 States = Callable[[Tensor], Tensor]
@@ -76,6 +86,9 @@ class SelfDistillTrainer(RolloutTrainer):
         distillation: `Distillation`, read only with a teacher.
         rollout: `RolloutSource`.
         on_rollouts: called after every generation with the rollouts of all processes and with this process's tensors.
+
+    Attributes:
+        findings: how student and teacher are asked and end differently, each with what to set; also logged as warnings.
 
     Raises:
         UserError: a combination that cannot work.
@@ -98,16 +111,24 @@ class SelfDistillTrainer(RolloutTrainer):
         self.rollout = rollout or RolloutSource()
         self.distillation = distillation or Distillation()
         self.on_rollouts = on_rollouts
+        self.card = None
         self.rewards, weights = adapt(reward_funcs) if reward_funcs else ([], None)
-        if not self.rewards and teacher is None and not self.rollout.cross_entropy_weight:
-            raise UserError(
-                "Nothing to learn from: give a reward, a teacher, or demonstrations with a cross-entropy weight."
-            )
+        environments = bool(kwargs.get("environment_factory"))  # they may have rewards of their own
+        if not (self.rewards or environments or teacher is not None or self.rollout.cross_entropy_weight):
+            raise UserError(NOTHING_TO_LEARN_FROM)
         self.policy_weight = 1.0 if teacher is None else self.distillation.policy_weight
-        if not self.rewards:
+        if not (self.rewards or environments):
             self.policy_weight = 0.0
+        if self.policy_weight and args is not None and args.num_generations == 1:
+            raise UserError(
+                "num_generations=1 leaves a policy gradient nothing to compare: give at least 2, or with a teacher "
+                "Distillation(policy_weight=0)."
+            )
         if args is not None and weights is not None and args.reward_weights is None:
             args.reward_weights = weights
+        if args is not None and args.ddp_find_unused_parameters is None:
+            # Every trained parameter takes part in every loss, and DDP warns where it looked for others in vain.
+            args.ddp_find_unused_parameters = False
         self._means = {"train": Means(), "eval": Means()}
         self._check_rollout(kwargs)
         _check_columns(teacher, train_dataset)
@@ -116,17 +137,39 @@ class SelfDistillTrainer(RolloutTrainer):
             super().__init__(
                 model=model, reward_funcs=self.rewards or [no_reward], args=args, train_dataset=train_dataset, **kwargs
             )
+        if self.is_fsdp_enabled and self.accelerator.distributed_type != DistributedType.FSDP:
+            raise UserError(
+                "FSDP needs GPUs: on a CPU accelerate does not shard. Start the processes with torchrun, without an "
+                "FSDP configuration."
+            )
+        self._take_environments_rewards()
+        if not (self.rewards or teacher is not None or self.rollout.cross_entropy_weight):
+            raise UserError(NOTHING_TO_LEARN_FROM)
+        if not self.rewards:
+            self.policy_weight = 0.0
+        if self.sharded and self.tools and not self.use_vllm:
+            raise UserError(
+                "tools: every pass of a sharded model takes all processes, and how often one calls its tools depends "
+                "on its own completions. Generate with vLLM (use_vllm=True), or train with data parallelism or ZeRO-2."
+            )
         self._check_size(train_dataset)
         student = self.accelerator.unwrap_model(self.model)
         restore_adapter(student, adapter)
-        if self.ref_model is not None and not self._sharded:
+        if self.ref_model is not None and (self.accelerator.is_fsdp2 or not self.sharded):
             copy_weights(student, self.accelerator.unwrap_model(self.ref_model))
         check_student(self, student)
         for reward in self.rewards:
             if isinstance(reward, AdaptedReward):
-                reward.bind(PolicyScorer(student, self._tokenizer))
+                most = self.most_of_any_process if self.sharded else None
+                reward.bind(PolicyScorer(student, self._tokenizer, most_of_any_process=most))
+        speaker = self._student()
+        self.findings = own_findings(speaker)
+        self._stop_at(speaker.ends)
         if teacher is not None:
             self._attach(teacher, student)
+            self.findings += teacher.compare(speaker)
+        for finding in self.findings if self.accelerator.is_main_process else ():
+            log.warning("%s", finding)
 
     def _check_size(self, dataset: Any) -> None:
         """Rows that do not fill a batch are left out, which may be all of them."""
@@ -140,7 +183,8 @@ class SelfDistillTrainer(RolloutTrainer):
 
     def _attach(self, teacher: BaseTeacher, student: nn.Module) -> None:
         self.distillation.check_vocabulary(len(inner_model(student).get_output_embeddings().weight))
-        teacher.attach(student, self._tokenizer, sharded=self._sharded)
+        if not self.accelerator.is_fsdp2:
+            teacher.attach(student, self._tokenizer, sharded=self.sharded)
         if teacher.context_tokens is not None:
             teacher.check_length(self._longest_teacher_tokens(teacher))
         self.add_callback(_AfterStep(teacher))
@@ -150,12 +194,7 @@ class SelfDistillTrainer(RolloutTrainer):
         rows = sorted(self.train_dataset, key=lambda row: len(str(row)))[-LONGEST_ROWS:]
         rollouts = Rollouts.of_rows(rows, 1)
         prompts = [*rollouts.prompts, *teacher.prompts(rollouts, self._tokenizer)]
-        return max(map(len, self._prompt_ids(prompts))) + self.max_completion_length
-
-    @property
-    def _sharded(self) -> bool:
-        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
-        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+        return max(map(len, self._teacher_prompt_ids(prompts))) + self.max_completion_length
 
     @property
     def has_policy_term(self) -> bool:
@@ -186,7 +225,7 @@ class SelfDistillTrainer(RolloutTrainer):
         output = super()._generate_and_score_completions(inputs)
         if self.rollout.cross_entropy_weight:
             weights = demonstration_weights(rollouts, output["completion_mask"], self._mean)
-            output["demonstration_weights"] = weights * self._windows_per_generation
+            output["demonstration_weights"] = weights
         if self._teaches:
             output |= self._show_teacher(rollouts, output)
         if self._teaches_by_advantage:
@@ -206,7 +245,7 @@ class SelfDistillTrainer(RolloutTrainer):
         prompts = self.teacher.prompts(self._everyones(rollouts), self._tokenizer)
         rollouts.teacher_prompts = prompts[first : first + len(rollouts)]
         device = output["completion_ids"].device
-        ids = [torch.tensor(i, device=device) for i in self._prompt_ids(rollouts.teacher_prompts)]
+        ids = [torch.tensor(i, device=device) for i in self._teacher_prompt_ids(rollouts.teacher_prompts)]
         learnable = output["completion_mask"] * output.get("tool_mask", 1)
         distilled, counted = distilled_tokens(rollouts, learnable, self.distillation)
         weights = distillation_weights(
@@ -216,7 +255,7 @@ class SelfDistillTrainer(RolloutTrainer):
         self.note("distill/active_fraction", active.sum().item(), len(active))
         shown: dict[str, Tensor] = {
             "distill_mask": distilled,
-            "distill_weights": weights * self._windows_per_generation,
+            "distill_weights": weights,
             "teacher_prompt_ids": pad(ids, self._tokenizer.pad_token_id, padding_side="left"),
             "teacher_prompt_mask": pad([torch.ones_like(i) for i in ids], 0, padding_side="left"),
         }
@@ -241,20 +280,29 @@ class SelfDistillTrainer(RolloutTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         start, terms = time.perf_counter(), []
+        distilled, demonstrated = inputs.get("distill_mask"), inputs.get("demonstration_weights")
+        if self._teaches_by_advantage:
+            distilled = None
+        said = None
+        if distilled is not None and self._worthwhile(distilled):
+            # Before the student's pass: its graph takes memory, and of a sharded model it refers to gathered parameters
+            # that the teacher's would take the place of.
+            said = self._ask_teacher(model, inputs)
         with captured_hidden(model) as captured:
             if self.has_policy_term:
                 scaled = inputs["advantages"] * (1.0 if self._teaches_by_advantage else self.policy_weight)
                 terms.append(super()._compute_loss(model, {**inputs, "advantages": scaled}))
-        distilled, demonstrated = inputs.get("distill_mask"), inputs.get("demonstration_weights")
-        masks = [] if distilled is None or self._teaches_by_advantage else [distilled]
+        masks = [] if distilled is None else [distilled]
         masks += [] if demonstrated is None else [demonstrated > 0]
         # With several processes all make the pass that one of them needs, since it is a collective call.
         if masks and (self.accelerator.num_processes > 1 or any(mask.any() for mask in masks)):
             states = self._states(model, inputs, torch.stack(masks).any(dim=0), captured)
-            if distilled is not None and not self._teaches_by_advantage and self._worthwhile(distilled):
-                terms.append(self.distillation.weight * self._distillation_loss(model, inputs, states))
+            # The weights are shares of what was sampled together, which this window has a part of.
+            share = self._windows_per_generation
+            if said is not None:
+                terms.append(self.distillation.weight * share * self._distillation_loss(model, inputs, states, said))
             if demonstrated is not None and self._worthwhile(demonstrated > 0):
-                terms.append(self.rollout.cross_entropy_weight * self._cross_entropy(model, inputs, states))
+                terms.append(self.rollout.cross_entropy_weight * share * self._cross_entropy(model, inputs, states))
         if not terms:  # nothing to learn: a zero on the graph
             terms.append(next(p for p in self.model.parameters() if p.requires_grad).sum() * 0.0)
         self._note_seconds("time/loss_s", start)
@@ -280,25 +328,40 @@ class SelfDistillTrainer(RolloutTrainer):
             hidden = completion_hidden(model, prompt_ids[rows], inputs["prompt_mask"][rows], *completion)
         return lambda tokens: hidden[tokens[rows][:, :longest]]
 
-    def _distillation_loss(self, model: nn.Module, inputs: Mapping[str, Any], states: States) -> Float[Tensor, ""]:
+    def _distillation_loss(
+        self, model: nn.Module, inputs: Mapping[str, Any], states: States, said: losses.TeacherOutput
+    ) -> Float[Tensor, ""]:
         """Sum over tokens of weight times divergence, from the student's hidden states."""
         settings, keep, head = self.distillation, inputs["distill_mask"], head_of(model)
         student, tokens, weights = states(keep), inputs["completion_ids"][keep], inputs["distill_weights"][keep]
         if settings.is_clip is not None and "old_per_token_logps" in inputs:
             now = losses.token_logps(student.detach(), head.at(self.temperature).detached(), tokens)
             weights = weights * losses.importance_weight(now, inputs["old_per_token_logps"][keep], settings.is_clip)
-        said = self._ask_teacher(model, inputs)
         temperature = said.temperature(settings.temperature or self.temperature)
         if settings.signal == "sampled_token":
             per_token = said.sampled_divergence(student, head.at(temperature), tokens, weights=weights)
         else:
             kind = replace(settings, temperature=temperature)
             per_token = said.divergence(student, head, kind, weights=weights)
-        self.note("distill/divergence", per_token.detach().sum().item(), len(tokens))
+        self._note_divergence(per_token.detach(), keep)
         if not self.has_policy_term and len(student):  # the policy gradient logs the entropy where it runs
             some = spread_tokens(keep, ENTROPY_TOKENS_PER_ROW)
             self.note("entropy", entropy_sum(states(some), head.at(self.temperature)), int(some.sum()))
         return (per_token * weights).sum()
+
+    def _note_divergence(self, divergence: Float[Tensor, " N"], keep: Bool[Tensor, "B T"]) -> None:
+        """Its mean, and apart from it the means at the first and at the last distilled token of completions.
+
+        Args:
+            divergence: of the distilled tokens, in row order.
+            keep: which tokens these are.
+        """
+        self.note("distill/divergence", divergence.sum().item(), len(divergence))
+        per_row = keep.sum(dim=1)
+        ends = per_row.cumsum(dim=0)[per_row > 0]
+        firsts = ends - per_row[per_row > 0]
+        for name, places in (("first", firsts), ("last", ends - 1)):
+            self.note(f"distill/divergence_{name}", divergence[places].sum().item(), len(places))
 
     def _ask_teacher(self, model: nn.Module, inputs: Mapping[str, Any]) -> losses.TeacherOutput:
         assert self.teacher is not None
@@ -318,7 +381,10 @@ class SelfDistillTrainer(RolloutTrainer):
         rows_at_once = self.args.per_device_train_batch_size
         parts: list[tuple[Tensor, dict[str, Any]]] = []
         active = mask.any(dim=1).nonzero().squeeze(1)
-        for rows in active.split(rows_at_once) if len(active) else ():
+        taken = list(active.split(rows_at_once)) if len(active) else []
+        # A pass of a sharded model takes all processes: who has fewer rows goes through the first one once more.
+        missing = self.most_of_any_process(len(taken)) - len(taken)
+        for rows in [*taken, *[torch.zeros(1, dtype=torch.long, device=mask.device)] * missing]:
             part: dict[str, Any] = {name: value[rows] for name, value in tensors.items()}
             parts.append((rows, {**part, REQUEST: TeacherRequest.of(part)}))
         self.teacher.prepare([part[REQUEST] for _, part in parts])
@@ -334,7 +400,7 @@ class SelfDistillTrainer(RolloutTrainer):
             values = torch.zeros(keep.shape, device=mask.device)
             values[keep] = torch.where(theirs.isfinite(), theirs - ours, 0.0).float()
             log_ratios[rows] = values
-        self.note("distill/divergence", -log_ratios.sum().item(), int(mask.sum()))
+        self._note_divergence(-log_ratios[mask], mask)
         return log_ratios
 
     def _cross_entropy(self, model: nn.Module, inputs: Mapping[str, Any], states: States) -> Float[Tensor, ""]:

@@ -108,6 +108,24 @@ def test_interpolated_knobs_follow_the_root() -> None:
     assert (cfg.logger.group, cfg.logger.tags) == ("g", ["a"])
 
 
+@pytest.mark.parametrize("teacher", ["demonstration", "server"])
+def test_one_value_of_the_templates_arguments(teacher: str) -> None:
+    """From the model to data, evaluation and teacher, unless the teacher has its own."""
+    thinks = "+model.chat_template_kwargs.enable_thinking=true"
+    overrides = [f"teacher={teacher}", *NEEDS.get(f"teacher={teacher}", []), thinks]
+    run = config.check(composed(overrides), overrides)
+    assert run.teacher is not None
+    assert run.teacher["chat_template_kwargs"] == run.data["chat_template_kwargs"] == {"enable_thinking": True}
+    overrides.append("teacher.chat_template_kwargs={enable_thinking: false}")
+    cfg = composed(overrides)
+    run = config.check(cfg, overrides)
+    assert run.teacher is not None
+    assert run.teacher["chat_template_kwargs"] == {"enable_thinking": False}
+    cfg.data.chat_template_kwargs = {"enable_thinking": False}
+    with pytest.raises(UserError, match=r"^data.chat_template_kwargs=.*Write the latter alone"):
+        config.check(cfg, overrides)
+
+
 @pytest.mark.parametrize("teacher", ["feedback", "server"])
 def test_one_threshold_of_success(teacher: str) -> None:
     """The routing and the feedback context agree on what a success is."""
@@ -208,10 +226,16 @@ def test_cfg_prints_the_composed_configuration(tmp_path: Path) -> None:
     ],
 )
 def test_check_shows_the_plan_and_leaves_nothing(line: str, tmp_path: Path) -> None:
+    (tmp_path / "my.jsonl").write_text("".join(f'{{"prompt": "a{i}", "answer": "b"}}\n' for i in range(10)))
     outcome = command(line.split(), tmp_path)
     assert (outcome.code, outcome.err, outcome.left) == (0, "", set())
-    assert "memory: about" in outcome.out
-    assert "nothing was loaded or written" in outcome.out
+    assert re.search(r"^memory +about", outcome.out, flags=re.M)
+    assert re.search(r"^the run +100 steps = 3,200 completions", outcome.out, flags=re.M)
+    if "qwen" in line:  # neither the model nor the GPU is here
+        assert "note: model.name=Qwen/Qwen3-0.6B is not on this machine" in outcome.out
+    else:
+        assert "400 rows to train on, 200 held out" in outcome.out
+    assert "no weights were loaded, nothing was written" in outcome.out
 
 
 LIGHT = """

@@ -1,7 +1,10 @@
+import pickle
+
 import pytest
 from omegaconf import OmegaConf
 
-from selfdistill.config.secrets import Redactor, is_secret_key
+from selfdistill.config.secrets import Redactor, is_secret_key, masked_keys
+from selfdistill.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -52,3 +55,47 @@ def test_arguments():
     given = ["train", "teacher.api_key=x", "+logger.password=y", "group@server.token=z", "max_tokens=5", "=a"]
     expected = ["train", "teacher.api_key=***", "+logger.password=***", "group@server.token=***", "max_tokens=5", "=a"]
     assert redactor.arguments(given) == expected
+
+
+def test_a_password_in_an_address_is_masked_everywhere():
+    config = OmegaConf.create({"base_url": "http://me:hunter2hunter2@host:8000/v1", "more": ["https://t0ken@host/v1"]})
+    redactor = Redactor(config)
+    assert redactor.config == {"base_url": "http://***@host:8000/v1", "more": ["https://***@host/v1"]}
+    assert redactor.text("401 with hunter2hunter2 at http://x:y@z") == "401 with *** at http://***@z"
+    assert redactor.arguments(["teacher.base_url=http://a:b@c"]) == ["teacher.base_url=http://***@c"]
+    assert str(UserError("no answer from http://a:b@c/v1")) == "no answer from http://***@c/v1"
+
+
+def test_a_password_from_the_environment_is_found_again(monkeypatch):
+    monkeypatch.setenv("MY_PASSWORD", "abcdefgh-1")
+    written = Redactor(OmegaConf.create({"base_url": "http://me:${oc.env:MY_PASSWORD}@host/v1"})).yaml()
+    assert written == "base_url: http://me:${oc.env:MY_PASSWORD}@host/v1\n"
+    half = Redactor(OmegaConf.create({"base_url": "http://literal:x${oc.env:MY_PASSWORD}@host/v1"})).yaml()
+    assert "abcdefgh" not in half and "literal" not in half
+
+
+def test_secrets_within_braces_are_masked():
+    redactor = Redactor(OmegaConf.create({}))
+    given = ["+training.arguments={hub_token: abc, x: 1}", "teacher={api_key:'a b',model:m}"]
+    assert redactor.arguments(given) == [
+        "+training.arguments={hub_token: ***, x: 1}",
+        "teacher={api_key:***,model:m}",
+    ]
+
+
+def test_what_was_masked_is_known():
+    config = OmegaConf.create({"a": {"token": "***", "n": 1}, "urls": ["http://h", "http://***@h/v1"], "b": "** *"})
+    assert masked_keys(config) == ["a.token", "urls[1]"]
+
+
+@pytest.mark.parametrize("name", ["hub_token", "push_to_hub_token"])
+def test_pickled_arguments_hold_no_token(name, tmp_path):
+    from selfdistill.training.arguments import SelfDistillConfig
+
+    arguments = SelfDistillConfig(
+        output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False, num_generations=1
+    )
+    setattr(arguments, name, "hf_abcdefghijkl")
+    assert b"hf_abcdefghijkl" not in pickle.dumps(arguments)
+    assert getattr(arguments, name) == "hf_abcdefghijkl"
+    assert pickle.loads(pickle.dumps(arguments)).output_dir == str(tmp_path)

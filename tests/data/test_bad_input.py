@@ -124,7 +124,6 @@ def test_empty_file(tmp_path, kind, content):
 
 
 @pytest.mark.parametrize("content, words", [
-    ('{"prompt": "a"}\n{"prompt": "b"}\n', "Write data.format=jsonl"),
     ('{"data": [{"prompt": "a"}]}', "not one object. Save the list under its key 'data'"),
     ('"a"', "not str"),
     ("nonsense", "line 1: a JSON list of rows is expected"),
@@ -141,8 +140,47 @@ def test_json_that_is_no_list(tmp_path, content, words):
     assert words in refused(path)
 
 
-def test_a_json_list_in_a_jsonl_file(tmp_path):
-    assert "Write data.format=json" in refused(jsonl(tmp_path, ["[", GOOD, "]"]))
+def test_how_many_prompts_are_too_long_and_how_long_the_longest_is(tmp_path):
+    prompts = ["a", "p" * 20, "p" * 50, "b", "p" * 30]
+    path = jsonl(tmp_path, [{"prompt": prompt} for prompt in prompts])
+    message = refused(path, max_prompt_tokens=10)
+    assert "line 2: the prompt has 23 tokens, more than data.max_prompt_tokens=10" in message
+    assert "so have 3 of 5 prompts, and the longest (line 3) has 53: write data.max_prompt_tokens=53." in message
+    assert len(load(path, max_prompt_tokens=10, on_bad_row="skip").bad_rows) == 3
+    assert len(everything(load(path, max_prompt_tokens=53))) == 5
+
+
+@pytest.mark.parametrize("field", ["prompt", "answer", "other"])
+def test_cells_of_megabytes_are_answered_shortly(tmp_path, field):
+    huge = "word " * 400_000
+    good = [{"prompt": f"p{i}", "answer": "a", "other": "x"} for i in range(5)]
+    path = jsonl(tmp_path, [*good, {**good[0], field: huge}])
+    if field == "prompt":
+        message = refused(path, max_prompt_tokens=100)
+        assert "line 6: the prompt has more than" in message and len(message) < 400
+    else:
+        assert len(everything(load(path))) == 6
+    message = refused(jsonl(tmp_path, [*good, {**good[0], "prompt": [huge]}], "b.jsonl"))
+    assert "line 6" in message and len(message) < 400
+    message = refused(jsonl(tmp_path, [*good, {huge.replace(" ", ""): "x"}], "c.jsonl"))
+    assert "line 6" in message and len(message) < 1000
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"prompt,gr\xf6\xdfe\na,b\n", "line 1: is not UTF-8: it has the byte 0xf6"),
+    (b"prompt,a\x00b\na,b\n", "line 1: the name of a column has a NUL character"),
+])  # fmt: skip
+def test_a_header_that_is_no_text(tmp_path, content, words):
+    path = tmp_path / "data.csv"
+    path.write_bytes(content)
+    assert words in refused(path)
+
+
+def test_half_a_character_in_a_field_that_is_only_passed_on(tmp_path):
+    path = jsonl(tmp_path, [{"prompt": f"p{i}", "other": [{"\ud83d": "a\ud83d"}]} for i in range(3)])
+    assert everything(load(path))[0]["other"] == [{"\ufffd": "a\ufffd"}]
+    path = jsonl(tmp_path, [{"prompt": f"p{i}", "other": "\ud83d!"} for i in range(3)])
+    assert everything(load(path))[0]["other"] == "\ufffd!"
 
 
 @pytest.mark.parametrize("content, words", [

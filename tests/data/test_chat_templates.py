@@ -77,3 +77,39 @@ def test_a_template_may_refuse_a_row(tmp_path):
         load(path, chat_template=template(tmp_path, refusing))
     skipped = load(path, chat_template=template(tmp_path, refusing), on_bad_row="skip")
     assert [bad["line"] for bad in skipped.bad_rows] == [2]
+
+
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + (
+    "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
+)
+
+
+def test_a_system_turn_goes_into_the_first_user_turn_where_it_is_refused(tmp_path):
+    path = jsonl(tmp_path, rows(5, system="be brief"))
+    refusing = template(tmp_path, NO_SYSTEM)
+    with pytest.raises(UserError, match=r"System role not supported; data.system_turn=merge puts") as error:
+        load(path, chat_template=refusing)
+    assert str(error.value).startswith(str(path))
+    merged = load(path, chat_template=refusing, system_turn="merge").train[0]["prompt"]
+    assert [turn["role"] for turn in merged] == ["user"]
+    assert merged[0]["content"].startswith("be brief\n\nquestion ")
+    kept = load(path).train[0]["prompt"]
+    assert [turn["role"] for turn in kept] == ["system", "user"]
+
+
+def test_a_way_out_is_offered_only_where_it_is_one(tmp_path):
+    refusing = template(
+        tmp_path, "{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}" + NO_SYSTEM
+    )
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    with pytest.raises(UserError) as error:
+        load(jsonl(tmp_path, [{"messages": turns}]), chat_template=refusing)
+    assert "system_turn" not in str(error.value)
+    with pytest.raises(UserError, match=r"^data.system_turn=merg: write keep or merge"):
+        load(jsonl(tmp_path, rows()), system_turn="merg")
+
+
+def test_the_limit_counts_what_is_spelled_like_a_control_token_as_text(tmp_path):
+    path = jsonl(tmp_path, [{"prompt": "<|end|>" * 10}, *rows(3)])
+    with pytest.raises(UserError, match="line 1: the prompt has 73 tokens"):
+        load(path, max_prompt_tokens=60)

@@ -169,3 +169,28 @@ def test_other_columns_stay_as_they_are(tmp_path):
     found = everything(load(jsonl(tmp_path, values)))
     assert [row["n"] for row in found] == [0, 1, 2] and found[0]["tags"] == ["a"] and found[0]["text"] == "unused"
     assert [row["maybe"] for row in found] == [1, None, 1]
+
+
+@pytest.mark.parametrize("train", ["train.json", "train.jsonl", "train.txt"])
+@pytest.mark.parametrize("evaluation", ["lines.json", "list.json", "list.jsonl", "table.csv", "table.parquet", "data"])
+def test_each_file_is_read_by_what_it_holds(tmp_path, train, evaluation):
+    """One format is given for both files, and neither has to have it."""
+    lines = "".join(json.dumps({"prompt": f"q{i}", "answer": f"a{i}"}) + "\n" for i in range(3))
+    (tmp_path / train).write_text(lines.replace("q", "t"))
+    held = [{"prompt": f"q{i}", "answer": f"a{i}"} for i in range(3)]
+    path = tmp_path / evaluation
+    if path.suffix == ".csv":
+        path.write_text("prompt,answer\n" + "".join(f"{row['prompt']},{row['answer']}\n" for row in held))
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(held), path)
+    else:
+        path.write_text(lines if path.stem in ("lines", "data") else json.dumps(held, indent=1))
+    splits = load(tmp_path / train, eval_path=str(path), format="jsonl")
+    assert splits.eval["answer"][:] == ["a0", "a1", "a2"]
+    assert len(splits.train) == 3
+
+
+def test_an_object_alone_in_its_file(tmp_path):
+    path = tmp_path / "one.jsonl"
+    path.write_text('\n{"prompt": "q"}\n')
+    assert len(load(tmp_path / "one.jsonl", eval_path=str(path)).train) == 1

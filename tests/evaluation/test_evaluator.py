@@ -127,9 +127,14 @@ def test_evaluate_scores_task_and_suites_in_order(chat):
         rows(answers[0], "no", answers[2], "no", chat=chat),
         {"a": rows(*answers, chat=chat), "b": rows("no", answers[1], chat=chat)},
     )
-    assert evaluator.evaluate(model, tokenizer) == {
+    found = evaluator.evaluate(model, tokenizer)
+    assert found.metrics == {
         "eval/accuracy": 0.5, "eval/retention/a": 1.0, "eval/retention/b": 0.5, "eval/retention": 0.75,
     }  # fmt: skip
+    assert [(item.suite, item.row, item.answer, item.verdict) for item in found.items[3:6]] == [
+        (None, "3", answers[3], 0.0), ("a", "0", answers[0], 1.0), ("a", "1", answers[1], 1.0),
+    ]  # fmt: skip
+    assert found.items[9].prompt == rows("no", "no", chat=chat)[0]["prompt"]
     assert [len(call["prompts"]) for call in seen] == [4, 5, 2]
     assert [c[0]["content"] if chat else c for c in seen[0]["completions"]] == answers[:4]
     assert isinstance(seen[0]["completions"][0], list if chat else str)
@@ -153,7 +158,7 @@ def test_rows_that_cannot_be_scored_are_left_out_of_the_mean():
         return [1.0, None, 0.0, None, 1.0][: len(prompts)]
 
     evaluator = Evaluator(EvalSettings(half, half, max_new_tokens=2), rows(*PROMPTS), {})
-    assert evaluator.evaluate(tiny_model(), tiny_tokenizer()) == {"eval/accuracy": pytest.approx(2 / 3)}
+    assert evaluator.evaluate(tiny_model(), tiny_tokenizer()).metrics == {"eval/accuracy": pytest.approx(2 / 3)}
 
     def none(*, prompts, **_):
         return [None] * len(prompts)

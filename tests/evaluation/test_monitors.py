@@ -35,6 +35,26 @@ def test_an_alarm_needs_its_steps_in_a_row_and_is_raised_once():
     assert steps_of_alarms(monitors, [{"monitor/repetition": value} for value in values]) == [6, 12]
 
 
+@pytest.mark.parametrize(
+    ("metric", "value", "steps", "told"),
+    [
+        ("monitor/update_ratio", 1e-6, [1, 11, 21, 31], "the weights hardly move; raise learning_rate"),
+        ("monitor/updated_fraction", 0.08, [1, 11, 21, 31], "model.dtype=float32"),
+        ("monitor/unscored", 1.0, [1, 2, 3, 4], "the reward returns None"),
+    ],
+)
+def test_a_run_that_cannot_learn_is_told_so_early(metric: str, value: float, steps: list[int], told: str) -> None:
+    monitors = composed("default")
+    alarms = [alarm for step in steps for alarm in monitors.observe({"step": step, metric: value})]
+    assert [alarm.step for alarm in alarms] == [steps[2]]
+    assert told in alarms[0].message
+    assert not composed("off").observe({"step": 100, metric: value})
+
+
+def test_each_reward_has_a_mean_of_its_own() -> None:
+    assert standard_names({"rewards/form/mean": 0.5, "rewards/form/std": 0.1})["reward/form"] == 0.5
+
+
 def test_a_limit_itself_is_not_alarming():
     monitors = Monitors(length=Threshold(below=2.0, above=10.0))
     assert steps_of_alarms(monitors, [{"monitor/length_tokens": v} for v in (2.0, 10.0, 1.9, 5.0, 10.1)]) == [3, 5]
@@ -76,6 +96,31 @@ def test_collapse_of_the_entropy_relative_to_its_first_values():
     # TRL's name; the mean of the first five is 1.0, so that the limit is 0.2.
     values = [0.8, 1.2, 0.1, 1.9, 1.0, 0.25, 0.19, 0.21, 0.19, 0.18]
     assert steps_of_alarms(monitors, [{"entropy": value} for value in values]) == [10]
+
+
+def test_growth_of_the_length_relative_to_its_first_values():
+    lengths = [10.0, 12.0, 14.0, 30.0, 40.0, 40.0, 40.0]
+    monitors = Monitors(length_growth={"above_initial": 3.0, "for_steps": 2}, initial_values=3)
+    (alarm,) = [a for length in lengths for a in monitors.observe({"completions/mean_length": length})]
+    assert "40 is above 3 times its first 12 for 2 steps" in alarm.message
+    assert "teacher.chat_template_kwargs" in alarm.message
+
+
+def test_answers_without_an_end():
+    monitors = Monitors(truncated={"above": 0.5})
+    alarms = [a for share in (0.4, 0.9) for a in monitors.observe({"completions/clipped_ratio": share})]
+    assert [alarm.value for alarm in alarms] == [0.9]
+    assert "rollout.max_completion_tokens" in alarms[0].message
+
+
+@pytest.mark.parametrize("first, last, mean, alarming", [
+    (0.3, 5.0, 0.2, True), (5.0, None, 0.2, True), (0.5, 1.0, 0.2, False), (0.01, 0.4, 0.001, False),
+    (None, None, None, False), (0.0, 0.0, 0.0, False),
+])  # fmt: skip
+def test_a_divergence_that_lies_at_the_ends(first, last, mean, alarming):
+    ends = {"distill/divergence": mean, "distill/divergence_first": first, "distill/divergence_last": last}
+    alarms = composed("default").observe({"step": 1, **ends})
+    assert [alarm.monitor for alarm in alarms] == ["divergence_ends"] * alarming
 
 
 def test_a_gradient_that_is_not_a_number():
@@ -145,6 +190,7 @@ def test_initial_values_must_be_positive():
 
 def test_the_shipped_configurations():
     names = {"entropy", "repetition", "distinct_2", "length", "reward_spread", "grad_norm", "sampler_gap", "no_signal"}
+    names |= {"length_growth", "truncated", "divergence_ends"}
     default, strict, off = (composed(name) for name in ("default", "strict", "off"))
     assert set(default.thresholds) == set(strict.thresholds) == names
     assert not default.can_stop

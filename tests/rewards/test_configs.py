@@ -12,8 +12,8 @@ from selfdistill.config.conf import CONF
 from selfdistill.errors import UserError
 
 FOLDER = CONF / "reward"
-# `function` is for a user to fill in.
-FILES = sorted(path for path in FOLDER.glob("*.yaml") if path.stem not in ("none", "function"))
+# `function` is for a user to fill in, and `mix` is composed of others.
+FILES = sorted(path for path in FOLDER.glob("*.yaml") if path.stem not in ("none", "function", "mix"))
 # What a file sets on purpose: choices that are not the class's default.
 DELIBERATE = {
     "python_tests": {"allow_code_execution"},

@@ -14,15 +14,14 @@ def test_every_accepted_form():
         0.5,
         True,
         None,
-        float("nan"),
         {"score": 1.0, "feedback": "why"},
         {"score": None},
         {"score": 2, "feedback": ""},
     ]
-    scores, feedback = normalise(entries, "f", 8)
-    assert scores == [1.0, 0.5, 1.0, None, None, 1.0, None, 2.0]
-    assert feedback == [None] * 5 + ["why", None, None]
-    assert normalise(torch.tensor([1.0, float("nan")]), "f", 2)[0] == [1.0, None]
+    scores, feedback = normalise(entries, "f", 7)
+    assert scores == [1.0, 0.5, 1.0, None, 1.0, None, 2.0]
+    assert feedback == [None] * 4 + ["why", None, None]
+    assert normalise(torch.tensor([1.0, 0.0]), "f", 2)[0] == [1.0, 0.0]
     assert normalise(np.array([1, 2]), "f", 2)[0] == [1.0, 2.0]
     assert normalise([np.float32(0.5), torch.tensor(2.0)], "f", 2)[0] == [0.5, 2.0]
     assert normalise((), "f", 0) == ([], [])
@@ -53,6 +52,8 @@ def test_last_feedback_of_the_callable():
         ([1.0, {"score": "1"}], "row 1: the score is str"),
         ([{"score": 1.0, "feedback": 3}, 1.0], "row 0: the feedback is int 3"),
         ([1.0, float("inf")], "row 1: the score is inf"),
+        ([1.0, float("nan")], "row 1: the score is nan, .* or None for a completion that cannot be judged"),
+        (torch.tensor([float("nan"), 1.0]), "row 0: the score is nan"),
         ([1.0, -float("inf")], "row 1: the score is -inf"),
         ([1.0, [1.0]], r"row 1: the score is list \[1.0\]"),
         ([(1.0, "x"), 1.0], "row 0: the score is tuple"),

@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 from torch.nn import Module
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from selfdistill.evaluation.evaluator import Evaluator
+from selfdistill.evaluation.evaluator import Evaluation, Evaluator
 from selfdistill.rollout import Rollouts
 from selfdistill.runs.evaluations import Evaluations
 from selfdistill.runs.folder import RunFolder
@@ -22,18 +22,18 @@ class Declining(Evaluator):
     def __init__(self) -> None:
         self.calls = 0
 
-    def evaluate(self, model: Any, tokenizer: Any) -> dict[str, float]:
+    def evaluate(self, model: Any, tokenizer: Any) -> Evaluation:
         self.calls += 1
         lost = 0.1 * (self.calls - 1)
         retention = {"eval/retention/sort": 1.0 - lost, "eval/retention/last": 0.5, "eval/retention": 0.75 - lost / 2}
-        return {"eval/accuracy": 0.2 * self.calls, **retention}
+        return Evaluation({"eval/accuracy": 0.2 * self.calls, **retention}, [])
 
 
 class Remembering(NoRecord):
     def __init__(self) -> None:
         self.entries: list[tuple[int, dict[str, float]]] = []
 
-    def evaluation(self, step: int, metrics: dict[str, float]) -> None:
+    def evaluation(self, step: int, metrics: dict[str, float], items: Any) -> None:
         self.entries.append((step, metrics))
 
 
@@ -80,7 +80,7 @@ def test_the_record_of_other_processes_writes_nothing(tmp_path: Path) -> None:
     record.begin(parts)
     assert record.callbacks(parts) == []
     with record.busy("evaluating"):
-        record.evaluation(0, {"eval/accuracy": 1.0})
+        record.evaluation(0, {"eval/accuracy": 1.0}, [])
     record.rollouts(parts, Rollouts([], [], []))
     record.end(parts, {}, interrupted=False)
     record.end_early(EarlyEnd("failed", 2))

@@ -90,7 +90,8 @@ def test_the_runs_of_a_sweep_lie_below_its_folder(tmp_path: Path) -> None:
 
 
 def test_a_subdir_names_the_runs_of_a_sweep(tmp_path: Path) -> None:
-    paths = "data.path=embedded:half_known_train,missing.jsonl"
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"')
+    paths = "data.path=embedded:half_known_train,bad.jsonl"
     where = ["hydra.sweep.dir=mine", "hydra.sweep.subdir=runs/${hydra.job.num}"]
     outcome = command(["--multirun", paths, *FAST, *where], tmp_path)
     assert outcome.code == 1
@@ -123,7 +124,7 @@ def test_an_own_experiment_and_an_own_primary_configuration(tmp_path: Path) -> N
 def test_the_shell_completes_groups_and_keys(
     typed: str, offered: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COMP_LINE", f"selfdistill-train {typed}")
+    monkeypatch.setenv("COMP_LINE", f"selfdistill {typed}")
     outcome = command(["--shell-completion", "query=bash"], tmp_path)
     assert (outcome.code, outcome.err) == (0, "")
     assert offered <= set(outcome.out.split())

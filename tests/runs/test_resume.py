@@ -44,6 +44,7 @@ RUNS = {
         "training.num_iterations=2", "teacher=feedback", "policy_weight=1.0", "training.loss_type=dapo",
     ],
 }  # fmt: skip
+GRANT = "trusted_prefixes=[tests]"  # the saboteur is no module of ours
 TIMES = ("time/", "step_time", "eval_runtime")
 
 
@@ -140,7 +141,7 @@ def test_killed_and_resumed(run: str, unbroken: Any, data: Path, tmp_path: Path)
     broken = only_run(tmp_path)
     assert status(broken) == "running"
     assert 5 < max(line["step"] for line in numbers(broken)) < 10
-    here([f"resume={broken}"])
+    here([f"resume={broken}", GRANT])
     assert_same_end(broken, reference)
 
 
@@ -154,7 +155,7 @@ def test_terminated_and_resumed(unbroken: Any, data: Path, tmp_path: Path) -> No
     assert status(run) == "interrupted"
     assert (run / "checkpoints" / "checkpoint-7" / "complete").exists()
     assert max(line["step"] for line in numbers(run)) == 7
-    again = command([f"resume={run}"])
+    again = command([f"resume={run}", GRANT])
     assert again.returncode == 0, again.stderr
     assert_same_end(run, reference)
     # One W&B run, whose id is the folder's name, in a folder for each time that it was started.
@@ -172,7 +173,7 @@ def test_failed_and_resumed(unbroken: Any, data: Path, tmp_path: Path, monkeypat
     assert status(run) == "failed"
     assert "ValueError: out of luck" in (run / "error.txt").read_text()
     monkeypatch.delenv(VARIABLE)
-    here([f"resume={run}"])
+    here([f"resume={run}", GRANT])
     assert_same_end(run, reference)
     assert not (run / "error.txt").exists()
 
@@ -188,7 +189,7 @@ def test_killed_before_the_first_checkpoint(
     run = only_run(tmp_path)
     assert not list((run / "checkpoints").glob("checkpoint-*"))
     monkeypatch.delenv(VARIABLE)
-    here([f"resume={run}"])
+    here([f"resume={run}", GRANT])
     assert_same_end(run, reference)
 
 
@@ -198,7 +199,7 @@ def test_a_checkpoint_without_the_teacher_is_refused(unbroken: Any, tmp_path: Pa
     hidden = teacher.rename(tmp_path / "teacher.safetensors")
     try:
         with pytest.raises(UserError, match=r"no teacher.safetensors: it was written without this teacher"):
-            here([f"resume={run}", "max_steps=12"])
+            here([f"resume={run}", GRANT, "max_steps=12"])
     finally:
         hidden.rename(teacher)
 

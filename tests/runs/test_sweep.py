@@ -1,9 +1,15 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from omegaconf import OmegaConf
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 
+from selfdistill import train
+from selfdistill.config import doors
+from selfdistill.config.conf import CONF
+from selfdistill.runs.sweep import CheckSweep
 from tests.command import Outcome, command
 
 FAST = ["debug=fast", "eval=none", "hardware=cpu", "completions_per_step=8"]
@@ -78,3 +84,54 @@ def test_flags_may_stand_between_keys(tmp_path: Path) -> None:
     outcome = command(["seed=0,1", "-m", "max_steps=2", "--check"], tmp_path)
     assert (outcome.code, outcome.err) == (0, "")
     assert "2 jobs checked" in outcome.out
+
+
+@pytest.mark.long
+def test_optuna_names_the_job_with_the_highest_accuracy(tmp_path: Path) -> None:
+    """With the sweeper's own code, and in the place of the run a function of the learning rate."""
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    accuracies: list[float] = []
+
+    def stand_in(cfg: DictConfig) -> float:
+        accuracies.append(1 - abs(cfg.learning_rate - 3e-4) * 1000)
+        return accuracies[-1]
+
+    line = ["--multirun", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=6", "hydra.sweeper.sampler.seed=1"]
+    door = SimpleNamespace(
+        __name__="train", main=lambda: doors.main(CONF / "train.yaml", stand_in, train.__doc__, sweeps=True)
+    )
+    space = "learning_rate=tag(log,interval(1e-5,1e-3))"
+    outcome = command([*line, space, "hydra.sweep.dir=study"], tmp_path, door)  # type: ignore[arg-type]
+    assert outcome.code == 0, outcome.err
+    results = OmegaConf.load(tmp_path / "study" / "optimization_results.yaml")
+    assert len(set(accuracies)) == 6
+    assert results.best_value == max(accuracies)
+
+
+def test_what_the_search_calls_is_trusted_first(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    line = ["--multirun", "hydra/sweeper=optuna", "hydra.sweeper.custom_search_space=os.system", "seed=0,1"]
+    outcome = command(line, tmp_path)
+    assert (outcome.code, outcome.left) == (2, set())
+    assert "hydra.sweeper.custom_search_space" in outcome.err
+
+
+def test_options_of_a_group_may_be_found_by_a_pattern(tmp_path: Path) -> None:
+    outcome = command(["--multirun", "experiment=glob(sdpo*)", "--check"], tmp_path)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "2 jobs checked" in outcome.out
+
+
+def test_no_secret_is_left_in_a_sweeps_files(tmp_path: Path) -> None:
+    """Hydra's sweepers write multirun.yaml as it was given, and then start their first job."""
+    given = ["+training.arguments.hub_token=hf_abcdefghijkl", "teacher.base_url=http://me:hunter2@h/v1", "seed=0,1"]
+    hydra = {"mode": "MULTIRUN", "sweep": {"dir": str(tmp_path)}, "overrides": {"task": given}}
+    (tmp_path / "multirun.yaml").write_text(OmegaConf.to_yaml({"hydra": hydra}))
+    config = OmegaConf.create({"hydra": {**hydra, "mode": RunMode.MULTIRUN}})
+    CheckSweep().on_job_start(config)
+    written = OmegaConf.load(tmp_path / "multirun.yaml")
+    assert written.hydra.overrides.task == [
+        "+training.arguments.hub_token=***",
+        "teacher.base_url=http://***@h/v1",
+        "seed=0,1",
+    ]

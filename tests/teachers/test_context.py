@@ -243,6 +243,19 @@ def test_a_column_without_a_single_text_is_refused_before_training():
     with pytest.raises(UserError, match=r"teacher\.context\.field=golden_response.*empty in every row"):
         Demonstration().check({"golden_response": [[], None, [""]]})
     Demonstration().check({"golden_response": [[], ["a"]]})
+    with pytest.raises(UserError, match=r"Name one that holds texts: label\.$"):
+        Demonstration().check({"golden_response": [[]], "answer": [None], "label": ["x"], "id": ["1"]})
+
+
+def test_a_row_without_a_demonstration_shows_its_answer():
+    batch = rollouts([0.0] * 3, group=1, golden_response=[["g"], [], None], answer=["a", "b", None])
+    Demonstration().check({"golden_response": [[]], "answer": ["b"]})
+    shown = seen(Demonstration(), batch)
+    assert ["g" in shown[0], "b" in shown[1], shown[2]] == [True, True, None]
+    assert seen(Demonstration(field="answer"), batch)[2] is None
+
+
+def test_contexts_that_need_no_column():
     Feedback().check({})
     NoContext().check({})
 

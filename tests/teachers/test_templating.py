@@ -79,16 +79,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 BYTES = byte_tokenizer()
 
 
-class WithoutOffsets:
+class WithoutOffsets(PreTrainedTokenizerFast):
     """A tokenizer that cannot say where its tokens stand in the text."""
 
     is_fast = False
 
-    def __call__(self, text, add_special_tokens):
-        return BYTES(text, add_special_tokens=add_special_tokens)
-
-    def decode(self, ids):
-        return BYTES.decode(ids)
+    def __init__(self):
+        super().__init__(tokenizer_object=BYTES.backend_tokenizer)
 
 
 @pytest.mark.parametrize("tokenizer", [BYTES, WithoutOffsets()], ids=["offsets", "decoding"])
@@ -119,6 +116,31 @@ def test_without_offsets_the_cut_is_the_same():
     text = "the 日本語 🙂 cat's hat é"
     for budget in range(1, 40):
         assert cut(text, budget, WithoutOffsets()) == cut(text, budget, BYTES)
+
+
+def test_megabytes_are_cut_before_they_are_tokenised():
+    tokenised = []
+
+    class Counting(PreTrainedTokenizerFast):
+        def __call__(self, text, **options):
+            tokenised.extend([text] if isinstance(text, str) else text)
+            return super().__call__(text, **options)
+
+    text = "the cat sat on the mat " * 400_000
+    counting = Counting(tokenizer_object=BYTES.backend_tokenizer)
+    assert cut(text, 100, counting) == cut(text[:5000], 100, BYTES)
+    assert sum(map(len, tokenised)) < 50_000
+
+
+def test_spelled_control_tokens_count_as_the_text_that_they_are():
+    tokenizer = tiny_tokenizer()
+    assert cut("<|end|>" * 50, 22, tokenizer) == "<|end|>" * 2 + "<|end| …"
+    assert cut("<|end|>" * 3, 21, tokenizer) == "<|end|>" * 3
+
+
+def test_half_a_character_is_cut_like_a_whole_one():
+    assert cut("a\ud83d b", None, BYTES) == "a� b"
+    assert cut("a\ud83d b" * 50, 10, BYTES) == cut("a� b" * 50, 10, BYTES)
 
 
 def test_no_budget_and_enough_budget_leave_the_text():

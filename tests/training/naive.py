@@ -111,7 +111,7 @@ def make(folder: Path, model: Any = None, args: dict | None = None, **given: Any
 
     def keep(rollouts: Rollouts, tensors: dict) -> None:
         shown = rollouts.teacher_prompts or None
-        ids = trainer._prompt_ids(shown) if shown is not None else [None] * len(rollouts)
+        ids = trainer._teacher_prompt_ids(shown) if shown is not None else [None] * len(rollouts)
         batches.append(
             Batch(
                 prompts=[i[m.bool()].tolist() for i, m in zip(tensors["prompt_ids"], tensors["prompt_mask"])],
@@ -127,7 +127,7 @@ def make(folder: Path, model: Any = None, args: dict | None = None, **given: Any
         model=model if model is not None else lively(),
         args=config(folder, **(args or {})),
         train_dataset=given.pop("train_dataset", questions()),
-        processing_class=tiny_tokenizer(),
+        processing_class=given.pop("processing_class", tiny_tokenizer()),
         on_rollouts=keep,
         **given,
     )

@@ -4,14 +4,27 @@ It is asked before training, so that an unfit server is a message and not a cras
 All coroutines run on the client's event loop.
 """
 
-from dataclasses import dataclass
+from collections.abc import Awaitable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from selfdistill.config.suggestions import guess
 from selfdistill.errors import UserError
-from selfdistill.teachers.server.client import Client, MalformedReply, ReplyError, RequestRefused, all_of, part
+from selfdistill.rollout import Message
+from selfdistill.teachers.language import ANSWERED, QUESTION, Speaker, asked_alike, ends_alike
+from selfdistill.teachers.server.client import (
+    Client,
+    MalformedReply,
+    ReplyError,
+    RequestRefused,
+    ServerUnavailable,
+    all_of,
+    part,
+)
 from selfdistill.teachers.server.prompt_logprobs import TokenRow, TopKRefused, choices_of, score_rows
+
+T = TypeVar("T")
 
 # Low ids exist in every vocabulary. The same row for every model, so that a model is recognised by its answer.
 PROBE = TokenRow(list(range(5, 37)), 1)
@@ -172,6 +185,61 @@ async def _encode(client: Client, model: str, text: str) -> list[int]:
     return await client.request(
         "POST", "completions", body, lambda reply: _ids("prompt_token_ids", choices_of(reply, 1)[0])
     )
+
+
+async def compare(client: Client, model: str, student: Speaker, template_kwargs: Mapping[str, Any]) -> list[str]:
+    """How the served model is asked and ends otherwise than the student, as far as the server says.
+
+    vLLM's /tokenize renders messages with the server's own chat template, and /tokenizer_info, where it is switched on,
+    names the end of sequence. What a server does not answer is not compared.
+
+    Args:
+        template_kwargs: what the chat template is rendered with for the teacher.
+
+    Raises:
+        UserError: the two have no end in common.
+    """
+    key = f"{client.key_prefix}model={model}"
+    ends = await _end_of_sequence(client, student)
+    if not student.conversational:
+        return ends_alike(student, ends, None, key)
+    asked = await _encode_chat(client, model, QUESTION, template_kwargs, add_generation_prompt=True)
+    answered = await _encode_chat(client, model, ANSWERED, template_kwargs, add_generation_prompt=False)
+    instead = (
+        f"{key} is asked in the student's chat template, while the server's own writes otherwise: write "
+        "data.chat_template=FILE with the server's, for both, if its answers should follow that."
+    )
+    asked_here = replace(student, template_kwargs=template_kwargs)
+    found = [] if asked is None else asked_alike(asked_here, asked, instead)
+    turn = None if answered is None else student.turn_in(answered)
+    if turn is None:
+        return found
+    # Without its end of sequence it may stop at the student's: then the difference is said, and nothing refused.
+    return found + ends_alike(student, [turn, *(ends or student.plain_ends)], turn, key)
+
+
+async def _encode_chat(
+    client: Client, model: str, messages: list[Message], template_kwargs: Mapping[str, Any], **options: Any
+) -> list[int] | None:
+    """The server's token ids of messages; None where it does not say."""
+    body = {"model": model, "messages": messages, "chat_template_kwargs": dict(template_kwargs), **options}
+    return await _where_told(client.request("POST", "/tokenize", body, partial(_ids, "tokens")))
+
+
+async def _end_of_sequence(client: Client, student: Speaker) -> list[int]:
+    """The id of the server's end of sequence, where it tells its name; the tokenizer is known to be the student's."""
+    told: Any = await _where_told(client.request("GET", "/tokenizer_info"))
+    name = told.get("eos_token") if isinstance(told, dict) else None
+    name = name.get("content") if isinstance(name, dict) else name
+    found = student.tokenizer.get_vocab().get(name) if isinstance(name, str) else None
+    return [] if found is None else [found]
+
+
+async def _where_told(request: Awaitable[T]) -> T | None:
+    try:
+        return await request
+    except (RequestRefused, MalformedReply, ServerUnavailable):
+        return None
 
 
 def _ids(name: str, reply: Any) -> list[int]:

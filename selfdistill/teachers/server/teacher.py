@@ -19,6 +19,7 @@ from selfdistill.rollout import Prompt
 from selfdistill.teachers import templates
 from selfdistill.teachers.context import Context, NoContext
 from selfdistill.teachers.interface import BaseTeacher, TeacherRequest
+from selfdistill.teachers.language import Speaker
 from selfdistill.teachers.server import probe
 from selfdistill.teachers.server.client import Client, ServerUnavailable
 from selfdistill.teachers.server.prompt_logprobs import Scorer
@@ -43,7 +44,9 @@ class ServerTeacher(BaseTeacher, AbstractContextManager["ServerTeacher"]):
         context: what the teacher sees beyond the prompt, one of `selfdistill.teachers.context`; nothing by default.
         top_k: how many of the likeliest tokens come back per position: None all, 0 none but the sampled one.
         cache: a folder in which answers are kept; None keeps none.
-        samples, temperature, top_p, max_tokens, stop, seed, chat_template_kwargs: how it writes, see `Sampling`.
+        samples, temperature, top_p, max_tokens, stop, seed: how it writes, see `Sampling`.
+        chat_template_kwargs: what its chat template is rendered with, where it writes by the server and where it
+            scores here; None for what the student's is rendered with (when writing: for nothing).
         show_golden_response: in `write` mode the golden response is shown, in `golden_template`.
         keep, keep_at_least: a reward, and the score from which on a written response is kept.
         max_concurrency, timeout_s, patience_s, api_key_env, key_prefix: see `Client`.
@@ -97,7 +100,8 @@ class ServerTeacher(BaseTeacher, AbstractContextManager["ServerTeacher"]):
             key_prefix=key_prefix,
         )
         self.scorer = Scorer(self.client, model, top_k)
-        sampling = Sampling(samples, temperature, top_p, max_tokens, stop, seed, chat_template_kwargs or {})
+        self.chat_template_kwargs = chat_template_kwargs
+        sampling = Sampling(samples, temperature, top_p, max_tokens, stop, seed, dict(chat_template_kwargs or {}))
         self.writer = Writer(self.client, model, sampling, keep=keep, keep_at_least=keep_at_least)
         self.golden_template = golden_template if show_golden_response else None
         self._cache_folder = cache
@@ -157,6 +161,16 @@ class ServerTeacher(BaseTeacher, AbstractContextManager["ServerTeacher"]):
                     "tokens get other log-probabilities. Start all of them with the same weights."
                 )
         return lines
+
+    def compare(self, student: Speaker) -> list[str]:
+        """As far as the servers say; what writes demonstrations may speak as it likes, for only its text is used."""
+        if self.mode == "write":
+            return []
+        kwargs, found = self.template_kwargs(student.template_kwargs), super().compare(student)
+        for alone in self.client.each_alone(patience_s=min(START_PATIENCE_S, self.client.patience_s)):
+            with alone:
+                found += alone.run(probe.compare(alone, self.model, student, kwargs))
+        return list(dict.fromkeys(found))
 
     def check_length(self, longest_tokens: int) -> None:
         """Compare the most tokens of teacher prompt and completion together with the server's context.

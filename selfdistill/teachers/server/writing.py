@@ -12,6 +12,7 @@ from selfdistill.teachers.context import without_thinking
 from selfdistill.teachers.server.client import Client, ReplyError, all_of, part
 from selfdistill.teachers.server.reply_cache import ReplyCache, cache_key
 from selfdistill.teachers.templating import Template, fill_last_user_turn
+from selfdistill.text import whole_characters
 
 CUT_OFF, EMPTY, DISLIKED = "cut off at max_tokens", "empty", "not accepted by the reward"
 
@@ -156,5 +157,5 @@ def _read_choices(reply: Any) -> list[tuple[str, bool]]:
     for choice in choices:
         message = part(choice, "message", dict)
         text = "" if message.get("content") is None else part(message, "content", str)
-        read.append((text, choice.get("finish_reason") != "length"))
+        read.append((whole_characters(text), choice.get("finish_reason") != "length"))
     return read

@@ -75,6 +75,8 @@ class StubServer:
         answer: called with every request before the model is; a `Reply` it returns is sent instead.
         model: from the ids of a row to the log-probabilities of what follows each of them but the last, (T-1, V).
         tokenizer: with `encode` and `decode`.
+        encode_chat: from messages and the chat template's arguments to token ids; None: there is no chat template.
+        eos_token: what /tokenizer_info says; None: it is switched off.
         requests: all requests, in order.
         connections: TCP connections accepted.
         most_at_once: the largest number of requests that were under way together.
@@ -107,6 +109,8 @@ class StubServer:
         self.under_way = 0
         self.most_at_once = 0
         self.port = port
+        self.encode_chat: Callable[..., list[int]] | None = None
+        self.eos_token: str | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
@@ -238,17 +242,26 @@ class StubServer:
         if request.path == "/v1/models":
             entry = {"id": self.name, "root": self.root, "max_model_len": self.context, "created": time.time()}
             return Reply(body={"object": "list", "data": [entry]})
-        if body.get("model") != self.name:
+        if body is not None and body.get("model") != self.name:
             return refusal(404, f"The model `{body.get('model')}` does not exist.")
         if request.path == "/v1/completions":
             return self._completions(body)
         if request.path == "/v1/chat/completions":
             return Reply(body=chat_reply([self.write(body["messages"], i) for i in range(body.get("n", 1))]))
+        if request.path == "/tokenizer_info" and self.eos_token is not None:
+            return Reply(body={"eos_token": self.eos_token})
+        if request.path == "/tokenize" and "messages" in (body or {}):
+            return refusal(400, "no chat template") if self.encode_chat is None else self._tokenized_chat(body)
         if request.path == "/tokenize" and self.can_tokenize:
             return Reply(body={"tokens": self.tokenizer.encode(body["prompt"])})
         if request.path == "/detokenize" and self.can_tokenize:
             return Reply(body={"prompt": self.tokenizer.decode(body["tokens"])})
         return refusal(404, "Not Found")
+
+    def _tokenized_chat(self, body: dict[str, Any]) -> Reply:
+        assert self.encode_chat is not None
+        options = {"add_generation_prompt": body["add_generation_prompt"], **body["chat_template_kwargs"]}
+        return Reply(body={"tokens": self.encode_chat(body["messages"], **options)})
 
     def _completions(self, body: dict[str, Any]) -> Reply:
         k = body.get("prompt_logprobs")

@@ -1,0 +1,53 @@
+"""What a wrong path is told before anything heavy is imported: files and folders that the configuration names."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from selfdistill.config import Run
+from selfdistill.data.sources import EMBEDDED_PREFIX, open_source
+from selfdistill.errors import UserError
+from selfdistill.models.location import look_for_model
+from selfdistill.runs.folder import RunFolder
+
+OUR_DATA = "selfdistill.data.load_data"
+
+
+def look_for_run(folder: str, hydra_config: DictConfig) -> None:
+    """Whether `resume` names a run's folder, and Hydra no other one.
+
+    Raises:
+        UserError: it does not.
+    """
+    if other := OmegaConf.select(hydra_config, "run.folder"):
+        raise UserError(f"hydra.run.dir={other} cannot be given with resume={folder}: a run keeps its folder.")
+    RunFolder.open(Path(folder), write=False)
+
+
+def look_for_files(run: Run) -> None:
+    """Whether the files and folders that a run reads are there; what is on the hub is not asked for.
+
+    Raises:
+        UserError: the first one that is not.
+    """
+    if run.data["_target_"] == OUR_DATA:  # a loader of one's own may mean anything by a path
+        _look_for_data(run.data)
+    if (path := run.model.retention_path) and not path.startswith(EMBEDDED_PREFIX):
+        open_source(path, key="model.retention_path")
+    local = run.model.local_files_only
+    look_for_model(run.model.name, "model.name", local_files_only=local)
+    if (adapter := run.model.adapter_path) and not (Path(adapter) / "adapter_config.json").is_file():
+        raise UserError(f"model.adapter_path={adapter}: there is no adapter_config.json in that folder.")
+    teacher = ((run.teacher or {}).get("weights") or {}).get("name")
+    if isinstance(teacher, str):
+        look_for_model(teacher, "teacher.weights.name", local_files_only=local)
+
+
+def _look_for_data(data: dict[str, Any]) -> None:
+    from selfdistill.data.sources import EXTENSIONS
+
+    for key in ("path", "eval_path"):
+        if path := data.get(key):
+            known = key == "eval_path" and Path(path).suffix.lower() in EXTENSIONS
+            open_source(path, key=f"data.{key}", format=None if known else data.get("format"))

@@ -1,0 +1,33 @@
+"""Text from outside, made fit for tokenizers, files and terminals: feedback, completions, what a server writes."""
+
+import re
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+# Everything that steers a terminal or turns the direction of writing, apart from line breaks and tabs.
+STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+REPLACEMENT = "\ufffd"
+
+
+def whole_characters(text: str) -> str:
+    """The text with every lone surrogate, half of a character, replaced by U+FFFD; halves that belong together join.
+
+    No tokenizer and no UTF-8 file takes a lone surrogate, and Python's exceptions and JSON can bring one.
+    """
+    if text.isascii() or not SURROGATE.search(text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def printable(text: str) -> str:
+    """The text as it may be shown on a terminal or page: control characters are pictures of themselves.
+
+    An escape sequence in a completion could otherwise clear the screen, retitle the window or hide what follows.
+    """
+    return STEERING.sub(lambda match: _picture(match.group()), whole_characters(text))
+
+
+def _picture(character: str) -> str:
+    code = ord(character)
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return "\u2421" if code == 0x7F else f"\\u{code:04x}"
