@@ -3,10 +3,12 @@
 Only the main process has these callbacks, except for `MainDecides`, which every process has where several train.
 """
 
+import json
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
@@ -15,11 +17,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers import ProgressCallback as TransformersProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from selfdistill.errors import UserError
 from selfdistill.evaluation.monitors import Alarm, Monitors, standard_names
 from selfdistill.runs.console import duration, samples_table
 from selfdistill.runs.folder import RunFolder
 from selfdistill.runs.loggers.base import RunLogger
+from selfdistill.runs.step_log import jsonable
 
 Metrics = Mapping[str, Any]
 Rows = Sequence[Mapping[str, Any]]
@@ -72,6 +77,8 @@ class RecordCallback(TrainerCallback):
         """Calls the logger, whose failure does not end the training: a warning says so once."""
         try:
             call()
+        except UserError:
+            raise
         except Exception as error:  # noqa: BLE001 - whatever a third party's logger does
             if not self._warned:
                 warnings.warn(f"The logger failed; {self.run.path} has the metrics: {error}", stacklevel=2)
@@ -102,10 +109,28 @@ class CompletionsCallback(TrainerCallback):
         self.record, self.console, self.rows = record, console, rows
         self.every_steps, self.keep, self.show = every_steps, keep, show
         self._period: int | None = None
+        self._sampled_before: Rows = []  # by the process that a resumed run goes on from
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        kept = self.record.run.completions()
+        self._period = kept[-1]["step"] // self.every_steps if kept else None
+        file = self._file(args, state)
+        self._sampled_before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # A run that is resumed amid steps that share rollouts shows them at its next step, as an unbroken one does.
+        text = json.dumps(jsonable(self._latest()))
+        self._file(args, state).write_text(text, encoding="utf-8")
+
+    def _file(self, args: TrainingArguments, state: TrainerState) -> Path:
+        return Path(args.output_dir or "", f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", "completions.json")
+
+    def _latest(self) -> Rows:
+        return (self.rows() or self._sampled_before)[: self.keep]
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         step, period = state.global_step, state.global_step // self.every_steps
-        rows = self.rows()[: self.keep]
+        rows = self._latest()
         if step == 0 or period == self._period or not rows:
             return
         self._period = period
@@ -142,8 +167,11 @@ class MonitorCallback(TrainerCallback):
         self._forget()
         for line in self.run.metrics():
             if line["step"] <= state.global_step:
-                self.monitors.observe(line)
+                # Where it was stopped before its end could be written, it is stopped again.
+                stops = [alarm for alarm in self.monitors.observe(line) if alarm.action == "stop"]
+                self.stopped_by = self.stopped_by or next(iter(stops), None)
                 self._is_best(line["step"], line)
+        control.should_training_stop |= self.stopped_by is not None
         if alarms := self.run.summary.get("alarms"):
             self.run.update_summary(alarms=[alarm for alarm in alarms if alarm["step"] <= state.global_step])
 

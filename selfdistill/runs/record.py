@@ -3,6 +3,7 @@
 The other processes have a record that does nothing, so that no other code has to ask which process it is in.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -13,7 +14,9 @@ from transformers import TrainerCallback
 
 from selfdistill.config import Run
 from selfdistill.config.permissions import resume_command
+from selfdistill.errors import UserError
 from selfdistill.evaluation.evaluator import Item
+from selfdistill.files import replace_folder
 from selfdistill.rollout import Rollouts
 from selfdistill.runs import console
 from selfdistill.runs.callbacks import CompletionsCallback, MonitorCallback, ProgressCallback, RecordCallback
@@ -34,10 +37,16 @@ class NoRecord:
 
     Attributes:
         folder: the run's folder, open for reading.
+        begun: whether there is something to go on from, if the run ends early.
     """
+
+    begun = False
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
+
+    def say(self, notes: Sequence[str]) -> None:
+        """Shows what someone should know who looks on."""
 
     def begin(self, parts: Parts) -> None:
         """Shows the configuration and the plan, and lists the rows of the data that were skipped."""
@@ -58,6 +67,9 @@ class NoRecord:
 
     def rollouts(self, parts: Parts, rollouts: Rollouts) -> None:
         """Keeps a step's completions, of all processes; the first ones are written to prompts.md."""
+
+    def save_model(self, parts: Parts, draft: Path) -> None:
+        """Completes the weights that were saved to `draft`, and puts them in the place of the run's model."""
 
     def end(self, parts: Parts, evaluations: dict[str, dict[str, float]], *, interrupted: bool) -> None:
         """Exports the saved model, and says where everything lies.
@@ -80,14 +92,19 @@ class Record(NoRecord):
         super().__init__(folder)
         self.cfg, self.run, self.logger = cfg, run, logger
         self.screen = console.make_console()
-        self._begun = run.resume is not None
+        self.begun = run.resume is not None
         self._prompts_written = False
+        self._recorder = RecordCallback(folder, logger)
         self._monitor: MonitorCallback | None = None
         self._rows: list[dict[str, Any]] = []
 
+    def say(self, notes: Sequence[str]) -> None:
+        for note in notes:
+            self.screen.print(note, markup=False, highlight=False, soft_wrap=True)
+
     def begin(self, parts: Parts) -> None:
-        self.logger.start(self.folder, self.cfg)
-        self._begun = True
+        self._recorder.show(lambda: self.logger.start(self.folder, self.cfg))
+        self.begun = True
         if evaluated := self.folder.summary.get("eval"):  # of a resumed run, whose end is evaluated again
             self.folder.update_summary(eval={"before": evaluated.get("before")})
         self.folder.write_bad_rows(parts.data.bad_rows)
@@ -99,7 +116,7 @@ class Record(NoRecord):
             )
 
     def callbacks(self, parts: Parts) -> list[TrainerCallback]:
-        record = RecordCallback(self.folder, self.logger)
+        record = self._recorder
         completions = CompletionsCallback(record, self.screen, lambda: self._rows)
         if parts.monitors is None:
             return [record, completions, ProgressCallback(self.screen)]
@@ -111,10 +128,10 @@ class Record(NoRecord):
 
     def evaluation(self, step: int, metrics: dict[str, float], items: Sequence[Item]) -> None:
         write_items(self.folder.path / EVALUATION, step, items)
-        if step == 0:
-            self.folder.update_summary(eval={"before": metrics})
         self.folder.log_metrics(step, metrics)
-        self.logger.log(step, metrics)
+        if step == 0:  # the last thing to do: a resumed run does not evaluate the start again once this is written
+            self.folder.update_summary(eval={"before": metrics}, step=0)
+        self._recorder.show(lambda: self.logger.log(step, metrics))
 
     def kept(self, metric: str, step: int | None, value: float | None) -> None:
         if step is None or value is None:
@@ -130,16 +147,19 @@ class Record(NoRecord):
             if not self.folder.write_prompts(prompt_samples(parts.tokenizer, rollouts)):
                 raise RuntimeError(f"student and teacher score different tokens: see {self.folder.path / 'prompts.md'}")
 
+    def save_model(self, parts: Parts, draft: Path) -> None:
+        parts.tokenizer.save_pretrained(draft)
+        replace_folder(self.folder.path / MODEL, draft)
+
     def end(self, parts: Parts, evaluations: dict[str, dict[str, float]], *, interrupted: bool) -> None:
         step = parts.trainer.state.global_step
         status: Status = "interrupted" if interrupted else "finished"
         if self._monitor is not None and self._monitor.stopped_by is not None:
             status = "stopped"
         places: dict[str, str | Path | None] = {"run": self.folder.path, "model": self.folder.path / MODEL}
-        parts.tokenizer.save_pretrained(self.folder.path / MODEL)
         if evaluations:
             self.folder.update_summary(eval=evaluations)
-            self.logger.summary(evaluations["after"])
+            self._recorder.show(lambda: self.logger.summary(evaluations["after"]))
             self.screen.print(console.change_table(_short(evaluations["before"]), _short(evaluations["after"])))
         if parts.exporter is not None and status == "finished" and not self.run.dry_run:
             places["export"] = parts.exporter.run(
@@ -164,10 +184,14 @@ class Record(NoRecord):
 
     def end_early(self, end: EarlyEnd) -> None:
         # A new run that is refused before it has begun (no such model, a malformed file) leaves no folder.
-        if end.refused and not self._begun:
-            self.folder.discard()
-        else:
-            self.folder.finish(end.status, end.traceback)
+        try:
+            if end.refused and not self.begun:
+                self.folder.discard()
+            else:
+                self.folder.finish(end.status, end.traceback)
+        except (OSError, UserError) as error:
+            # The reason of the early end follows, and is what matters.
+            print(f"selfdistill: the end of the run could not be written down: {error}", file=sys.stderr)
         self.logger.finish(failed=True)
 
     def close(self) -> None:

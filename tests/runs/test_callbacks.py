@@ -220,6 +220,25 @@ def test_a_resumed_run_alarms_as_an_unbroken_one(run, tmp_path, console):
     assert second.stopped_by.step == 9
 
 
+def test_a_run_that_was_stopped_in_the_step_of_its_checkpoint_stays_stopped(run, tmp_path, console):
+    """A kill in the final evaluation: there is no step left to take."""
+
+    def callback():
+        return MonitorCallback(Monitors(entropy=Threshold(below=0.1, for_steps=2, action="stop")), run, console)
+
+    loop = Loop(tmp_path, [RecordCallback(run, NoLogger()), callback()])
+    loop.begin()
+    assert [loop.step(entropy=0.05) for _ in range(2)] == [True, False]
+    again = callback()
+    loop = Loop(tmp_path, [RecordCallback(run, NoLogger()), again])
+    loop.begin(step=1)
+    assert not loop.control.should_training_stop
+    run.log_metrics(2, {"entropy": 0.05})
+    loop.begin(step=2)
+    assert loop.control.should_training_stop
+    assert again.stopped_by.step == 2
+
+
 def test_progress_without_a_terminal_is_plain_lines(tmp_path, console):
     loop = Loop(tmp_path, [ProgressCallback(console, every_s=1e9)], max_steps=3)
     loop.begin()
