@@ -92,7 +92,9 @@ def test_what_is_built_shows_every_argument_it_takes(file: Path) -> None:
         return
     written = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
     # What another group's option fills: /reward@rewards.accuracy fills `rewards`.
-    filled = {key.split("@")[1].split(".")[0] for default in written.get("defaults", []) for key in default if "@" in key}
+    filled = {
+        key.split("@")[1].split(".")[0] for default in written.get("defaults", []) for key in default if "@" in key
+    }
     for where, node in targets(written):
         if node["_target_"] == "???":
             continue
