@@ -11,6 +11,7 @@
 --multirun, -m   one run for each combination of the values that are given with commas
 """
 
+from dataclasses import asdict
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -53,7 +54,7 @@ def run(cfg: DictConfig) -> float | None:
         with session.recorded(cfg, checked, hydra_config) as this:
             job.folder = this.folder
             parts = build(checked, this.folder.path)
-            parts.trainer.card = card = cards.card_of(checked, this.folder, parts.data)
+            parts.trainer.card = card = cards.card_of(asdict(checked), this.folder, len(parts.data.train))
             this.begin(parts)
             this.train(parts)
             this.end(parts)

@@ -25,6 +25,7 @@ class Card:
         results: metrics before and after the training.
         notes: further sentences.
         library: the package that loads it; found from the folder where empty, and so is the code that loads it.
+        configuration: the run's, as YAML.
         usage: Markdown that says how it is loaded, in place of that code.
     """
 
@@ -35,6 +36,7 @@ class Card:
     notes: tuple[str, ...] = ()
     library: str = ""
     usage: str = ""
+    configuration: str = ""
 
 
 def base_of(name: str) -> str:
@@ -71,6 +73,9 @@ def write_card(folder: Path, card: Card) -> None:
         lines += ["", "| metric | before | after |", "|---|---|---|"]
         lines += [f"| {name} | {_number(old)} | {_number(new)} |" for name, (old, new) in card.results.items()]
     lines += ["", "## How to load it", "", card.usage or python_usage(library, loader), ""]
+    if card.configuration:
+        lines += ["## The run's configuration", "", "<details>", "", "```yaml", card.configuration.strip(), "```", ""]
+        lines += ["</details>", ""]
     write_atomically(folder / CARD, "\n".join(lines))
 
 

@@ -15,9 +15,12 @@ from selfdistill.config import Run
 from selfdistill.config.permissions import resume_command
 from selfdistill.evaluation.evaluator import Item
 from selfdistill.rollout import Rollouts
+from selfdistill.models.export import Exported
 from selfdistill.runs import console
 from selfdistill.runs.callbacks import CompletionsCallback, MonitorCallback, ProgressCallback, RecordCallback
+from selfdistill.runs.cards import card_for_export
 from selfdistill.runs.evaluated import EVALUATION, write_items
+from selfdistill.runs.exported import EXPORT, export_command, note_exports
 from selfdistill.runs.folder import RunFolder, Status
 from selfdistill.runs.loggers import RunLogger
 from selfdistill.runs.plan import plan_of
@@ -90,8 +93,10 @@ class Record(NoRecord):
         if evaluated := self.folder.summary.get("eval"):  # of a resumed run, whose end is evaluated again
             self.folder.update_summary(eval={"before": evaluated.get("before")})
         self.folder.write_bad_rows(parts.data.bad_rows)
-        self.folder.update_summary(findings=parts.trainer.findings)
+        self.folder.update_summary(findings=parts.trainer.findings, train_rows=len(parts.data.train))
         console.print_all(self.screen, console.config_tree(self.cfg), console.plan_table(plan_of(self.run, parts)))
+        for line in parts.exporter.missing() if parts.exporter is not None else ():
+            self.screen.print(f"warning: {line}", markup=False)
         if parts.data.bad_rows:
             self.screen.print(
                 f"{len(parts.data.bad_rows)} bad rows skipped, listed in {self.folder.path / 'bad_rows.jsonl'}"
@@ -140,19 +145,30 @@ class Record(NoRecord):
             self.folder.update_summary(eval=evaluations)
             self.logger.summary(evaluations["after"])
             self.screen.print(console.change_table(_short(evaluations["before"]), _short(evaluations["after"])))
+        exported: dict[str, Exported] = {}
         if parts.exporter is not None and status == "finished" and not self.run.dry_run:
-            places["export"] = parts.exporter.run(
-                parts.trainer.model,
+            # The model is saved and the evaluation written: whatever happens to an export, the run is whole.
+            exported = parts.exporter.run(
+                parts.trainer.accelerator.unwrap_model(parts.trainer.model),
                 parts.tokenizer,
-                self.folder.path / "export" / parts.exporter.name,
+                self.folder.path / EXPORT,
                 parts.data.eval[:8]["prompt"],
+                card=card_for_export(parts.trainer.card, self.folder) if parts.trainer.card else None,
+                chat_template_kwargs=self.run.model.chat_template_kwargs,
+                tell=lambda line: self.screen.print(line, markup=False),
             )
+            places |= {name: one.url or one.folder for name, one in exported.items() if one.error is None}
+            note_exports(self.folder, exported)
         self.folder.finish(status, step=step)
         places |= {"status": status, "log": self.logger.location}
         if status == "interrupted":
             again = resume_command(self.run, self.folder.path)
             self.screen.print(f"interrupted at step {step}; continue with: {again}", markup=False)
         self.screen.print(console.where_table(places))
+        for name, one in exported.items():
+            if one.error is not None:
+                self.screen.print(f"not exported: {one.error}", markup=False)
+                self.screen.print(f"  again: {export_command(self.folder.path, name)}", markup=False)
 
     def end_early(self, end: EarlyEnd) -> None:
         # A new run that is refused before it has begun (no such model, a malformed file) leaves no folder.

@@ -93,6 +93,7 @@ class Gguf(Format):
     def write(self, trained: "TransformersModel", folder: Path) -> None:
         import torch
 
+        from selfdistill.models.export.folder import base_location
         from selfdistill.models.export.gguf_tokenizer import prepare_tokenizer
         from selfdistill.models.export.merge import write_merged
         from selfdistill.models.export.modelfile import modelfile
@@ -102,7 +103,7 @@ class Gguf(Format):
             merged = Path(temporary) / "merged"
             merged.mkdir()
             write_merged(trained, merged, torch.float32)
-            guess = prepare_tokenizer(merged)
+            guess = prepare_tokenizer(merged, base_location(trained.base))
             first = folder / MODEL if kind.direct else Path(temporary) / "f16.gguf"
             trained.tell(f"converting to GGUF, {self.type if kind.direct else 'f16'}")
             self._convert(tools, merged, first, self.type if kind.direct else "f16", guess)

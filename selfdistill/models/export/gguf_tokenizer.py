@@ -1,8 +1,11 @@
 """Makes a tokenizer such that llama.cpp's converter understands it, where it is of a kind that llama.cpp lacks."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
 
 from selfdistill.models.export import ExportError
 
@@ -16,12 +19,16 @@ PATTERNS = {
         "qwen2"
     ),
 }
+SENTENCEPIECE = "tokenizer.model"
 EVERY_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
 
 
-def prepare_tokenizer(folder: Path) -> str | None:
-    """Rewrites the tokenizer in this folder where llama.cpp has none of its kind.
+def prepare_tokenizer(folder: Path, base: str) -> str | None:
+    """Completes the tokenizer in this folder for the converter, and rewrites it where llama.cpp has none of its kind.
+
+    Args:
+        base: folder or hub name of the base model, whose SentencePiece file transformers doesn't save again.
 
     Returns:
         llama.cpp's name for its pre-tokenizer where it is known to be this one, whatever the converter's hash says;
@@ -30,6 +37,9 @@ def prepare_tokenizer(folder: Path) -> str | None:
     Raises:
         ExportError: a tokenizer that llama.cpp has nothing for.
     """
+    if (original := _sentencepiece(base)) is not None:
+        shutil.copy(original, folder / SENTENCEPIECE)
+        return None
     file = folder / "tokenizer.json"
     if not file.is_file():
         return None
@@ -47,6 +57,14 @@ def prepare_tokenizer(folder: Path) -> str | None:
     patterns = [part for part in _parts(tokenizer.get("pre_tokenizer")) if part.get("type") == "Split"]
     names = [PATTERNS.get(part.get("pattern", {}).get("Regex")) for part in patterns]
     return names[0] if len(names) == 1 else None
+
+
+def _sentencepiece(base: str) -> Path | None:
+    if not base or Path(base).is_dir():
+        local = Path(base) / SENTENCEPIECE
+        return local if base and local.is_file() else None
+    cached = try_to_load_from_cache(base, SENTENCEPIECE)
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def _parts(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:

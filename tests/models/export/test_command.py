@@ -173,8 +173,8 @@ def test_a_broken_summary_and_missing_weights_are_named(run_folder):
         (["run={tmp}/none", "export=lora"], "there is no such folder"),
         (["run={tmp}", "export=lora"], "is no run's folder: config.yaml and summary.json are missing"),
         (["run={tmp}", "export=merged_16"], "export=merged_16: there is no such choice; did you mean merged_16bit?"),
-        (["run={tmp}", "export=zip"], "export=zip: there is no such choice; known here: lora, merged_16bit"),
-        (["run={tmp}", "export=none"], "export= is missing: write export=FORMAT, FORMAT one of lora, merged_16bit."),
+        (["run={tmp}", "export=zip"], "export=zip: there is no such choice; known here: gguf, lora, merged_16bit, merged_4bit"),
+        (["run={tmp}", "export=none"], "export= is missing: write export=FORMAT, FORMAT one of gguf, lora, merged_16bit, merged_4bit."),
         (["run={tmp}"], "export= is missing"),
         (["export=lora"], "run is missing"),
         (["run={tmp}", "export=lora", "exprot.dtype=float16"], "exprot.dtype is not a key"),
@@ -182,6 +182,9 @@ def test_a_broken_summary_and_missing_weights_are_named(run_folder):
         (["run={tmp}", "export=merged_16bit", "export.dtyp=float16"], "export.dtyp is not a key: did you mean dtype?"),
         (["run={tmp}", "export=lora", "force=maybe"], "force: Value 'maybe'"),
         (["run={tmp}", "export=lora", "--fast"], "--fast is not a flag"),
+        (["run={tmp}", "export=lora,gguf"], "for one list write export=[lora,gguf]"),
+        (["run={tmp}", "export=[lora,zip]"], "export=zip: there is no such choice"),
+        (["run={tmp}", "export=lora", "export.type=q8_0"], "export.type is not a key"),
         (["run={tmp}", "export=lora,merged_16bit", "-m"], "--multirun is for selfdistill.train alone"),
     ],
 )
@@ -194,7 +197,7 @@ def test_a_wrong_command_gets_one_message_and_code_2(tmp_path, arguments, messag
 
 def test_an_export_that_is_not_trusted_is_refused(run_folder, adapted, models):
     save_adapter(adapted, run_folder / "model")
-    outcome = exported(run_folder, "export=lora", "export._target_=os.system", code=2)
+    outcome = exported(run_folder, "export=lora", "export.formats.lora._target_=os.system", code=2)
     assert "trusted_prefixes=[os]" in outcome.err
     assert models == []
 

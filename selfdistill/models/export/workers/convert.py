@@ -12,10 +12,10 @@ import convert_hf_to_gguf as converter  # noqa: E402
 
 try:
     from conversion.base import TextModel
-except ImportError:  # releases before 2026 are one file
+except ImportError:  # older releases are one file
     TextModel = converter.TextModel
 
-known = TextModel.get_vocab_base_pre
+known, sentencepiece = TextModel.get_vocab_base_pre, TextModel._create_vocab_sentencepiece
 
 
 def named(self, tokenizer):
@@ -27,6 +27,13 @@ def named(self, tokenizer):
         return name
 
 
-TextModel.get_vocab_base_pre = named
+def only_where_needed(self):
+    # The converter imports the package sentencepiece before it looks whether the model has such a tokenizer.
+    if not (self.dir_model / "tokenizer.model").is_file():
+        raise FileNotFoundError(self.dir_model / "tokenizer.model")
+    return sentencepiece(self)
+
+
+TextModel.get_vocab_base_pre, TextModel._create_vocab_sentencepiece = named, only_where_needed
 sys.argv = ["convert_hf_to_gguf.py", *arguments]
 converter.main()
