@@ -7,7 +7,7 @@ configuration looks at the classes before torch loads.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -43,7 +43,7 @@ class Format(ABC):
     name: ClassVar[str]
     needs_adapter: ClassVar[bool] = False
 
-    limit: float | None = None
+    limit: float | None = field(default=None, kw_only=True)
 
     def missing(self) -> str | None:
         """What is not installed here and how to install it, in a sentence; None where nothing is missing."""
@@ -147,7 +147,7 @@ class Exports:
     ) -> None:
         self.formats: dict[str, Format] = dict(formats)
         self.push_to, self.private = push_to, private
-        known = {field.name for format_ in self.formats.values() for field in fields(format_)}
+        known = {known.name for format_ in self.formats.values() for known in fields(format_)}
         for key in settings:
             if key not in known:
                 raise UserError(f"export.{key} is not a key: {closest(key, known | {'push_to', 'private', 'limit'})}")

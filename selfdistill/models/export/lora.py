@@ -47,9 +47,11 @@ class Lora(Format):
         return replace(card, notes=notes, usage=usage)
 
     def verify(self, trained: "TransformersModel", folder: Path, prompts: Sequence[Prompt] = ()) -> "Verification":
+        import peft
         from peft import PeftModel, get_peft_model_state_dict
 
         from selfdistill.models.export.verify import compare, load, loaded, same_tensors
+        from selfdistill.models.export.vllm_check import check_with_vllm
 
         config = json.loads((folder / "adapter_config.json").read_text())
         base = load(
@@ -65,4 +67,17 @@ class Lora(Format):
         ours = get_peft_model_state_dict(trained.model, adapter_name=adapter, save_embedding_layers=False)
         theirs = get_peft_model_state_dict(written, save_embedding_layers=False)
         equal = same_tensors(ours.items(), theirs)
-        return compare(trained, loaded(written, folder, trained), folder, prompts, weights_equal=equal, limit=self.limit)
+        where, rank = config["base_model_name_or_path"], int(config.get("r") or 16)
+        notes = [] if trained.quantization is not None else check_with_vllm(
+            trained, folder, prompts, base=where, rank=rank, limit=self.limit
+        )
+        return compare(
+            trained,
+            loaded(written, folder, trained),
+            folder,
+            prompts,
+            weights_equal=equal,
+            consumer=f"PEFT {peft.__version__}",
+            limit=self.limit,
+            notes=notes,
+        )

@@ -45,10 +45,17 @@ class Merged16bit(Format):
     def verify(self, trained: "TransformersModel", folder: Path, prompts: Sequence[Prompt] = ()) -> "Verification":
         from selfdistill.models.export.merge import merged_tensors
         from selfdistill.models.export.verify import compare, load, loaded, roomy_device, same_tensors
+        from selfdistill.models.export.vllm_check import check_with_vllm
 
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         written = load(folder, trained, dtype="auto", device_map={"": roomy_device(trained.base.device, size)})
         equal = same_tensors(merged_tensors(trained.base, written.dtype), written.state_dict())
         return compare(
-            trained, loaded(written, folder, trained), folder, prompts, weights_equal=equal, limit=self.limit
+            trained,
+            loaded(written, folder, trained),
+            folder,
+            prompts,
+            weights_equal=equal,
+            limit=self.limit,
+            notes=check_with_vllm(trained, folder, prompts, limit=self.limit),
         )

@@ -352,6 +352,25 @@ def compare(
     return result
 
 
+@dataclass(frozen=True)
+class Likeness:
+    """How alike two models answer; see `Verification` for the fields."""
+
+    prompts: int
+    greedy_equal: int
+    max_logprob_difference: float
+
+
+def answers_alike(trained: TransformersModel, written: AnsweringModel, prompts: Sequence[Prompt]) -> Likeness:
+    """Greedy answers to the prompts, and the log-probabilities of their tokens, of both models."""
+    ids = [trained.encode(prompt) for prompt in compared_prompts(trained, prompts)]
+    answers = trained.answers(ids)
+    sequences = [prompt + answer for prompt, answer in zip(ids, answers, strict=True)]
+    differences = trained.scores(sequences).logps - written.scores(sequences).logps
+    greedy_equal = sum(a == b for a, b in zip(answers, written.answers(ids), strict=True))
+    return Likeness(len(ids), greedy_equal, _largest_in_answers(differences, sequences, answers))
+
+
 def compared_prompts(trained: TransformersModel, prompts: Sequence[Prompt]) -> list[Prompt]:
     """The first eight of these prompts; without any, three general ones."""
     if prompts:
