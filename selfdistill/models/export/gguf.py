@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 MODEL = "model.gguf"
 MODELFILE = "Modelfile"
 WORKERS = Path(__file__).parent / "workers"
-CONTEXT_TOKENS = 4096  # of the comparison, at most
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Type:
     direct: bool = False
 
 
-# The types that llama.cpp writes without an importance matrix. Seen on the embedded model, widened to 256: docs/EXPORT.md.
+# The types that llama.cpp writes without an importance matrix; docs/EXPORT.md has differences that were measured.
 TYPES = {
     "f32": Type(0, 0.01, direct=True),
     "f16": Type(1, 0.01, direct=True),
@@ -88,7 +87,7 @@ class Gguf(Format):
             raise UserError(f"export.type={self.type}: write one of {', '.join(TYPES)}.")
 
     def missing(self) -> str | None:
-        return find(self.llama_cpp).lacks(quantises=not TYPES[self.type].direct)
+        return find(self.llama_cpp).lacks()
 
     def write(self, trained: "TransformersModel", folder: Path) -> None:
         import torch
@@ -126,14 +125,14 @@ class Gguf(Format):
 
         tools, limit = find(self.llama_cpp), self.limit or TYPES[self.type].limit
         longest = max(len(trained.encode(prompt)) for prompt in compared_prompts(trained, prompts)) + 64
-        if tools.python is not None:
-            settings = {"model": str(folder / MODEL), "context_tokens": min(max(512, longest), CONTEXT_TOKENS)}
-            script, python = "llama_cpp_python", tools.python
-        else:
-            settings = {"model": str(folder / MODEL), "context_tokens": max(512, longest), "server": tools.server}
-            script, python = "llama_server", sys.executable
-        kwargs = trained.chat_template_kwargs
-        with Program(script, settings, dtype=self.type, python=python, chat_template_kwargs=kwargs) as written:
+        settings = {"model": str(folder / MODEL), "context_tokens": max(512, longest)}
+        with Program(
+            "llama_cpp_python",
+            settings,
+            dtype=self.type,
+            python=tools.python or sys.executable,
+            chat_template_kwargs=trained.chat_template_kwargs,
+        ) as written:
             notes = compare_modelfile(trained, written, folder / MODELFILE, prompts)
             return compare(
                 trained,
@@ -155,10 +154,11 @@ class Gguf(Format):
             raise ExportError(f"llama.cpp's converter wrote no {out.name}")
 
     def _quantise(self, tools: LlamaCpp, source: Path, out: Path) -> None:
-        if tools.python is not None:
-            command = [tools.python, str(WORKERS / "quantise.py"), str(source), str(out), str(TYPES[self.type].number)]
+        if tools.quantise is not None:
+            command = [tools.quantise, str(source), str(out), self.type.upper()]
         else:
-            command = [str(tools.quantise), str(source), str(out), self.type.upper()]
+            python, number = tools.python or sys.executable, str(TYPES[self.type].number)
+            command = [python, str(WORKERS / "quantise.py"), str(source), str(out), number]
         _run(command, "quantisation")
 
 

@@ -1,8 +1,8 @@
-"""Finds llama.cpp: its converter, something that quantises, something that loads the result. No heavy imports.
+"""Finds llama.cpp: its converter, what quantises, and what loads the result. No heavy imports.
 
 Looked through in this order: a folder that is given, the PATH, and the Python environment (the extra `gguf`). A folder
-may be a checkout of llama.cpp, with what was built in `build/bin`, or a Python environment made by `make gguf`. The
-wheel of llama-cpp-python lacks the converter, its source archive has it:
+may be a checkout of llama.cpp, with what was built in `build/bin`, or a Python environment made by `make gguf`.
+llama-cpp-python loads what was written, in the folder's environment or in this one. The wheel of llama-cpp-python lacks the converter, its source archive has it:
 
     python -m selfdistill.models.export.llama_cpp FOLDER
 
@@ -28,9 +28,8 @@ PACKAGE = "llama-cpp-python"
 SHARE = Path("share") / "llama.cpp"  # of a Python environment
 KEPT = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/", "LICENSE")
 INSTALL = (
-    "run `make gguf` and write export.llama_cpp=.venv-gguf, or `pip install 'selfdistill[gguf]'` and then "
-    "`python -m selfdistill.models.export.llama_cpp`, or write export.llama_cpp=FOLDER for a checkout of llama.cpp "
-    "that was built."
+    "run `make gguf` and write export.llama_cpp=.venv-gguf, or `pip install 'selfdistill[gguf]'`, and then "
+    "`python -m selfdistill.models.export.llama_cpp` or export.llama_cpp=FOLDER with a checkout of llama.cpp."
 )
 
 
@@ -40,24 +39,20 @@ class LlamaCpp:
 
     Attributes:
         converter: the folder with convert_hf_to_gguf.py.
-        python: an interpreter that has llama-cpp-python; it quantises and loads.
-        quantise: the program llama-quantize.
-        server: the program llama-server, which loads where there is no such interpreter.
+        python: an interpreter that has llama-cpp-python; it loads the result, and quantises.
+        quantise: the program llama-quantize, which quantises where it is found.
     """
 
     converter: Path | None
     python: str | None
     quantise: str | None
-    server: str | None
 
-    def lacks(self, quantises: bool) -> str | None:
+    def lacks(self) -> str | None:
         """What is missing for an export, in a sentence; None where all is there."""
         found = {
             f"its converter ({CONVERTER})": self.converter,
-            "something that loads the result (llama-cpp-python or llama-server)": self.python or self.server,
+            "llama-cpp-python, which loads the result": self.python,
         }
-        if quantises:
-            found["something that quantises (llama-cpp-python or llama-quantize)"] = self.python or self.quantise
         missing = [name for name, place in found.items() if place is None]
         return f"of llama.cpp, {' and '.join(missing)} cannot be found: {INSTALL}" if missing else None
 
@@ -74,11 +69,11 @@ def find(folder: str | None = None) -> LlamaCpp:
             raise UserError(f"export.llama_cpp={folder}: there is no such folder.")
         places = [root, root / "bin", root / "build" / "bin"]
         converters = [root, root / "bin", root / SHARE]
+        pythons = [str(root / "bin" / "python"), sys.executable]
         return LlamaCpp(
             next((place for place in converters if (place / CONVERTER).is_file()), None),
-            python=next((str(p) for p in [root / "bin" / "python"] if p.is_file() and _has_package(str(p))), None),
+            python=next((python for python in pythons if Path(python).is_file() and _has_package(python)), None),
             quantise=shutil.which("llama-quantize", path=os.pathsep.join(map(str, places))),
-            server=shutil.which("llama-server", path=os.pathsep.join(map(str, places))),
         )
     on_path = shutil.which(CONVERTER)
     converters = [Path(on_path).resolve().parent] if on_path else []
@@ -87,7 +82,6 @@ def find(folder: str | None = None) -> LlamaCpp:
         next((place for place in converters if (place / CONVERTER).is_file()), None),
         python=sys.executable if _has_package(sys.executable) else None,
         quantise=shutil.which("llama-quantize"),
-        server=shutil.which("llama-server"),
     )
 
 

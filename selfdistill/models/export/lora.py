@@ -68,8 +68,10 @@ class Lora(Format):
         theirs = get_peft_model_state_dict(written, save_embedding_layers=False)
         equal = same_tensors(ours.items(), theirs)
         where, rank = config["base_model_name_or_path"], int(config.get("r") or 16)
-        notes = [] if trained.quantization is not None else check_with_vllm(
-            trained, folder, prompts, base=where, rank=rank, limit=self.limit
+        notes = (
+            []
+            if trained.quantization is not None
+            else check_with_vllm(trained, folder, prompts, base=where, rank=rank, limit=self.limit)
         )
         return compare(
             trained,

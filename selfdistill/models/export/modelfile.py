@@ -57,7 +57,12 @@ class Turns:
     @property
     def texts(self) -> list[str]:
         """Everything that it writes by itself."""
-        return [self.head, self.answer, self.default_system or "", *(text for pair in self.around.values() for text in pair)]
+        return [
+            self.head,
+            self.answer,
+            self.default_system or "",
+            *(text for pair in self.around.values() for text in pair),
+        ]
 
 
 def render_go(template: str, messages: Sequence[Message]) -> str:
@@ -140,9 +145,7 @@ def _rendered(trained: TransformersModel, turns: Sequence[tuple[str, str]], aski
 
 def _text(trained: TransformersModel, messages: Sequence[Message], asking: bool = True) -> str:
     kwargs: dict[str, Any] = dict(trained.chat_template_kwargs)
-    text = trained.tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=asking, **kwargs
-    )
+    text = trained.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=asking, **kwargs)
     return str(text)
 
 

@@ -82,17 +82,17 @@ def test_nf4_of_both_paths_of_bitsandbytes(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_llama_cpp_is_found_in_a_folder_and_on_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("selfdistill.models.export.llama_cpp._has_package", lambda python: False)
     nothing = find(str(tmp_path))
-    assert (nothing.converter, nothing.python, nothing.quantise, nothing.server) == (None, None, None, None)
-    assert "its converter (convert_hf_to_gguf.py)" in (nothing.lacks(quantises=False) or "")
+    assert (nothing.converter, nothing.python, nothing.quantise) == (None, None, None)
+    assert "its converter (convert_hf_to_gguf.py)" in (nothing.lacks() or "")
     (tmp_path / "build" / "bin").mkdir(parents=True)
     (tmp_path / "convert_hf_to_gguf.py").touch(mode=0o755)
-    for name in ("llama-quantize", "llama-server"):
-        (tmp_path / "build" / "bin" / name).touch(mode=0o755)
+    (tmp_path / "build" / "bin" / "llama-quantize").touch(mode=0o755)
     found = find(str(tmp_path))
     assert found.converter == tmp_path
-    assert found.server == str(tmp_path / "build" / "bin" / "llama-server")
-    assert found.lacks(quantises=True) is None
+    assert found.quantise == str(tmp_path / "build" / "bin" / "llama-quantize")
+    assert (found.lacks() or "").startswith("of llama.cpp, llama-cpp-python, which loads the result cannot be found")
     monkeypatch.setenv("PATH", f"{tmp_path}:{tmp_path / 'build' / 'bin'}")
     monkeypatch.setattr(sys, "prefix", str(tmp_path / "nowhere"))
     assert find().converter == tmp_path.resolve()

@@ -105,6 +105,4 @@ class Program(AnsweringModel):
         found = [self.ask("score", ids=ids, tail=min(POSITIONS, len(ids) - 1)) for ids in sequences]
         logps: Sequence[float | None] = [logp for one in found for logp in one["logps"]]
         likeliest = [token for one in found for token in one["likeliest"]]
-        return Scores(
-            torch.tensor([float("nan") if logp is None else logp for logp in logps]), torch.tensor(likeliest)
-        )
+        return Scores(torch.tensor([float("nan") if logp is None else logp for logp in logps]), torch.tensor(likeliest))
