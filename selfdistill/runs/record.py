@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 from selfdistill.config import Run
 from selfdistill.config.permissions import resume_command
 from selfdistill.evaluation.evaluator import Item
-from selfdistill.rollout import Rollouts
 from selfdistill.models.export import Exported
+from selfdistill.rollout import Rollouts
 from selfdistill.runs import console
 from selfdistill.runs.callbacks import CompletionsCallback, MonitorCallback, ProgressCallback, RecordCallback
 from selfdistill.runs.cards import card_for_export

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import selfdistill.models.export.folder
 from selfdistill.config.targets import make
 from selfdistill.errors import UserError
-from selfdistill.models.export import ExportError, Exports, Format
+from selfdistill.models.export import ExportError, Format
 from selfdistill.models.export.gguf import Gguf
 from selfdistill.models.export.lora import Lora
 from selfdistill.models.export.merge import merged_tensors
