@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[2]
 FOLDER = Path(os.environ.get("SELFDISTILL_GGUF", ROOT / ".venv-gguf"))
 LACKS = find(str(FOLDER)).lacks() if FOLDER.is_dir() else "there is no such folder"
 MISSING = (
-    f"NO llama.cpp IN {FOLDER}: {LACKS}. Nothing in tests/gguf ran. `make gguf` builds it, or set SELFDISTILL_GGUF to a "
-    "folder that has it."
+    f"NO llama.cpp IN {FOLDER}: {LACKS}. Nothing in tests/gguf ran. `make gguf` builds it, or set SELFDISTILL_GGUF "
+    "to a folder that has it."
 )
 
 

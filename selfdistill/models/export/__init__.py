@@ -51,7 +51,7 @@ class Format(ABC):
 
     @abstractmethod
     def write(self, trained: "TransformersModel", folder: Path) -> None:
-        """Write every file of the export but its page to `folder`, which is empty; the model in memory stays as it is."""
+        """Write every file but the page to `folder`, which is empty; the model in memory stays as it is."""
 
     @abstractmethod
     def verify(self, trained: "TransformersModel", folder: Path, prompts: Sequence[Prompt] = ()) -> "Verification":

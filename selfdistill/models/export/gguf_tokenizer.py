@@ -89,7 +89,8 @@ def by_bytes(tokenizer: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str,
             merges += [(spelled[:end], spelled[end]) for end in range(1, len(spelled))]
     model = {
         "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-        "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "vocab": vocabulary, "merges": [],
+        "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+        "vocab": vocabulary, "merges": [],
     }  # fmt: skip
     # llama.cpp refuses a file without merges; this one is of bytes that no text in UTF-8 has.
     merges = merges or [("ÿ", "ÿ")]

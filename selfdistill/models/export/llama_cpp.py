@@ -2,7 +2,8 @@
 
 Looked through in this order: a folder that is given, the PATH, and the Python environment (the extra `gguf`). A folder
 may be a checkout of llama.cpp, with what was built in `build/bin`, or a Python environment made by `make gguf`.
-llama-cpp-python loads what was written, in the folder's environment or in this one. The wheel of llama-cpp-python lacks the converter, its source archive has it:
+llama-cpp-python loads what was written, in the folder's environment or in this one. Its wheel lacks the converter, its
+source archive has it:
 
     python -m selfdistill.models.export.llama_cpp FOLDER
 

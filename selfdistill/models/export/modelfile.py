@@ -208,7 +208,7 @@ def with_default(messages: Sequence[Message], default_system: str | None) -> lis
 
 def read_modelfile(text: str) -> tuple[str | None, str | None]:
     """TEMPLATE and SYSTEM of a Modelfile; None where it has none."""
-    found = {key: value for key, value in re.findall(r'^(TEMPLATE|SYSTEM) """(.*?)"""$', text, re.M | re.S)}
+    found = dict(re.findall(r'^(TEMPLATE|SYSTEM) """(.*?)"""$', text, re.M | re.S))
     return found.get("TEMPLATE"), found.get("SYSTEM")
 
 
