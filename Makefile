@@ -1,6 +1,7 @@
 # make demo   own environment, then a model that learns: SDPO on the embedded one
 # make test   own environment, then the tests
 # make test-long   the tests marked long, and those against a real vLLM and llama.cpp where `make vllm` and `make gguf` were run
+# make torture   kills, signals, full disks, damage and hostile input; writes the tables of docs/ROBUSTNESS.md
 # make vllm   a real vLLM for the CPU, in an environment of its own
 # make gguf   llama.cpp in an environment of its own, for export=gguf
 # make lint   style and types
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-long lint vllm gguf clean
+.PHONY: demo test test-long torture lint vllm gguf clean
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +31,9 @@ test-long: $(BIN)/.installed
 	$(BIN)/python -m pytest tests/vllm
 	$(BIN)/python -m pytest tests/gguf
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m long --ignore tests/vllm --ignore tests/gguf
+
+torture: $(BIN)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@
 --multirun, -m   one run for each combination of the values that are given with commas
 """
 
+import os
 from dataclasses import asdict
 from typing import Any
 
@@ -53,7 +54,7 @@ def run(cfg: DictConfig) -> float | None:
             return None
         with session.recorded(cfg, checked, hydra_config) as this:
             job.folder = this.folder
-            parts = build(checked, this.folder.path)
+            parts = build(checked, this.folder.path, this.at_end)
             parts.trainer.card = card = cards.card_of(asdict(checked), this.folder, len(parts.data.train))
             this.begin(parts)
             this.train(parts)
@@ -65,6 +66,7 @@ def run(cfg: DictConfig) -> float | None:
 
 
 def main() -> None:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of every process; read when torch is imported
     doors.main(CONF / "train.yaml", run, __doc__, sweeps=True)
 
 

@@ -59,4 +59,6 @@ def options(group: str) -> list[str]:
 def groups() -> list[str]:
     """Every group, nested ones with a slash."""
     found = {str(file.parent.relative_to(CONF)) for file in CONF.rglob("*.yaml")}
-    return sorted(group for group in found if group not in (".", "_commands") and not group.startswith("hydra"))
+    return sorted(
+        group for group in found if group not in (".", "_commands", "accelerate") and not group.startswith("hydra")
+    )

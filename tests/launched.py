@@ -14,7 +14,8 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,11 +49,22 @@ class Launcher:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
-    def __call__(self, arguments: Sequence[str], folder: Path, processes: int = 2, incident: str = "") -> Launch:
+    def __call__(
+        self,
+        arguments: Sequence[str],
+        folder: Path,
+        processes: int = 2,
+        incident: str = "",
+        environment: Mapping[str, str] | None = None,
+        program: str = PROGRAM,
+    ) -> Launch:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         folder.mkdir(exist_ok=True)
-        request = {"arguments": list(arguments), "folder": str(folder), "processes": processes, "incident": incident}
+        request = {
+            "arguments": list(arguments), "folder": str(folder), "processes": processes, "incident": incident,
+            "environment": dict(environment or {}), "program": program,
+        }  # fmt: skip
         print(json.dumps(request), file=self.process.stdin, flush=True)
         code = int(self.process.stdout.readline())
         pids = [int(file.name.removeprefix("pid-")) for file in folder.glob("pid-*")]
@@ -120,7 +132,9 @@ def serve() -> None:
         print(code, file=answers, flush=True)
 
 
-def _launch(arguments: list[str], folder: str, processes: int, incident: str) -> None:
+def _launch(
+    arguments: list[str], folder: str, processes: int, incident: str, environment: Mapping[str, str], program: str
+) -> None:
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
 
@@ -131,7 +145,8 @@ def _launch(arguments: list[str], folder: str, processes: int, incident: str) ->
     for file in Path().glob("pid-*"):
         file.unlink()
     os.environ[INCIDENT] = incident
-    command = ["-m", PROGRAM, *arguments]
+    os.environ.update(environment)
+    command = ["-m", program, *arguments]
     if processes == 1:
         _work(command, {})
         return
@@ -159,8 +174,12 @@ def _work(command: Sequence[str], environment: Mapping[str, str]) -> None:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     Path(f"pid-{os.getpid()}").touch()
     _same_draws_in_any_process()
-    sys.argv = [PROGRAM, *command[2:]]
-    runpy.run_module(PROGRAM, run_name="__main__", alter_sys=True)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and "FSDP_AS_IT_IS" not in os.environ:
+        _fsdp_on_a_cpu()
+    program = command[1]
+    sys.argv = [program, *command[2:]]
+    with _counted_passes() if "COUNT_PASSES" in os.environ else nullcontext():
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
 
 
 def _same_draws_in_any_process() -> None:
@@ -187,6 +206,39 @@ def _same_draws_in_any_process() -> None:
 
     SelfDistillTrainer._generate_single_turn = counted  # type: ignore[method-assign]
     torch.multinomial = multinomial  # type: ignore[assignment]
+
+
+@contextmanager
+def _counted_passes() -> Iterator[None]:
+    """Leaves the number of passes that this process made through language models in a file of its own."""
+    from torch.nn.modules.module import register_module_forward_pre_hook
+    from transformers import GenerationMixin
+
+    passes = 0
+
+    def count(module: object, _: object) -> None:
+        nonlocal passes
+        passes += isinstance(module, GenerationMixin)
+
+    with register_module_forward_pre_hook(count):
+        yield
+    Path(f"passes-{os.environ['RANK']}").write_text(str(passes))
+
+
+def _fsdp_on_a_cpu() -> None:
+    """Lets accelerate use FSDP on a CPU, where torch has it and accelerate knows data parallelism alone."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    initialise = AcceleratorState.__init__
+
+    def sharding(state: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        initialise(state, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and state.distributed_type != DistributedType.FSDP:
+            state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            state.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = sharding  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -145,6 +145,16 @@ COMPOSITION = [
     ("policy_weight=0.5", ["policy_weight is set but nothing reads it"]),
     (f"{TAUGHT} policy_weight=0.5", ["policy_weight is set but nothing reads it", "there is no reward"]),
     (f"{TAUGHT} distillation.signal=advantage alpha=0.5", ["alpha is set but nothing reads it", "signal=advantage"]),
+    (f"{TAUGHT} distillation.signal=advantage distillation.is_clip=3", ["distillation.is_clip", "signal=advantage"]),
+    (
+        f"{TAUGHT} distillation.signal=advantage distillation.aggregation=token_mean",
+        ["distillation.aggregation is set"],
+    ),
+    (f"{TAUGHT} distillation.signal=advantage distillation.temperature=2", ["distillation.temperature is set"]),
+    (
+        f"{TAUGHT} distillation.signal=advantage distillation.count_inactive_rows=false",
+        ["distillation.count_inactive_rows is set"],
+    ),
     (f"{TAUGHT} distillation.tail=false", ["distillation.tail is set but nothing reads it", "distillation.top_k"]),
     ("model.lora.r=8", ["model.lora.r is set but nothing reads it", "model.tuning=lora"]),
     ("hardware.vllm.standby=true", ["hardware.vllm.standby is set but nothing reads it", "hardware.vllm.mode is null"]),

@@ -27,8 +27,9 @@ METHODS = {
 ROWS = {"grpo": 16, "sdft": 16, "sdpo_feedback": 24}  # completions a step
 # Names of metrics.jsonl that are taken over all processes; those that a run does not have are left out.
 GATHERED = (
-    "loss", "grad_norm", "reward", "reward_std", "kl", "num_tokens", "completions/mean_length",
-    "completions/clipped_ratio", "eval/accuracy", "eval/retention", "eval/forgetting", "entropy", "distill/divergence",
+    "loss", "monitor/grad_norm", "reward", "reward_std", "kl", "num_tokens", "tokens/generated",
+    "completions/clipped_ratio", "eval/accuracy", "eval/retention", "eval/forgetting", "monitor/entropy",
+    "distill/divergence",
     "distill/active_fraction", "monitor/repetition", "monitor/distinct_2", "monitor/length_tokens",
     "monitor/reward_spread",
 )  # fmt: skip
@@ -86,19 +87,19 @@ def assert_gone(pids: Sequence[int]) -> None:
             os.kill(pid, 0)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [pytest.param(m, marks=() if m == "sdft" else pytest.mark.long) for m in METHODS])
 def test_two_processes_give_the_numbers_of_one(method: str, trained: Callable[[str, int], tuple[Launch, Path]]) -> None:
     (_, one), (_, two) = trained(method, 1), trained(method, 2)
     expected, found = gathered(one), gathered(two)
     assert [line["step"] for line in found] == [line["step"] for line in expected] == [0, 1, 2, 3]
-    assert all(line["grad_norm"] > 0.1 for line in expected[1:])
+    assert all(line["monitor/grad_norm"] > 0.1 for line in expected[1:])
     for ours, theirs in zip(found, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
     ours, theirs = load_file(two / "model" / "model.safetensors"), load_file(one / "model" / "model.safetensors")
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [pytest.param(m, marks=() if m == "sdft" else pytest.mark.long) for m in METHODS])
 def test_two_processes_leave_one_record(method: str, trained: Callable[[str, int], tuple[Launch, Path]]) -> None:
     done, run = trained(method, 2)
     lines = [line.strip() for line in done.terminal.splitlines()]
@@ -112,6 +113,7 @@ def test_two_processes_leave_one_record(method: str, trained: Callable[[str, int
     assert_gone(done.pids)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("target", ["the launcher", "a process"])
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 def test_a_signal_ends_all_and_the_run_is_resumed(
@@ -136,6 +138,7 @@ def test_a_signal_ends_all_and_the_run_is_resumed(
     assert len(list((tmp_path / "outputs").iterdir())) == 1
 
 
+@pytest.mark.long
 def test_a_run_is_resumed_with_as_many_processes(
     launch: Launcher, trained: Callable[[str, int], tuple[Launch, Path]], tmp_path: Path
 ) -> None:
@@ -171,3 +174,27 @@ def test_a_refused_run_leaves_nothing(launch: Launcher, tmp_path: Path) -> None:
     assert_gone(done.pids)
     assert not (tmp_path / "outputs").exists()
     assert done.terminal.count("selfdistill: ") == 1, done.terminal
+
+
+def test_several_processes_sweep_nothing(launch: Launcher, tmp_path: Path) -> None:
+    done = launch([*overrides("grpo"), "--multirun", "seed=1,2"], tmp_path)
+    assert done.code != 0
+    assert_gone(done.pids)
+    assert done.terminal.count("selfdistill: --multirun is for one process") == 1, done.terminal
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.long
+def test_a_model_in_memory_is_the_reference_of_every_process(launch: Launcher, tmp_path: Path) -> None:
+    """transformers lets the main process alone write the model, which all then load."""
+    done = launch([], tmp_path, program="tests.in_memory")
+    assert done.code == 0, done.terminal
+    assert "find_unused_parameters" not in done.terminal
+
+
+@pytest.mark.long
+def test_the_others_wait_for_the_main_process_longer_than_a_collective_operation(
+    launch: Launcher, tmp_path: Path
+) -> None:
+    done = launch([], tmp_path, program="tests.late")
+    assert (done.code, done.terminal.count("over")) == (0, 2), done.terminal

@@ -9,6 +9,7 @@ import runpy
 import shlex
 import sys
 import tomllib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,11 @@ from typing import Any
 
 import pytest
 
-from selfdistill import doctor, export, generate_data
+from selfdistill import compare, doctor, export, generate_data, workspace
+from selfdistill.comparison import charts
 from selfdistill.models.loading import load_model, resolve
 from tests.command import command
+from tests.comparison.synthetic import write_sweep
 from tests.teachers.server.stub_server import StubServer
 
 ROOT = Path(__file__).parents[1]
@@ -97,7 +100,8 @@ def _write(messages: list[dict[str, str]], sample: int) -> str:
 
 
 def _train(line: str, place: Place) -> None:
-    words = place.words(line.replace("data/generated/", "written/"))  # another command writes these
+    # Another command writes the data; the jobs of one seed are those of the others.
+    words = place.words(line.replace("data/generated/", "written/").replace("seed=1,2,3", "seed=1"))
     door = "selfdistill.train" if "python" in words else "train"
     outcome = command([*words[words.index(door) + 1 :], "check=true"], place.folder)
     assert (outcome.code, outcome.left) == (0, set()), outcome.err
@@ -113,6 +117,29 @@ def _export(line: str, place: Place) -> None:
     outcome = command(place.words(line)[3:], place.folder, export)
     assert outcome.code == 0, outcome.err
     assert '"verdict": "equal"' in outcome.out
+
+
+def _compare(line: str, place: Place) -> None:
+    """On a sweep that is made up; one of the pages' own takes minutes."""
+    for sweep in ("multirun/SWEEP", "sdpo_grid"):
+        if not (place.folder / "outputs" / sweep).exists():
+            write_sweep(place.folder / "outputs" / sweep, [{"alpha": 0}, {"alpha": 1}], (1, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(charts, "charts", lambda comparison: iter(()))  # pictures take seconds
+        outcome = command(place.words(line)[3:], place.folder, compare)
+    assert outcome.code == 0, outcome.err
+    assert "Highest" in outcome.out
+
+
+def _workspace(line: str, place: Place) -> None:
+    """Without an account it writes what it would send."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # wandb-workspaces still uses pydantic's old names
+        patch.delenv("WANDB_API_KEY", raising=False)
+        patch.setenv("NETRC", str(place.folder / "no-netrc"))
+        outcome = command(place.words(line)[3:], place.folder, workspace)
+    assert outcome.code == 0, outcome.err
+    assert any(name.startswith("outputs/workspace-") for name in outcome.left)
 
 
 def _generate(line: str, place: Place) -> None:
@@ -146,6 +173,8 @@ def _make(line: str, place: Place) -> None:
 
 
 def _pip(line: str, place: Place) -> None:
+    if line == "pip install deepspeed":  # works beside what the project needs; no extra of its own
+        return
     wanted = re.fullmatch(r"\.(?:\[(\w+)\])?", place.words(line)[2])
     assert wanted
     assert wanted[1] is None or wanted[1] in PROJECT["optional-dependencies"]
@@ -164,8 +193,27 @@ def _vllm(line: str, place: Place) -> None:
 
 
 def _launch(line: str, place: Place) -> None:
-    """The command itself runs in test_processes, as torchrun's own code starts it."""
-    assert place.words(line)[-3:] == ["-m", "selfdistill.train", "…"]
+    """The launcher knows its options, and the run passes its checks; test_processes and test_sharding start some."""
+    words = [word for word in place.words(line) if not re.match(r"[A-Z_]+=\d+$", word)]
+    at = words.index("-m")
+    assert words[at : at + 2] == ["-m", "selfdistill.train"]
+    if words[0] == "torchrun":
+        from torch.distributed.run import parse_args
+
+        assert parse_args(words[1:]).training_script == "selfdistill.train"
+    else:
+        from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+        files = [str(ROOT / word) if word.endswith(".yaml") else word for word in words[2:]]
+        args, _, _ = _validate_launch_command(launch_command_parser().parse_args(files))
+        assert args.training_script == "selfdistill.train"
+    if words[at + 2 :] != ["…"]:
+        outcome = command([*words[at + 2 :], "check=true"], place.folder)
+        assert outcome.code == 0, outcome.err
+
+
+def _python(line: str, place: Place) -> None:
+    exec(compile(place.words(line)[2], line, "exec"), {})
 
 
 def _completion(line: str, place: Place) -> None:
@@ -181,19 +229,22 @@ RULES: list[tuple[str, Callable[[str, Place], None]]] = [
     (r"selfdistill train( |$)", _train),
     (r"python -m selfdistill\.doctor( |$)", _doctor),
     (r"python -m selfdistill\.export( |$)", _export),
+    (r"python -m selfdistill\.workspace( |$)", _workspace),
     (r"python -m selfdistill\.generate_data( |$)", _generate),
+    (r"python -m selfdistill\.compare( |$)", _compare),
     (r"([A-Z_]+=\S+ )*python \S+\.py( |$)", _script),
     (r"make \w+$", _make),
     (r"pip install \S+$", _pip),
     (r"git clone \S+ && cd \S+$", _clone),
     (r"vllm serve |.*-m vllm\.entrypoints", _vllm),
-    (r"accelerate launch -m |torchrun ", _launch),
+    (r"([A-Z_]+=\S+ )*(accelerate launch|torchrun) ", _launch),
+    (r"python -c ", _python),
     (r'eval "\$\(selfdistill ', _completion),
 ]
 
 
 def test_commands_are_found() -> None:
-    found = [line for page, line in COMMANDS if page.name == "README.md"]
+    found = [line for page, line in COMMANDS if page.name in ("README.md", "CLUSTER.md")]
     for _, rule in RULES:
         assert any(_rule(line) is rule for line in found), f"no command for {rule.__name__}: it is not needed any more"
 

@@ -20,7 +20,16 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         return set(archive.namelist())
 
 
-@pytest.mark.parametrize("pattern", ["selfdistill/**/*.py", "conf/**/*.yaml", "selfdistill/data/embedded/*.jsonl"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "selfdistill/**/*.py",
+        "selfdistill/**/*.jinja",
+        "conf/**/*.yaml",
+        "conf/**/*.sh",
+        "selfdistill/data/embedded/*.jsonl",
+    ],
+)
 def test_the_wheel_has_every_file(wheel: set[str], pattern: str) -> None:
     files = {str(file.relative_to(ROOT)) for file in ROOT.glob(pattern)}
     files = {f"selfdistill/{name}" if name.startswith("conf/") else name for name in files}  # where conf/ is installed

@@ -5,7 +5,7 @@ Keys, types, ranges, choices and combinations are judged here, before torch is i
 
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any, cast, get_type_hints
@@ -145,11 +145,34 @@ def _written(cfg: DictConfig, key: str) -> str:
 
 def _check_read(run: Run, cfg: DictConfig, overridden: set[str]) -> None:
     """Refuses a setting that was given and that nothing reads: a sweep over it would compare equal runs."""
+    for unread, reason, *keys in _unread(run, cfg):
+        given = [key for key in sorted(overridden) if _is_one_of(key, keys)]
+        if given and unread():  # the answer may take an import
+            raise UserError(f"{given[0]} is set but nothing reads it: {reason}.")
 
-    def refuse(unread: bool, reason: str, *keys: str) -> None:
-        for key in sorted(overridden) if unread else ():
-            if key in keys or key.startswith(tuple(f"{above}." for above in keys)):
-                raise UserError(f"{key} is set but nothing reads it: {reason}.")
+
+def without_unread(cfg: DictConfig, run: Run) -> DictConfig:
+    """A copy of the configuration with null for every key that nothing reads, so that the tables of runs line up."""
+    keys = [key for unread, _, *keys in _unread(run, cfg) if unread() for key in keys]
+
+    def kept(value: Any, path: str) -> Any:
+        if isinstance(value, dict) and value:
+            return {key: kept(inner, f"{path}.{key}".lstrip(".")) for key, inner in value.items()}
+        return None if _is_one_of(path, keys) else value
+
+    return OmegaConf.create(kept(OmegaConf.to_container(cfg, resolve=False), ""))
+
+
+def _is_one_of(key: str, keys: Iterable[str]) -> bool:
+    """Whether a key is one of these, or below one of them."""
+    return any(key == above or key.startswith(f"{above}.") for above in keys)
+
+
+def _unread(run: Run, cfg: DictConfig) -> Iterator[tuple[Any, ...]]:
+    """Whether nothing reads some keys (a function, since one answer takes an import), why, and these keys."""
+
+    def rule(unread: bool | Callable[[], bool], reason: str, *keys: str) -> tuple[Any, ...]:
+        return (unread if callable(unread) else lambda: unread, reason, *keys)
 
     d, vllm, untaught = run.distillation, run.hardware.vllm, run.teacher is None
     vllm_keys = [f"hardware.vllm.{field.name}" for field in fields(vllm) if field.name != "mode"]
@@ -157,28 +180,28 @@ def _check_read(run: Run, cfg: DictConfig, overridden: set[str]) -> None:
     divergence = [f"distillation.{name}" for name in sorted(names)]
     with_alpha = ["alpha", "distillation.alpha", *divergence]
     threshold_read = d.route == "failures" or _context_follows(cfg, "success_threshold")
-    # Whether the teacher is served is asked last, since the answer takes an import.
-    tail_unread = d.top_k is None and "distillation.tail" in overridden and not served(run)
 
-    refuse(untaught, "there is no teacher. Add one, e.g. teacher=demonstration", "alpha", "distillation")
-    refuse(untaught, "without a teacher there is nothing to weigh the policy gradient against", "policy_weight")
+    yield rule(untaught, "there is no teacher. Add one, e.g. teacher=demonstration", "alpha", "distillation")
+    yield rule(untaught, "without a teacher there is nothing to weigh the policy gradient against", "policy_weight")
     no_reward = "there is no reward. Choose one, e.g. reward=exact_match"
-    refuse(run.reward is None, no_reward, "policy_weight", "training.scale_rewards")
-    refuse(d.weight == 0, "distillation.weight is 0", *with_alpha)
-    for signal, keys in (("advantage", with_alpha), ("sampled_token", divergence)):
-        refuse(d.signal == signal, f"distillation.signal={signal} compares the sampled tokens alone", *keys)
-    refuse(tail_unread, "it belongs to distillation.top_k, which is null", "distillation.tail")
+    yield rule(run.reward is None, no_reward, "policy_weight", "training.scale_rewards")
+    yield rule(d.weight == 0, "distillation.weight is 0", *with_alpha)
+    of_a_loss = [f"distillation.{name}" for name in ("aggregation", "count_inactive_rows", "is_clip", "temperature")]
+    for signal, keys in (("advantage", [*with_alpha, *of_a_loss]), ("sampled_token", divergence)):
+        yield rule(d.signal == signal, f"distillation.signal={signal} compares the sampled tokens alone", *keys)
+    no_top_k = "it belongs to distillation.top_k, which is null"
+    yield rule(lambda: d.top_k is None and not served(run), no_top_k, "distillation.tail")
     readers = "it belongs to distillation.route=failures and teacher/context=feedback"
-    refuse(not threshold_read, readers, "distillation.success_threshold")
+    yield rule(not threshold_read, readers, "distillation.success_threshold")
     own_answers = run.rollout.on_policy_fraction == 1
-    refuse(own_answers, "rollout.on_policy_fraction is 1", "rollout.demonstration_field")
+    yield rule(own_answers, "rollout.on_policy_fraction is 1", "rollout.demonstration_field")
     no_adapter = "model.tuning=full has no adapter. Write model.tuning=lora"
-    refuse(run.model.tuning == "full", no_adapter, "model.lora")
+    yield rule(run.model.tuning == "full", no_adapter, "model.lora")
     epochs_decide = "epochs decides in its place. Write epochs=null"
-    refuse(run.epochs is not None, epochs_decide, "max_steps")
+    yield rule(run.epochs is not None, epochs_decide, "max_steps")
     in_its_place = "hardware.accumulation_steps decides in its place. Write hardware.accumulation_steps=null"
-    refuse(run.hardware.accumulation_steps is not None, in_its_place, "completions_per_step")
-    refuse(vllm.mode is None, "hardware.vllm.mode is null", *vllm_keys)
+    yield rule(run.hardware.accumulation_steps is not None, in_its_place, "completions_per_step")
+    yield rule(vllm.mode is None, "hardware.vllm.mode is null", *vllm_keys)
 
 
 def _context_follows(cfg: DictConfig, key: str) -> bool:
@@ -264,6 +287,11 @@ def _check_machine(run: Run) -> None:
         )
     if model.load_in_4bit and model.tuning == "full":
         raise UserError("model.load_in_4bit=true cannot be trained in full: write model.tuning=lora.")
+    if model.dtype == "float16" and model.tuning == "full":
+        raise UserError(
+            "model.dtype=float16 cannot be trained in full: no optimizer works in it. Write model.dtype=auto, "
+            "which is float32 then, and hardware.precision=fp16 to compute in 16 bits; or model.tuning=lora."
+        )
     if model.adapter_path and model.tuning == "full":
         raise UserError(
             "model.adapter_path names an adapter, and model.tuning=full trains none: write model.tuning=lora."

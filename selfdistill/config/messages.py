@@ -19,6 +19,8 @@ COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
 # How to do without a group; the others are always there.
 WITHOUT = {"reward": "none", "teacher": "none", "eval": "none", "export": "none", "logger": "none", "monitors": "off"}
 
+# C0 and C1 but tab and line feed, marks and overrides of direction, halves of surrogate pairs.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # Choices of Hydra's plugins, which come with the extra `sweep`.
 SWEEP_EXTRA = (
     "hydra/sweeper=optuna", "hydra/launcher=joblib", "hydra/launcher=submitit_local", "hydra/launcher=submitit_slurm",
@@ -26,9 +28,17 @@ SWEEP_EXTRA = (
 
 
 def fail(message: str) -> int:
-    """Prints the message and gives the exit code of a refused command."""
-    print(f"selfdistill: {bounded(message)}", file=sys.stderr)
+    """Prints the message, which may quote a completion, and gives the exit code of a refused command."""
+    print(f"selfdistill: {printable(bounded(message))}", file=sys.stderr)
     return 2
+
+
+def printable(text: str) -> str:
+    """Text without what a terminal obeys: control characters, escape sequences and turns of direction are spelt out.
+
+    Line ends and tabs stay; halves of surrogate pairs, which no terminal can encode, are spelt out too.
+    """
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
 
 
 def explain(error: BaseException) -> str:

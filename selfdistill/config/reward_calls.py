@@ -10,7 +10,7 @@ CALL = "reward(prompts=…, completions=…, completion_ids=…, **columns)"
 GIVEN = ("prompts", "completions", "completion_ids")
 
 
-def check_call(key: str, node: Mapping[str, Any], target: Callable[..., Any]) -> None:
+def check_call(key: str, node: Mapping[str, Any], target: Any) -> None:
     """Checks a `_target_` that stands in the place of a reward.
 
     Args:

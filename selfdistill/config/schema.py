@@ -101,6 +101,14 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Show:
+    table_rows: int = field(metadata=number(1))
+    completions_every: int = field(metadata=number(0))
+    completions_kept: int = field(metadata=number(0))
+    completions_printed: int = field(metadata=number(0))
+
+
+@dataclass(frozen=True)
 class Run:
     """The root of a configuration that has passed every check (`selfdistill.config.check` gives it)."""
 
@@ -127,6 +135,7 @@ class Run:
     trusted_prefixes: list[str]
     rollout: Rollout
     distillation: Distillation
+    show: Show
     training: Training
     model: Student
     hardware: Hardware

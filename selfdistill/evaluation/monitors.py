@@ -17,7 +17,7 @@ from selfdistill.errors import UserError
 
 ACTIONS = ("warn", "stop", "off")
 
-# Standard name of a metric <- the name under which TRL logs it.
+# Standard name of a metric <- the name under which TRL logs it, which is logged no more.
 TRL_NAMES = {
     "monitor/entropy": "entropy",
     "monitor/length_tokens": "completions/mean_length",
@@ -279,8 +279,8 @@ def _threshold(name: str, value: Threshold | Mapping[str, Any]) -> Threshold:
 
 
 def standard_names(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of `metrics` with the standard names added where TRL uses other ones; no value is replaced."""
-    named = dict(metrics)
+    """A copy of `metrics` with the standard names in place of TRL's, so that each metric has one; ours has the say."""
+    named = {name: value for name, value in metrics.items() if name not in TRL_NAMES.values()}
     for standard, trl in TRL_NAMES.items():
         if trl in metrics:
             named.setdefault(standard, metrics[trl])

@@ -36,6 +36,10 @@ class Head:
         """Without gradient, and with the numbers as they are now: a parameter's data may be exchanged later."""
         return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
+    def copied(self) -> "Head":
+        """In memory of its own."""
+        return replace(self, weight=self.weight.clone(), bias=None if self.bias is None else self.bias.clone())
+
     def narrowed(self, size: int) -> "Head":
         """Of the first `size` tokens: models of one family pad a shared vocabulary to different sizes."""
         return self if size == len(self.weight) else self._columns(slice(0, size))

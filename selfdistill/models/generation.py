@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -44,6 +45,7 @@ def generate(
     if any(not ids for ids in prompt_ids):
         raise ValueError("a prompt has no tokens")
     base = inner_model(model)
+    answering: Any = model if isinstance(model, FSDPModule) else base  # FSDP2 gathers what the outermost module owns
     end_ids = _end_ids(base, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(end_ids, default=0)
     special = {"eos_token_id": sorted(end_ids) or None, "pad_token_id": pad_id, "bos_token_id": tokenizer.bos_token_id}
@@ -61,7 +63,7 @@ def generate(
             prompts = [torch.tensor(prompt_ids[index], device=device) for index in rows]
             input_ids = pad_sequence(prompts, batch_first=True, padding_value=pad_id, padding_side="left")
             mask = pad_sequence([torch.ones_like(ids) for ids in prompts], batch_first=True, padding_side="left")
-            output = base.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)
+            output = answering.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)
             for index, ids in zip(rows, output[:, input_ids.shape[1] :].tolist(), strict=True):
                 length = next((n for n, token in enumerate(ids, start=1) if token in end_ids), len(ids))
                 completions[index] = ids[:length]

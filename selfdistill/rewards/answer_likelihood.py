@@ -71,12 +71,12 @@ class AnswerLikelihood(PolicyReward):
                 contexts.append((*prompt, *opening))
             asked = [(context, tuple(answer)) for context in contexts]
             places[row] = [questions.setdefault(question, len(questions)) for question in asked]
-        if questions:
-            found = self.scorer.token_logprobs(*(list(part) for part in zip(*questions, strict=True)))
-            values = [self._reduced(row) for row in to_lists(found)]
-            for row, (place, *bare) in places.items():
-                gain = values[place] - sum(values[other] for other in bare)
-                scores[row] = min(1.0, max(0.0, gain)) if bare and self.reduce != "mean_logp" else gain
+        # Without a question too: where the policy is sharded its passes take all processes, whoever has questions.
+        batch: Any = [list(part) for part in zip(*questions, strict=True)] or [[], []]
+        values = [self._reduced(row) for row in to_lists(self.scorer.token_logprobs(*batch))]
+        for row, (place, *bare) in places.items():
+            gain = values[place] - sum(values[other] for other in bare)
+            scores[row] = min(1.0, max(0.0, gain)) if bare and self.reduce != "mean_logp" else gain
         return scores
 
     def _reasoning(self, content: list[int]) -> list[int] | None:

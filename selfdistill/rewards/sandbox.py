@@ -84,7 +84,9 @@ class Task:
         found = []
         for line in output.splitlines():
             try:
-                result = json.loads(line.removeprefix(self.token)) if line.startswith(self.token) else None
+                if not line.startswith(self.token):
+                    break
+                result = json.loads(line.removeprefix(self.token))
                 kind, text = result["kind"], result["text"]
             except (ValueError, TypeError, KeyError, RecursionError):
                 break

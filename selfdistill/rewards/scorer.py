@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.cache_utils import Cache, DynamicLayer
 
 from selfdistill.losses.head import finish_
+from selfdistill.models.agreement import logits_agree
 from selfdistill.models.structure import evaluating, inner_model, scale_and_soft_cap
 from selfdistill.rewards.batching import Ids, ScoringBatch, plan
 from selfdistill.tokens import encode
@@ -50,6 +51,8 @@ class PolicyScorer:
         tokenizer: gives the EOS id, and encodes answers.
         micro_batch_tokens: padded tokens a forward pass.
         temperature: logits are divided by it, as the trainer does with the sampling temperature.
+        most_of_any_process: gives the largest of the processes' numbers, where a pass of the model takes all of them:
+            then each makes as many as the others, and all have to ask for scores equally often.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class PolicyScorer:
         *,
         micro_batch_tokens: int = 16384,
         temperature: float = 1.0,
+        most_of_any_process: Callable[[int], int] | None = None,
     ) -> None:
         if micro_batch_tokens < 1:
             raise ValueError(f"micro_batch_tokens is {micro_batch_tokens}, it must be at least 1")
@@ -68,6 +72,7 @@ class PolicyScorer:
         self.tokenizer = tokenizer
         self.micro_batch_tokens = micro_batch_tokens
         self.temperature = temperature
+        self._most_of_any_process = most_of_any_process
         inner = inner_model(model)
         self._pretrained: PreTrainedModel | None = inner if isinstance(inner, PreTrainedModel) else None
         # What `_look_at_model` finds out before the first row: the head, where it may be called apart.
@@ -136,15 +141,24 @@ class PolicyScorer:
         counts = [len(target) for target in targets]
         found = [torch.empty(3 if statistics else 1, 0, device=self._device)] * len(targets)
         with evaluating(self.model):
-            if not self._looked and any(targets):
-                self._look_at_model(next(prompt[0] for prompt in prompt_ids if prompt))
-            for batch in plan(prompt_ids, counts, self.micro_batch_tokens, self._shared_budget_tokens()):
+            if not self._looked and (any(targets) or self._most_of_any_process):
+                self._look_at_model(next((prompt[0] for prompt in prompt_ids if prompt), 0))
+            batches = plan(prompt_ids, counts, self.micro_batch_tokens, self._shared_budget_tokens())
+            self._pass_with_the_others(sum(1 if batch.prompts is None else 2 for batch in batches))
+            for batch in batches:
                 call, predicting = self._call(batch, prompt_ids, completion_ids, counts)
                 wanted = torch.tensor([token for row in batch.rows for token in targets[row]], device=self._device)
                 values = self._forward(call, predicting, wanted, statistics)
                 for row, part in zip(batch.rows, values.split([counts[row] for row in batch.rows], dim=1), strict=True):
                     found[row] = part
         return found
+
+    def _pass_with_the_others(self, passes: int) -> None:
+        """Makes as many passes of one token as this process has fewer than another one."""
+        if self._most_of_any_process is not None:
+            token = torch.zeros(1, 1, dtype=torch.long, device=self._device)
+            for _ in range(self._most_of_any_process(passes) - passes):
+                self.model(input_ids=token)
 
     def _call(
         self, batch: ScoringBatch, prompt_ids: Ids, completion_ids: Ids, counts: Sequence[int]
@@ -213,15 +227,14 @@ class PolicyScorer:
     ) -> Float[Tensor, "K N"]:
         """The values of all targets of one call, row after row."""
         if self._head is None:
-            return self._read(self.model(**call).logits, lambda logits: logits, predicting, wanted, statistics)
+            own = self.model(**call).logits[:, -predicting.size(1) :]
+            return self._read(own, lambda logits: logits, predicting, wanted, statistics)
         found: list[Tensor] = []
 
         def score_instead(head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            hidden = arguments[0]
-            if hidden.shape[:-1] != predicting.shape:
-                raise ValueError("the model adds tokens of its own (a learned prompt): positions can't be told apart")
+            hidden = arguments[0][:, -predicting.size(1) :]  # a learned prompt, as of prompt tuning, stands before
             found.append(self._read(hidden, lambda some: self._logits(head, some), predicting, wanted, statistics))
-            return (hidden[:1, :1],)
+            return (arguments[0][:1, :1],)
 
         with self._head.register_forward_pre_hook(score_instead):
             self.model(**call)
@@ -232,7 +245,7 @@ class PolicyScorer:
 
         Its head may be called apart if the logits, finished by us, are those that the model returns. Completions may
         share their prompt's pass if all that the model keeps of it are plain keys and values (no state-space layer, no
-        sliding window).
+        sliding window, no learned prompt).
         """
         self._looked = True
         head = None if self._pretrained is None else self._pretrained.get_output_embeddings()
@@ -241,12 +254,12 @@ class PolicyScorer:
         found: list[Tensor] = []
         with head.register_forward_pre_hook(lambda _, arguments: found.append(self._logits(head, arguments[0]))):
             output = self.model(input_ids=torch.tensor([[token]], device=self._device), use_cache=True)
-        if not found or found[0].shape != output.logits.shape:
+        if not found:
             return
-        if torch.allclose(found[0].float(), output.logits.float(), rtol=1e-2, atol=1e-2):
+        if logits_agree(self.model, found[0][0], output.logits[0]):
             self._head = head
             cache = output.get("past_key_values")
-            layers = cache.layers if isinstance(cache, Cache) else []
+            layers = cache.layers if isinstance(cache, Cache) and cache.get_seq_length() == 1 else []
             self._shares_prompts = bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
     def _logits(self, head: nn.Module, hidden: Tensor) -> Tensor:

@@ -140,11 +140,12 @@ class Supervised(PolicyReward):
                 continue
             context = context[: len(targets)]
             questions.setdefault((tuple(prompt), tuple(context), tuple(targets)), []).append(row)
-        if questions:
-            found = to_lists(self.scorer.token_logprobs(*(list(part) for part in zip(*questions, strict=True))))
-            for sharing, values in zip(questions.values(), found, strict=True):
-                for row in sharing:
-                    known[row] = [-value for value in values]
+        # Without a question too: where the policy is sharded its passes take all processes, whoever has questions.
+        asked = [list(part) for part in zip(*questions, strict=True)] or [[], [], []]
+        found = to_lists(self.scorer.token_logprobs(*asked))
+        for sharing, values in zip(questions.values(), found, strict=True):
+            for row in sharing:
+                known[row] = [-value for value in values]
         return known
 
     def _combine(self, nats: list[float], written: int, wanted: int) -> float:

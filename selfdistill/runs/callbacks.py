@@ -1,35 +1,40 @@
-"""What happens beside the training loop: the record, sampled completions, the alarms, the progress bar.
+"""What happens beside the training loop: the record, sampled completions, the alarms.
 
-Only the main process has these callbacks, except for `MainDecides`, which every process has where several train.
+Only the main process has these callbacks, except for `GeneratedTokens`, and `MainDecides` where several train.
 """
 
+import json
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers import ProgressCallback as TransformersProgressCallback
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from selfdistill.errors import UserError
 from selfdistill.evaluation.monitors import Alarm, Monitors, standard_names
-from selfdistill.runs.console import duration, samples_table
+from selfdistill.rollout import Rollouts
+from selfdistill.runs.console import differing, samples_table
 from selfdistill.runs.folder import RunFolder
 from selfdistill.runs.loggers.base import RunLogger
+from selfdistill.runs.step_log import jsonable
+from selfdistill.training.reporting import TOTALS
 
 Metrics = Mapping[str, Any]
 Rows = Sequence[Mapping[str, Any]]
 
 # How often summary.json is renewed during the training: the summary of a killed run is at most this old.
 HEARTBEAT_S = 10.0
-# Logged with the totals of the training, which belong to no step.
-TOTALS = "train_runtime"
-# The metrics of the progress line, the first three that there are, and what they are called there.
-SHOWN = {"reward": "reward", "kl": "KL", "distill/divergence": "divergence", "loss": "loss"}
+# Tokens that the policy has sampled since the run began, on all processes: an x-axis for runs of different speed.
+GENERATED = "tokens/generated"
 
 
 def use_callbacks(trainer: Trainer, callbacks: Sequence[TrainerCallback]) -> None:
@@ -40,20 +45,53 @@ def use_callbacks(trainer: Trainer, callbacks: Sequence[TrainerCallback]) -> Non
         trainer.add_callback(callback)
 
 
+class GeneratedTokens(TrainerCallback, ExportableState):
+    """Counts the tokens that were generated; checkpoints hold the count, so that a resumed run goes on from there.
+
+    Attributes:
+        count: tokens of sampled completions since the run began, on all processes.
+    """
+
+    def __init__(self) -> None:
+        self.count = self._at_step_begin = 0
+
+    def add(self, rollouts: Rollouts) -> None:
+        """Counts the completions of a step, of all processes; those that were taken from the data are left out."""
+        sampled = zip(rollouts.completion_ids, rollouts.demonstrated, strict=True)
+        self.count += sum(len(ids) for ids, demonstrated in sampled if not demonstrated)
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"count": self.count}}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        states: Any = state.stateful_callbacks or {}  # a list until it is constructed
+        kept = states.get(type(self).__name__)
+        self.count = kept["attributes"]["count"] if kept else 0
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._at_step_begin = self.count
+
+    def restore(self) -> None:
+        """Forgets the step that has begun, which a resumed run repeats."""
+        self.count = self._at_step_begin
+
+
 class RecordCallback(TrainerCallback):
     """Writes every logged step to the run's folder and to the logger, and drops the steps that a resumed run repeats.
 
-    TRL's names are kept and the standard ones added. The totals that transformers logs when the training ends
-    (train_runtime and so on) belong to no step and go to the summary.
+    A metric has one name, the standard one. The totals that transformers logs when the training ends (train_runtime and
+    so on) belong to no step and go to the summary.
     """
 
-    def __init__(self, run: RunFolder, logger: RunLogger) -> None:
-        self.run, self.logger = run, logger
+    def __init__(self, run: RunFolder, logger: RunLogger, tokens: GeneratedTokens) -> None:
+        self.run, self.logger, self.tokens = run, logger, tokens
         self._warned = False
         self._summarised = float("-inf")
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.run.truncate_metrics(state.global_step)
+        # What a killed run had no time to hand over stands in its folder.
+        self.show(lambda: self.logger.catch_up(self.run.metrics(), self.run.completions()))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         logs: Metrics = event["logs"]
@@ -61,17 +99,27 @@ class RecordCallback(TrainerCallback):
             totals = {name: value for name, value in logs.items() if name.startswith("train_") or name == "total_flos"}
             self.run.update_summary(train=totals)
             return
-        metrics = standard_names(logs)
-        self.run.log_metrics(state.global_step, metrics)
+        self.enter(state.global_step, standard_names(logs))
         if time.monotonic() - self._summarised > HEARTBEAT_S:
             self._summarised = time.monotonic()
-            self.run.update_summary(step=state.global_step)
-        self.show(lambda: self.logger.log(state.global_step, {**metrics, "time/wall_s": self.run.wall_s}))
+            self.run.update_summary(step=state.global_step, **self.totals())
+
+    def enter(self, step: int, metrics: Metrics) -> None:
+        """Metrics of a step, with how many tokens were generated and how many seconds had passed by then."""
+        self.run.log_metrics(step, {**metrics, GENERATED: self.tokens.count})
+        line = {**metrics, GENERATED: self.tokens.count, "time/total_s": self.run.wall_s}
+        self.show(lambda: self.logger.log(step, line))
+
+    def totals(self) -> dict[str, Any]:
+        """What stands in the summary besides the time: the generated tokens."""
+        return {"tokens_generated": self.tokens.count}
 
     def show(self, call: Callable[[], None]) -> None:
         """Calls the logger, whose failure does not end the training: a warning says so once."""
         try:
             call()
+        except UserError:
+            raise
         except Exception as error:  # noqa: BLE001 - whatever a third party's logger does
             if not self._warned:
                 warnings.warn(f"The logger failed; {self.run.path} has the metrics: {error}", stacklevel=2)
@@ -79,13 +127,15 @@ class RecordCallback(TrainerCallback):
 
 
 class CompletionsCallback(TrainerCallback):
-    """Keeps and shows completions every so many steps.
+    """Keeps and shows completions of the first step, every so many steps, and of the last one.
+
+    Those that are chosen differ from each other as far as there are different ones.
 
     Args:
         record: gives the folder and the logger; it comes before this callback.
         console: where the table is printed.
         rows: returns the latest step's completions: mappings with prompt, completion, reward, feedback, advantage.
-        every_steps: steps between. The first logged step always counts.
+        every_steps: steps between; 0: only the first and the last.
         keep: completions kept each time.
         show: completions printed each time.
     """
@@ -101,16 +151,41 @@ class CompletionsCallback(TrainerCallback):
     ) -> None:
         self.record, self.console, self.rows = record, console, rows
         self.every_steps, self.keep, self.show = every_steps, keep, show
-        self._period: int | None = None
+        self._kept: int | None = None  # the step whose completions were kept last
+        self._sampled_before: Rows = []  # by the process that a resumed run goes on from
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._kept = max((line["step"] for line in self.record.run.completions()), default=None)
+        file = self._file(args, state)
+        self._sampled_before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # A run that is resumed amid steps that share rollouts shows them at its next step, as an unbroken one does.
+        text = json.dumps(jsonable(self._latest()))
+        self._file(args, state).write_text(text, encoding="utf-8")
+
+    def _file(self, args: TrainingArguments, state: TrainerState) -> Path:
+        return Path(args.output_dir or "", f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", "completions.json")
+
+    def _latest(self) -> Rows:
+        return differing(self.rows(), self.keep) or self._sampled_before
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        step, period = state.global_step, state.global_step // self.every_steps
-        rows = self.rows()[: self.keep]
-        if step == 0 or period == self._period or not rows:
+        step, kept = state.global_step, self._kept
+        if kept is None or (self.every_steps and step // self.every_steps > kept // self.every_steps):
+            self._keep(step)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step >= state.max_steps:  # an interrupted run is resumed, and then has what an unbroken one has
+            self._keep(state.global_step)
+
+    def _keep(self, step: int) -> None:
+        rows = self._latest()
+        if step == 0 or step == self._kept or not rows:
             return
-        self._period = period
+        self._kept = step
         self.record.run.log_completions(step, rows)
-        self.record.show(lambda: self.record.logger.table("completions", [{"step": step, **row} for row in rows]))
+        self.record.show(lambda: self.record.logger.table("completions", step, rows))
         self.console.print(samples_table(step, rows[: self.show]))
 
 
@@ -142,8 +217,11 @@ class MonitorCallback(TrainerCallback):
         self._forget()
         for line in self.run.metrics():
             if line["step"] <= state.global_step:
-                self.monitors.observe(line)
+                # Where it was stopped before its end could be written, it is stopped again.
+                stops = [alarm for alarm in self.monitors.observe(line) if alarm.action == "stop"]
+                self.stopped_by = self.stopped_by or next(iter(stops), None)
                 self._is_best(line["step"], line)
+        control.should_training_stop |= self.stopped_by is not None
         if alarms := self.run.summary.get("alarms"):
             self.run.update_summary(alarms=[alarm for alarm in alarms if alarm["step"] <= state.global_step])
 
@@ -210,68 +288,3 @@ class MainDecides(TrainerCallback):
         )
 
     on_evaluate = on_log
-
-
-class ProgressCallback(TrainerCallback):
-    """A bar with the latest metrics and the time that is left; without a terminal, a plain line every few seconds.
-
-    Args:
-        console: shared with everything else that prints while the bar is up.
-        every_s: seconds between two plain lines.
-    """
-
-    def __init__(self, console: Console, every_s: float = 15.0) -> None:
-        self.console, self.every_s = console, every_s
-        self._bar: Progress | None = None
-        self._first_step = 0
-        self._began = self._printed = 0.0
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._first_step, self._began = state.global_step, time.monotonic()
-        self._printed = float("-inf")
-        self._latest: dict[str, Any] = {}
-        if not self.console.is_terminal:
-            return
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[values]}"),
-            TimeRemainingColumn(compact=True),
-            console=self.console,
-            expand=True,
-        )
-        self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, values="")
-        self._bar.start()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=state.global_step)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
-        logs: Metrics = event["logs"]
-        if TOTALS in logs:
-            return
-        self._latest |= {name: value for name, value in logs.items() if value is not None}
-        shown = [(label, self._latest.get(name)) for name, label in SHOWN.items()]
-        values = [f"{label} {value:.3g}" for label, value in shown if isinstance(value, int | float)][:3]
-        if self._bar is not None:
-            self._bar.update(self._task, completed=state.global_step, values="  ".join(values))
-            return
-        now, steps_left = time.monotonic(), state.max_steps - state.global_step
-        if now - self._printed < self.every_s and steps_left > 0:
-            return
-        self._printed = now
-        done = state.global_step - self._first_step
-        if done > 0 and steps_left > 0:
-            values.append(f"{duration((now - self._began) / done * steps_left)} left")
-        self.console.print(Text("  ".join([f"step {state.global_step}/{state.max_steps}", *values])), soft_wrap=True)
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Take the bar down; needed where the training ends with an exception, may be called twice."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None

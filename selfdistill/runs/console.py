@@ -1,16 +1,17 @@
-"""What a run shows on the terminal: the configuration, the plan, sample completions, the result, where everything lies.
+"""What a run shows on the terminal: its choices, the plan, sample completions, the result, where everything lies.
 
 Every function returns something that rich prints; all of it reads well as plain text in 80 columns.
 """
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich import box
 from rich.console import Console, Group
 from rich.table import Table
@@ -18,6 +19,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from selfdistill.config.batch import Batch
+from selfdistill.config.messages import printable
 from selfdistill.config.secrets import Redactor
 
 
@@ -35,6 +37,7 @@ class Plan:
         max_steps: optimiser steps.
         batch: how the completions of one step are spread.
         num_generations: completions of one prompt, G.
+        weights: their precision, for example "bfloat16, trained in float32".
         adapter: for example "LoRA, rank 32"; empty for full training.
         teacher: for example "ema 0.99, sees a demonstration"; empty without one.
         judge: who judges the answers of the evaluation.
@@ -52,6 +55,7 @@ class Plan:
     max_steps: int
     batch: Batch
     num_generations: int
+    weights: str = ""
     adapter: str = ""
     teacher: str = ""
     judge: str = ""
@@ -72,6 +76,49 @@ def config_tree(config: DictConfig) -> Tree:
     return tree
 
 
+def differences(
+    config: DictConfig, defaults: DictConfig, usual: Mapping[str, str], choices: Mapping[str, str]
+) -> Group:
+    """What a run was told beyond the defaults: the options chosen of groups, then keys, a line for each group.
+
+    Args:
+        config: the run's configuration; its secrets are masked.
+        defaults: what would have been composed with the same options and nothing else said.
+        usual: the option that each group has when nothing is said.
+        choices: the option chosen of each group.
+    """
+    options = " ".join(f"{group}={option}" for group, option in choices.items() if usual.get(group) != option)
+    facts: dict[str, list[str]] = {}
+    before, written = (flat(OmegaConf.to_container(defaults, resolve=resolve)) for resolve in (True, False))
+    values = flat(Redactor(config).config)
+    for key, value in values.items():
+        source = re.fullmatch(r"\$\{([\w.]+)\}", str(written.get(key)))
+        follows = source is not None and values.get(source[1]) == value  # what it follows is shown
+        if before.get(key, ...) != value and not follows and not key.endswith("_target_"):
+            group, _, name = key.rpartition(".")
+            facts.setdefault(group, []).append(f"{name or key}={_yaml_value(value)}")
+    lines = {"chosen": options} if options else {}
+    lines |= {group or "keys": "  ".join(values) for group, values in sorted(facts.items())}
+    shown: dict[str, str | Text] = {name: printable(text) for name, text in lines.items()}
+    return _facts("differs from the defaults", shown or {"": "nothing"})
+
+
+def flat(values: Any, prefix: str = "", joined_by: str = ".") -> dict[str, Any]:
+    """Nested mappings as one, keys joined; lists stay values, an empty mapping is left out."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        result.update(flat(value, f"{name}{joined_by}", joined_by) if isinstance(value, Mapping) else {name: value})
+    return result
+
+
+def evaluation_line(step: int, metrics: Mapping[str, float]) -> str:
+    """What an evaluation found, without the single suites."""
+    short = {name.removeprefix("eval/"): value for name, value in metrics.items()}
+    found = [f"{name} {_number(value)}" for name, value in short.items() if "/" not in name]
+    return "  ".join([f"evaluation at step {step}:", *found])
+
+
 def plan_table(plan: Plan) -> Group:
     """Model, parameters, batch arithmetic and memory, one a line."""
     share = plan.trained / max(plan.parameters, 1)  # sharded parameters can look empty
@@ -86,6 +133,7 @@ def plan_table(plan: Plan) -> Group:
     facts: dict[str, str | Text] = {
         "model": plan.model,
         "parameters": known if plan.parameters else "",
+        "weights": plan.weights,
         "device": plan.device,
         "teacher": plan.teacher,
         "judge": plan.judge,
@@ -147,11 +195,32 @@ def samples_table(step: int, rows: Sequence[Mapping[str, Any]], characters: int 
     table.add_column("advantage", justify="right", no_wrap=True)
     for row in rows:
         prompt, completion = _one_text(row.get("prompt")), _one_text(row.get("completion"))
-        cells = [Text(_last(prompt, characters)), Text(_ends(completion, characters))]
+        texts = [_last(prompt, characters), _ends(completion, characters)]
         if has_feedback:
-            cells.append(Text(_ends(row.get("feedback") or "", characters)))
+            texts.append(_ends(row.get("feedback") or "", characters))
+        cells = [Text(printable(text)) for text in texts]
         table.add_row(*cells, _number(row.get("reward")), _number(row.get("advantage")))
     return table
+
+
+def differing(rows: Sequence[Mapping[str, Any]], limit: int) -> list[Mapping[str, Any]]:
+    """At most `limit` completions of one step, as different as there are.
+
+    No completion of a prompt comes twice. The one with the highest advantage comes first, then the one with the lowest,
+    then the others, the first of each prompt before the second of any.
+    """
+    unique: dict[tuple[str, str], Mapping[str, Any]] = {}
+    turn: dict[tuple[str, str], int] = {}
+    prompts: dict[str, int] = {}
+    for row in rows:
+        prompt, completion = str(row.get("prompt")), str(row.get("completion"))
+        if (prompt, completion) not in unique:
+            unique[prompt, completion] = row
+            turn[prompt, completion] = prompts[prompt] = prompts.get(prompt, -1) + 1
+    keys = sorted(unique, key=lambda key: turn[key])
+    by_advantage = sorted(keys, key=lambda key: unique[key].get("advantage") or 0.0)
+    ends = [by_advantage[-1], by_advantage[0]] if keys else []
+    return [unique[key] for key in dict.fromkeys([*ends, *keys])][:limit]
 
 
 def where_table(places: Mapping[str, str | Path | None]) -> Group:
@@ -173,16 +242,6 @@ def size(gib: float) -> str:
         return f"{gib:.1f} GiB"
     mib = gib * 1024
     return f"{mib:.0f} MiB" if mib >= 10 else f"{mib:.1f} MiB"
-
-
-def duration(seconds: float) -> str:
-    """A time for people: 8 s, 4 min 5 s, 2 h 03 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def print_all(console: Console, *renderables: Any) -> None:

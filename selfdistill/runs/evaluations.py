@@ -59,6 +59,13 @@ class Evaluations(TrainerCallback):
             self._latest = step, metrics
         return self._latest[1]
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any
+    ) -> None:
+        """Evaluates the start of a sharded model, which is put onto its devices only when the training begins."""
+        if self.before is None:
+            self.tell(self.at(0, event["model"]))
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         if self.every and state.global_step % self.every == 0:
             self.tell(self.at(state.global_step, event["model"]))

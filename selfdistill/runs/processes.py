@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -86,7 +87,14 @@ class Processes:
         return holder[0]
 
     def wait_for_all(self) -> None:
-        """Returns when every process has come here."""
+        """Returns when every process has come here, however long the main one takes.
+
+        It may export for an hour, and a collective operation gives up before.
+        """
+        if self.is_main and self.count > 1:
+            self._store.set("over", "")
+        while self.count > 1 and not self._store.check(["over"]):
+            time.sleep(POLL_S)
         PartialState().wait_for_everyone()
 
     def announce(self, end: EarlyEnd) -> EarlyEnd:

@@ -64,9 +64,17 @@ class CheckSweep(Callback):
 
         # An ordinary exception would be turned into a warning by Hydra.
         try:
+            if int(os.environ.get("RANK", 0)) > 0:  # the first process says why
+                raise SystemExit(2)
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                raise UserError(
+                    "--multirun is for one process: each of several would choose and number the jobs by itself. Start "
+                    "it without torchrun or accelerate, or launch the runs one after the other."
+                )
             if not config.check and (Path(config.hydra.sweep.dir) / JOBS).exists():
                 folder = config.hydra.sweep.dir
                 raise UserError(f"hydra.sweep.dir={folder} holds a sweep already: name another folder.")
+            _name_by_swept_keys(config)
             jobs = check_jobs(config) if issubclass(get_class(config.hydra.sweeper._target_), BasicSweeper) else None
         except (UserError, *COMPOSITION_ERRORS) as error:
             raise SystemExit(fail(explain(error))) from None
@@ -87,6 +95,18 @@ def overrides_of(hydra_config: Any) -> list[str]:
     """The command line's keys as they were written: the run resolves an interpolation in one, Hydra cannot."""
     written: Any = OmegaConf.to_container(hydra_config.overrides.task, resolve=False)
     return [str(override) for override in written]
+
+
+def _name_by_swept_keys(config: DictConfig) -> None:
+    """Leaves what all jobs share out of `hydra.job.override_dirname`, by which a logger names a job."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    given = OverridesParser.create().parse_overrides(overrides_of(config.hydra))
+    shared = [override.key_or_group for override in given if not override.is_sweep_override()]
+    names = OmegaConf.to_container(config.hydra.job.config.override_dirname.exclude_keys)
+    excluded = ",".join(f"'{key}'" for key in [*names, *shared])  # type: ignore[misc]
+    settings = "hydra.job.config.override_dirname"
+    config.hydra.overrides.hydra += [f"{settings}.exclude_keys=[{excluded}]", f"{settings}.item_sep=' '"]
 
 
 def check_jobs(config: DictConfig) -> list[list[str]]:

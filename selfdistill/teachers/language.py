@@ -202,7 +202,7 @@ def files_of(
 
     from selfdistill.models.loading import resolve
 
-    where = {"revision": revision, "local_files_only": local_files_only}
+    where: Any = {"revision": revision, "local_files_only": local_files_only}
     path = resolve(name)
     tokenizer = AutoTokenizer.from_pretrained(path, **where)
     try:

@@ -5,10 +5,12 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from selfdistill.errors import UserError
 from selfdistill.losses.teacher_output import FullDistribution
+from selfdistill.models.agreement import can_be_asked, check_head
 from selfdistill.models.structure import completion_hidden, evaluating, head_of
 from selfdistill.teachers.context import Context, NoContext
 from selfdistill.teachers.interface import BaseTeacher, TeacherRequest
@@ -39,13 +41,17 @@ class Teacher(BaseTeacher):
         return f"{type(self.weights).__name__}, sees {type(self.context).__name__}"
 
     def attach(self, student: nn.Module, tokenizer: PreTrainedTokenizerBase, *, sharded: bool) -> None:
-        if sharded and self.weights.keeps_copy:
+        if sharded and self.weights.keeps_copy and not isinstance(student, FSDPModule):
             raise UserError(
-                f"teacher.weights={type(self.weights).__name__} keeps a copy of the trained parameters, which FSDP and "
-                "ZeRO-3 shard. Train with data parallelism or ZeRO-2, or take teacher/weights=live, model or a server."
+                f"teacher.weights={type(self.weights).__name__} keeps a copy of the trained parameters, and FSDP1 and "
+                "ZeRO-3 hold them in buffers of their own, where they cannot be exchanged. Train with FSDP2 "
+                "(fsdp_version: 2), data parallelism or ZeRO-2, or take teacher/weights=live, model or a server."
             )
         self.weights.attach(student)
         self.weights.check_vocabulary(tokenizer)
+        for module in () if self.weights.keeps_copy else self.weights.views():
+            if module is not None and can_be_asked(module):  # a model of its own; the student has been asked before
+                check_head(module, tokenizer, "The teacher")
 
     def compare(self, student: Speaker) -> list[str]:
         return [*super().compare(student), *self.weights.compare(student)]
@@ -63,7 +69,10 @@ class Teacher(BaseTeacher):
                     model, request.prompt_ids, request.prompt_mask, request.completion_ids, request.completion_mask
                 )
             # Detached inside the loop: the student's parameters are about to be put back into the module.
-            sides.append((hidden[request.keep], head_of(model).detached()))
+            head = head_of(model).detached()
+            if isinstance(model, FSDPModule) and self.weights.keeps_copy:
+                head = head.copied()  # the student's will be gathered into the same memory
+            sides.append((hidden[request.keep], head))
         return FullDistribution(sides, coef=self.weights.mix_coef)
 
     def before_rollouts(self, step: int) -> None:

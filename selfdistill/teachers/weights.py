@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from selfdistill.errors import UserError
+from selfdistill.models.sharding import give_up_gathered, shard
 from selfdistill.teachers.language import Speaker, compare_models, files_of
 
 
@@ -81,30 +83,45 @@ class Live(Weights):
 
 
 class _Shadowed(Weights):
-    """Keeps a copy of the trainable parameters."""
+    """Keeps a copy of the trainable parameters; of a sharded model, of this process's shards."""
 
     keeps_copy = True
     dtype: torch.dtype | None = None  # of the copy; None keeps each parameter's own
 
     def attach(self, model: nn.Module) -> None:
         super().attach(model)
-        self.shadow = {name: p.detach().to(self.dtype or p.dtype, copy=True) for name, p in trainable(model).items()}
+        self.shadow = {name: p.to(self.dtype or p.dtype, copy=True) for name, p in self._own().items()}
+
+    def _own(self) -> dict[str, torch.Tensor]:
+        """The student's parameters as they are kept: the numbers of a tensor or of a shard, without gradient."""
+        give_up_gathered(self.model)
+        return {name: shard(p.detach()) for name, p in trainable(self.model).items()}
 
     @contextmanager
     def exchanged(self) -> Iterator[None]:
         """Inside, the model has the copied parameters, and afterwards its own again.
 
-        No numbers are moved in memory where dtype and device are the same.
+        No numbers are moved in memory where dtype and device are the same, except for shards: FSDP2 gathers from the
+        memory that it has given them, so that they are exchanged there.
         """
+        own = self._own()
         parameters = trainable(self.model)
-        own = {name: p.data for name, p in parameters.items()}
+        sharded = {name for name, p in parameters.items() if isinstance(p, DTensor)}
+        kept = {name: own[name].clone() for name in sharded}
         try:
             for name, p in parameters.items():
-                p.data = self.shadow[name].to(device=p.device, dtype=p.dtype)
+                if name in sharded:
+                    own[name].copy_(self.shadow[name])
+                else:
+                    p.data = self.shadow[name].to(device=p.device, dtype=p.dtype)
             yield
         finally:
+            give_up_gathered(self.model)
             for name, p in parameters.items():
-                p.data = own[name]
+                if name in sharded:
+                    own[name].copy_(kept[name])
+                else:
+                    p.data = own[name]
 
     def views(self) -> Iterator[nn.Module | None]:
         with self.exchanged():
@@ -151,8 +168,8 @@ class Ema(_Shadowed):
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        for name, p in trainable(self.model).items():
-            self.shadow[name].lerp_(p.detach().to(self.shadow[name]), self.rate)
+        for name, p in self._own().items():
+            self.shadow[name].lerp_(p.to(self.shadow[name]), self.rate)
 
 
 class Copy(_Shadowed):
@@ -166,8 +183,8 @@ class Copy(_Shadowed):
     @torch.no_grad()
     def update(self, step: int) -> None:
         if step % self.every == 0:
-            for name, p in trainable(self.model).items():
-                self.shadow[name].copy_(p.detach())
+            for name, p in self._own().items():
+                self.shadow[name].copy_(p)
 
 
 class TrustRegion(_Shadowed):
@@ -239,6 +256,8 @@ class Model(Weights):
             tokenizer, declared = files_of(self.name, local_files_only=self.loading["local_files_only"])
         else:
             settings = getattr(self.module, "generation_config", None)  # any module may teach
+            if self.tokenizer is None:  # a module of the user's own, given without one
+                return []
             tokenizer, declared = self.tokenizer, None if settings is None else settings.eos_token_id
         return compare_models(student, tokenizer, declared, f"teacher.weights.name={self.name}")
 

@@ -1,7 +1,7 @@
 """TRL's trainer with what is known of a batch on one object: who writes the completions, and who judges them."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import ceil
 from pathlib import Path
@@ -11,13 +11,17 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 
 from selfdistill.config.settings import RolloutSource
 from selfdistill.errors import UserError
+from selfdistill.files import disk_space
 from selfdistill.models.card import Card, base_of, finish_folder, write_card
+from selfdistill.models.sharding import generate_in_step
 from selfdistill.models.structure import has_dropout, inner_model, is_reference
 from selfdistill.rewards.adapter import ROLLOUTS
 from selfdistill.rollout import Prompt, Rollouts, shown_in, text_of
@@ -54,6 +58,12 @@ class RolloutTrainer(GRPOTrainer):
     num_generations_eval: int
     max_completion_length: int
     shuffle_dataset: bool
+    aux_loss_enabled: bool
+    chat_template_kwargs: dict[str, Any]
+    tools: list[Any]
+    reward_funcs: list[Any]
+    reward_func_names: list[str]
+    reward_processing_classes: list[Any]
 
     teacher: BaseTeacher | None
     card: Card | None
@@ -61,6 +71,9 @@ class RolloutTrainer(GRPOTrainer):
     rewards: list[Any]
     _rollouts: Rollouts
     _means: dict[str, Means]
+    _has_shards = False
+    on_random_state_loaded: Callable[[], object] = staticmethod(lambda: None)
+    teacher_moved: int | None = None  # the micro-batch before whose rollouts the teacher was last told to move
 
     def _check_rollout(self, given: dict[str, Any]) -> None:
         if self.rollout.from_teacher:
@@ -70,9 +83,20 @@ class RolloutTrainer(GRPOTrainer):
                 if given.get(several_turns):
                     raise UserError(f"rollout: {several_turns} goes with the student's own completions only.")
 
+    def _take_environments_rewards(self) -> None:
+        """Counts what TRL found in environments, which may have a `get_reward`, among the rewards."""
+        given = len(self.rewards) or 1
+        of_environments = self.reward_funcs[given:]
+        if of_environments and not self.rewards:  # what stood where TRL insists on a reward
+            for found in (self.reward_funcs, self.reward_func_names, self.reward_processing_classes):
+                del found[0]
+            self.reward_weights = self.reward_weights[1:]
+        self.rewards = [*self.rewards, *of_environments]
+
     @property
     def _windows_per_generation(self) -> float:
-        """How many optimizer steps the rollouts generated together are spread over."""
+        """How many windows like the current one the rollouts generated together are spread over; each is one optimizer
+        step, and the last one of an epoch may have fewer micro-batches than the others."""
         return self._micro_batches_per_generation / self.current_gradient_accumulation_steps
 
     @property
@@ -134,7 +158,7 @@ class RolloutTrainer(GRPOTrainer):
                 demonstrated = rollouts.demonstrated = self._demonstrated(len(prompt_ids), num_generations)
         if training and self.rollout.from_teacher:
             asked, generating = self._as_the_teacher_is_asked(rollouts), self._generating()
-        sampled = [i for i, taken_from_data in enumerate(demonstrated) if not taken_from_data]
+        sampled = self._in_step([i for i, taken in enumerate(demonstrated) if not taken], len(prompt_ids))
         written: list[list[int]] = []
         logprobs = None
         if sampled:
@@ -142,15 +166,34 @@ class RolloutTrainer(GRPOTrainer):
                 written, logprobs = super()._generate_single_turn(
                     [asked[i] for i in sampled], images, multimodal_fields, num_generations, *args, **kwargs
                 )
-        if len(sampled) < len(prompt_ids) or (training and self.rollout.from_teacher):
+        if any(demonstrated) or (training and self.rollout.from_teacher):
             by_row = dict(zip(sampled, written, strict=True))
             known = {} if logprobs is None or self.rollout.from_teacher else dict(zip(sampled, logprobs, strict=True))
-            written = [by_row[i] if i in by_row else self._demonstration(i) for i in range(len(prompt_ids))]
+            written = [self._demonstration(i) if taken else by_row[i] for i, taken in enumerate(demonstrated)]
             # vLLM's importance correction wants a value for every token; it takes None for a ratio of 1.
             unknown = [[None] * len(ids) for ids in written]
-            logprobs = [known.get(i, unknown[i]) for i in range(len(written))] if self.use_vllm else None
+            logprobs = None
+            if self.use_vllm:
+                logprobs = [unknown[i] if taken else known.get(i, unknown[i]) for i, taken in enumerate(demonstrated)]
         self._note_seconds("time/generate_s", start)
         return written, logprobs
+
+    def _in_step(self, wanted: list[int], count: int) -> list[int]:
+        """The rows of `count` to sample, so that this process takes part wherever another one samples.
+
+        A pass of a sharded model takes all processes, and vLLM may serve several at once, with as many rows from each.
+        What is sampled beyond the wanted rows is thrown away.
+        """
+        if self.rollout.on_policy_fraction == 1 or not self.most_of_any_process(len(wanted)):
+            return wanted
+        together = self.use_vllm and self.accelerator.num_processes > 1
+        return list(range(count)) if together else wanted or [0]
+
+    def most_of_any_process(self, count: int) -> int:
+        """The largest of the processes' numbers. A collective call."""
+        if self.accelerator.num_processes == 1:
+            return count
+        return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
 
     def _demonstrated(self, count: int, num_generations: int) -> list[bool]:
         fraction, first = self.rollout.on_policy_fraction, self.accelerator.process_index * count
@@ -208,7 +251,7 @@ class RolloutTrainer(GRPOTrainer):
     def _encode(self, prompts: Sequence[Prompt], template_kwargs: Mapping[str, Any]) -> list[list[int]]:
         # `or None`: some templates write about tools where there is an empty list of them.
         options = {"tools": self.tools or None, "chat_template": self.chat_template, **template_kwargs}
-        return encode_prompts(self.processing_class, prompts, options)
+        return encode_prompts(self._tokenizer, prompts, options)
 
     def _teacher_prompt_ids(self, prompts: Sequence[Prompt | None]) -> list[list[int]]:
         """Prompts tokenised as the teacher is asked; a missing one stands as one padding token."""
@@ -248,12 +291,53 @@ class RolloutTrainer(GRPOTrainer):
         """Tells the callbacks of an evaluation that was made outside of TRL's loop, as they are told of TRL's own."""
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
 
+    # ---- a student that is divided among the processes ----
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP or ZeRO-3 divides the student's parameters among the processes."""
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """FSDP2 shards the student here, and a checkpoint of it is loaded here."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._take_shards()
+        if self.is_deepspeed_enabled and resume_from_checkpoint is not None:  # DeepSpeed has loaded the student itself
+            checkpoints.restore(Path(resume_from_checkpoint), self)
+        return prepared
+
+    def _take_shards(self) -> None:
+        """Attaches the teacher to a student that FSDP2 has sharded by now; does nothing the second time."""
+        if not isinstance(self.model, FSDPModule) or self._has_shards:
+            return
+        self._has_shards = True
+        generate_in_step(self.model)
+        if self.teacher is not None:
+            self.teacher.attach(self.model, self._tokenizer, sharded=True)
+
     # ---- checkpoints ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves whole weights, also where the checkpoints of a sharded model are sharded."""
+        plugin = None if _internal_call else getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        of_checkpoints = plugin.state_dict_type
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        super().save_model(output_dir, _internal_call)
+        plugin.set_state_dict_type(of_checkpoints)
 
     def save_checkpoint(self) -> None:
         """Saves a checkpoint now, as the training does at its own times."""
         self._save_checkpoint(self.model, trial=None)
         self.callback_handler.on_save(self.args, self.state, self.control)
+
+    @property
+    def amid_rollouts(self) -> bool:
+        """Whether rollouts that were sampled together are not all learned from yet."""
+        return self._step % (self._micro_batches_per_generation * self.num_iterations) != 0
 
     def unused_rollouts(self) -> list[dict[str, Tensor]] | None:
         """The micro-batches that were sampled together and not all learned from yet, without what can be made again."""
@@ -271,9 +355,18 @@ class RolloutTrainer(GRPOTrainer):
         )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        checkpoints.save(Path(self._get_output_dir(trial=trial)) / name, self)
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            if not folder.parent.is_dir():
+                raise UserError(f"{folder.parent} is gone: it was deleted or moved while the training wrote to it.")
+            checkpoints.remove(folder)  # half-written, or damaged
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+            checkpoints.save(folder, self)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            checkpoints.remove(folder)
+            raise UserError(f"{folder.name} could not be written: {error}{disk_space(folder.parent)}") from error
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
@@ -291,8 +384,21 @@ class RolloutTrainer(GRPOTrainer):
         return Card("A model trained with selfdistill", base_of(name) or "made in memory")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._take_shards()
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         checkpoints.restore(Path(resume_from_checkpoint), self)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        self.on_random_state_loaded()
+
+    def _run_epoch(self, *args: Any, **how: Any) -> None:
+        """transformers looks at the number of steps only after one: a resumed run may have taken all of them."""
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+            super()._run_epoch(*args, **how)
+            return
+        self._load_rng_state(how["resume_from_checkpoint"])  # as at the end of the unbroken training
+        self.control.should_training_stop = True
 
 
 def _weighted(rewards: Float[Tensor, "B F"], weights: Float[Tensor, " F"]) -> list[float | None]:

@@ -1,7 +1,7 @@
 """Which tokens are learned from, and with which weight: decided once for a batch of rollouts, before any loss.
 
-Weights are such that their sums over the micro-batches of an accumulation window, and over processes, are the mean that
-is asked for.
+Weights are such that their sums over the micro-batches that were sampled together, and over processes, are the mean
+that is asked for. An optimizer step takes its window's part of them, which the trainer scales to a whole.
 """
 
 from collections.abc import Callable

@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -27,6 +28,7 @@ from selfdistill import losses
 from selfdistill.config.settings import Distillation, RolloutSource
 from selfdistill.errors import UserError
 from selfdistill.losses.head import entropy_sum
+from selfdistill.models.precision import adapter_weights, restore_adapter
 from selfdistill.models.reference import copy_weights, loadable
 from selfdistill.models.structure import (
     aligned,
@@ -42,7 +44,9 @@ from selfdistill.rollout import Rollouts
 from selfdistill.teachers.interface import REQUEST, BaseTeacher, TeacherRequest
 from selfdistill.teachers.language import own_findings
 from selfdistill.training.metrics import Means
+from selfdistill.training.reporting import use_standard_names
 from selfdistill.training.rollout_trainer import RolloutTrainer, no_reward
+from selfdistill.training.student_checks import check_student
 from selfdistill.training.token_weights import (
     demonstration_weights,
     distillation_weights,
@@ -59,6 +63,11 @@ LONGEST_ROWS = 64
 
 # The entropy is estimated from so many tokens of each row: enough for an alarm, and cheap beside the loss.
 ENTROPY_TOKENS_PER_ROW = 4
+
+NOTHING_TO_LEARN_FROM = (
+    "Nothing to learn from: give a reward, a teacher, demonstrations with a cross-entropy weight, or an environment "
+    "with a get_reward."
+)
 
 # Hidden states (N, H) of the tokens in a mask (B, T), in row order.
 States = Callable[[Tensor], Tensor]
@@ -105,12 +114,11 @@ class SelfDistillTrainer(RolloutTrainer):
         self.on_rollouts = on_rollouts
         self.card = None
         self.rewards, weights = adapt(reward_funcs) if reward_funcs else ([], None)
-        if not self.rewards and teacher is None and not self.rollout.cross_entropy_weight:
-            raise UserError(
-                "Nothing to learn from: give a reward, a teacher, or demonstrations with a cross-entropy weight."
-            )
+        environments = bool(kwargs.get("environment_factory"))  # they may have rewards of their own
+        if not (self.rewards or environments or teacher is not None or self.rollout.cross_entropy_weight):
+            raise UserError(NOTHING_TO_LEARN_FROM)
         self.policy_weight = 1.0 if teacher is None else self.distillation.policy_weight
-        if not self.rewards:
+        if not (self.rewards or environments):
             self.policy_weight = 0.0
         if self.policy_weight and args is not None and args.num_generations == 1:
             raise UserError(
@@ -119,20 +127,43 @@ class SelfDistillTrainer(RolloutTrainer):
             )
         if args is not None and weights is not None and args.reward_weights is None:
             args.reward_weights = weights
+        if args is not None and args.ddp_find_unused_parameters is None:
+            # Every trained parameter takes part in every loss, and DDP warns where it looked for others in vain.
+            args.ddp_find_unused_parameters = False
         self._means = {"train": Means(), "eval": Means()}
         self._check_rollout(kwargs)
         _check_columns(teacher, train_dataset)
+        adapter = adapter_weights(model)
         with loadable(model, needed=args is not None and args.beta != 0 and kwargs.get("peft_config") is None):
             super().__init__(
                 model=model, reward_funcs=self.rewards or [no_reward], args=args, train_dataset=train_dataset, **kwargs
             )
+        use_standard_names(self)
+        if self.is_fsdp_enabled and self.accelerator.distributed_type != DistributedType.FSDP:
+            raise UserError(
+                "FSDP needs GPUs: on a CPU accelerate does not shard. Start the processes with torchrun, without an "
+                "FSDP configuration."
+            )
+        self._take_environments_rewards()
+        if not (self.rewards or teacher is not None or self.rollout.cross_entropy_weight):
+            raise UserError(NOTHING_TO_LEARN_FROM)
+        if not self.rewards:
+            self.policy_weight = 0.0
+        if self.sharded and self.tools and not self.use_vllm:
+            raise UserError(
+                "tools: every pass of a sharded model takes all processes, and how often one calls its tools depends "
+                "on its own completions. Generate with vLLM (use_vllm=True), or train with data parallelism or ZeRO-2."
+            )
         self._check_size(train_dataset)
         student = self.accelerator.unwrap_model(self.model)
-        if self.ref_model is not None and not self._sharded:
+        restore_adapter(student, adapter)
+        if self.ref_model is not None and (self.accelerator.is_fsdp2 or not self.sharded):
             copy_weights(student, self.accelerator.unwrap_model(self.ref_model))
+        check_student(self, student)
         for reward in self.rewards:
             if isinstance(reward, AdaptedReward):
-                reward.bind(PolicyScorer(student, self._tokenizer))
+                most = self.most_of_any_process if self.sharded else None
+                reward.bind(PolicyScorer(student, self._tokenizer, most_of_any_process=most))
         speaker = self._student()
         self.findings = own_findings(speaker)
         self._stop_at(speaker.ends)
@@ -154,7 +185,8 @@ class SelfDistillTrainer(RolloutTrainer):
 
     def _attach(self, teacher: BaseTeacher, student: nn.Module) -> None:
         self.distillation.check_vocabulary(len(inner_model(student).get_output_embeddings().weight))
-        teacher.attach(student, self._tokenizer, sharded=self._sharded)
+        if not self.accelerator.is_fsdp2:
+            teacher.attach(student, self._tokenizer, sharded=self.sharded)
         if teacher.context_tokens is not None:
             teacher.check_length(self._longest_teacher_tokens(teacher))
         self.add_callback(_AfterStep(teacher))
@@ -165,11 +197,6 @@ class SelfDistillTrainer(RolloutTrainer):
         rollouts = Rollouts.of_rows(rows, 1)
         prompts = [*rollouts.prompts, *teacher.prompts(rollouts, self._tokenizer)]
         return max(map(len, self._teacher_prompt_ids(prompts))) + self.max_completion_length
-
-    @property
-    def _sharded(self) -> bool:
-        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
-        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
 
     @property
     def has_policy_term(self) -> bool:
@@ -195,12 +222,13 @@ class SelfDistillTrainer(RolloutTrainer):
         self._rollouts = rollouts
         if not training:
             return super()._generate_and_score_completions(inputs)
-        if self.teacher is not None:
+        if self.teacher is not None and self.teacher_moved != self._step:  # equal in a step that begins again
             self.teacher.before_rollouts(self.state.global_step)
+            self.teacher_moved = self._step
         output = super()._generate_and_score_completions(inputs)
         if self.rollout.cross_entropy_weight:
             weights = demonstration_weights(rollouts, output["completion_mask"], self._mean)
-            output["demonstration_weights"] = weights * self._windows_per_generation
+            output["demonstration_weights"] = weights
         if self._teaches:
             output |= self._show_teacher(rollouts, output)
         if self._teaches_by_advantage:
@@ -230,7 +258,7 @@ class SelfDistillTrainer(RolloutTrainer):
         self.note("distill/active_fraction", active.sum().item(), len(active))
         shown: dict[str, Tensor] = {
             "distill_mask": distilled,
-            "distill_weights": weights * self._windows_per_generation,
+            "distill_weights": weights,
             "teacher_prompt_ids": pad(ids, self._tokenizer.pad_token_id, padding_side="left"),
             "teacher_prompt_mask": pad([torch.ones_like(i) for i in ids], 0, padding_side="left"),
         }
@@ -255,20 +283,29 @@ class SelfDistillTrainer(RolloutTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         start, terms = time.perf_counter(), []
+        distilled, demonstrated = inputs.get("distill_mask"), inputs.get("demonstration_weights")
+        if self._teaches_by_advantage:
+            distilled = None
+        said = None
+        if distilled is not None and self._worthwhile(distilled):
+            # Before the student's pass: its graph takes memory, and of a sharded model it refers to gathered parameters
+            # that the teacher's would take the place of.
+            said = self._ask_teacher(model, inputs)
         with captured_hidden(model) as captured:
             if self.has_policy_term:
                 scaled = inputs["advantages"] * (1.0 if self._teaches_by_advantage else self.policy_weight)
                 terms.append(super()._compute_loss(model, {**inputs, "advantages": scaled}))
-        distilled, demonstrated = inputs.get("distill_mask"), inputs.get("demonstration_weights")
-        masks = [] if distilled is None or self._teaches_by_advantage else [distilled]
+        masks = [] if distilled is None else [distilled]
         masks += [] if demonstrated is None else [demonstrated > 0]
         # With several processes all make the pass that one of them needs, since it is a collective call.
         if masks and (self.accelerator.num_processes > 1 or any(mask.any() for mask in masks)):
             states = self._states(model, inputs, torch.stack(masks).any(dim=0), captured)
-            if distilled is not None and not self._teaches_by_advantage and self._worthwhile(distilled):
-                terms.append(self.distillation.weight * self._distillation_loss(model, inputs, states))
+            # The weights are shares of what was sampled together, which this window has a part of.
+            share = self._windows_per_generation
+            if said is not None:
+                terms.append(self.distillation.weight * share * self._distillation_loss(model, inputs, states, said))
             if demonstrated is not None and self._worthwhile(demonstrated > 0):
-                terms.append(self.rollout.cross_entropy_weight * self._cross_entropy(model, inputs, states))
+                terms.append(self.rollout.cross_entropy_weight * share * self._cross_entropy(model, inputs, states))
         if not terms:  # nothing to learn: a zero on the graph
             terms.append(next(p for p in self.model.parameters() if p.requires_grad).sum() * 0.0)
         self._note_seconds("time/loss_s", start)
@@ -283,7 +320,7 @@ class SelfDistillTrainer(RolloutTrainer):
         """The student's hidden states: of the pass that the policy gradient made, or of the rows in `mask` alone."""
         prompt_ids, ids, attention = inputs["prompt_ids"], inputs["completion_ids"], inputs["completion_mask"]
         if captured:
-            hidden = aligned(captured[-1], prompt_ids.size(1), ids.size(1))
+            hidden = aligned(captured[-1], ids.size(1))
             return lambda tokens: hidden[tokens]
         rows = mask.any(dim=1)
         if not rows.any():
@@ -294,25 +331,22 @@ class SelfDistillTrainer(RolloutTrainer):
             hidden = completion_hidden(model, prompt_ids[rows], inputs["prompt_mask"][rows], *completion)
         return lambda tokens: hidden[tokens[rows][:, :longest]]
 
-    def _distillation_loss(self, model: nn.Module, inputs: Mapping[str, Any], states: States) -> Float[Tensor, ""]:
+    def _distillation_loss(
+        self, model: nn.Module, inputs: Mapping[str, Any], states: States, said: losses.TeacherOutput
+    ) -> Float[Tensor, ""]:
         """Sum over tokens of weight times divergence, from the student's hidden states."""
         settings, keep, head = self.distillation, inputs["distill_mask"], head_of(model)
         student, tokens, weights = states(keep), inputs["completion_ids"][keep], inputs["distill_weights"][keep]
         if settings.is_clip is not None and "old_per_token_logps" in inputs:
             now = losses.token_logps(student.detach(), head.at(self.temperature).detached(), tokens)
             weights = weights * losses.importance_weight(now, inputs["old_per_token_logps"][keep], settings.is_clip)
-        said = self._ask_teacher(model, inputs)
         temperature = said.temperature(settings.temperature or self.temperature)
         if settings.signal == "sampled_token":
-            ours = losses.token_logps(student, head.at(temperature), tokens, weights=weights)
-            theirs = said.token_logps(tokens, temperature)
-            per_token = losses.sampled_token_loss(ours, theirs)
-            # The value of this loss means nothing; what is shown is the divergence that it estimates.
-            divergence = torch.where(theirs.isfinite(), ours.detach() - theirs, 0.0)
+            per_token = said.sampled_divergence(student, head.at(temperature), tokens, weights=weights)
         else:
             kind = replace(settings, temperature=temperature)
-            per_token = divergence = said.divergence(student, head, kind, weights=weights)
-        self._note_divergence(divergence.detach(), keep)
+            per_token = said.divergence(student, head, kind, weights=weights)
+        self._note_divergence(per_token.detach(), keep)
         if not self.has_policy_term and len(student):  # the policy gradient logs the entropy where it runs
             some = spread_tokens(keep, ENTROPY_TOKENS_PER_ROW)
             self.note("entropy", entropy_sum(states(some), head.at(self.temperature)), int(some.sum()))
@@ -350,7 +384,10 @@ class SelfDistillTrainer(RolloutTrainer):
         rows_at_once = self.args.per_device_train_batch_size
         parts: list[tuple[Tensor, dict[str, Any]]] = []
         active = mask.any(dim=1).nonzero().squeeze(1)
-        for rows in active.split(rows_at_once) if len(active) else ():
+        taken = list(active.split(rows_at_once)) if len(active) else []
+        # A pass of a sharded model takes all processes: who has fewer rows goes through the first one once more.
+        missing = self.most_of_any_process(len(taken)) - len(taken)
+        for rows in [*taken, *[torch.zeros(1, dtype=torch.long, device=mask.device)] * missing]:
             part: dict[str, Any] = {name: value[rows] for name, value in tensors.items()}
             parts.append((rows, {**part, REQUEST: TeacherRequest.of(part)}))
         self.teacher.prepare([part[REQUEST] for _, part in parts])

@@ -69,10 +69,10 @@ class _Watched:
         return float(moved / size), changed / sum(after.numel() for after, _ in pairs)
 
 
-def _matrices(model: nn.Module) -> Sequence[nn.Module]:
+def _matrices(model: Any) -> Sequence[nn.Module]:
     """Some of the modules that are trained and not sharded: adapters where there are any, else linear layers."""
     embeddings = {id(m) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
-    adapters = [m for m in model.modules() if isinstance(m, LoraLayer) and _adapter(m) is not None]
+    adapters: list[Any] = [m for m in model.modules() if isinstance(m, LoraLayer) and _adapter(m) is not None]
     linear = [m for m in model.modules() if type(m) is nn.Linear and m.weight.requires_grad and id(m) not in embeddings]
     found = [m for m in adapters or linear if not any(_is_sharded(p) for p in m.parameters())]
     return found[:: max(1, -(-len(found) // MATRICES))]
@@ -95,8 +95,11 @@ def _parts(module: nn.Module) -> list[Tensor]:
     if isinstance(module, LoraLayer):
         name = _adapter(module)
         assert name is not None
-        return [module.lora_B[name].weight[:ROWS], module.lora_A[name].weight]
-    return [module.weight[:ROWS]]  # type: ignore[list-item]
+        second, first = module.lora_B[name], module.lora_A[name]
+        assert isinstance(second, nn.Linear) and isinstance(first, nn.Linear)
+        return [second.weight[:ROWS], first.weight]
+    assert isinstance(module, nn.Linear)
+    return [module.weight[:ROWS]]
 
 
 @torch.no_grad()

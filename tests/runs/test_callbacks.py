@@ -8,31 +8,40 @@ from omegaconf import OmegaConf
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from selfdistill.evaluation.monitors import Monitors, Threshold
+from selfdistill.rollout import Rollouts
 from selfdistill.runs.callbacks import (
     CompletionsCallback,
+    GeneratedTokens,
     MonitorCallback,
-    ProgressCallback,
     RecordCallback,
     use_callbacks,
 )
-from selfdistill.runs.console import make_console
 from selfdistill.runs.folder import RunFolder
 from selfdistill.runs.loggers import NoLogger
+from selfdistill.runs.screen import Screen
+from selfdistill.runs.step_table import StepTable
 
 
 class Recorder(NoLogger):
     """A logger that remembers, and fails on request."""
 
     def __init__(self, fails=False):
-        self.fails, self.logged, self.tables = fails, [], []
+        self.fails, self.logged, self.tables, self.caught_up = fails, [], [], []
+
+    def catch_up(self, metrics, completions):
+        self.caught_up.append(([line["step"] for line in metrics], [line["step"] for line in completions]))
 
     def log(self, step, metrics):
         if self.fails:
             raise ConnectionError("gone")
         self.logged.append((step, dict(metrics)))
 
-    def table(self, name, rows):
-        self.tables.append((name, list(rows)))
+    def table(self, name, step, rows):
+        self.tables.append((name, step, list(rows)))
+
+
+def recording(run, logger):
+    return RecordCallback(run, logger, GeneratedTokens())
 
 
 class Loop:
@@ -76,24 +85,24 @@ def run(tmp_path):
 
 @pytest.fixture
 def console():
-    return make_console(file=io.StringIO(), width=80)
+    return Screen(file=io.StringIO(), width=80)
 
 
 def printed(console):
     return console.file.getvalue()
 
 
-def test_the_record_has_trl_s_names_and_the_standard_ones(run, tmp_path):
+def test_the_record_has_one_name_for_each_metric(run, tmp_path):
     logger = Recorder()
-    loop = Loop(tmp_path, [RecordCallback(run, logger)])
+    loop = Loop(tmp_path, [recording(run, logger)])
     loop.begin()
     loop.step(loss=0.5, entropy=0.7, step_time=0.1, reward=None, kl=math.nan)
     loop.log(eval__accuracy=0.4)
     loop.log(train_runtime=9.0, train_loss=0.5, total_flos=1.0, epoch=1.0)
     (line,) = run.metrics()
-    assert line.pop("time/wall_s") >= 0
+    assert line.pop("time/total_s") >= 0
     assert line == {
-        "step": 1, "loss": 0.5, "entropy": 0.7, "step_time": 0.1, "reward": None, "kl": None,
+        "step": 1, "loss": 0.5, "reward": None, "kl": None, "tokens/generated": 0,
         "monitor/entropy": 0.7, "time/step_s": 0.1, "eval/accuracy": 0.4,
     }  # fmt: skip
     assert [step for step, _ in logger.logged] == [1, 1]
@@ -101,18 +110,20 @@ def test_the_record_has_trl_s_names_and_the_standard_ones(run, tmp_path):
     assert run.summary["train"] == {"train_runtime": 9.0, "train_loss": 0.5, "total_flos": 1.0}
 
 
-def test_a_resume_drops_what_it_repeats(run, tmp_path):
-    loop = Loop(tmp_path, [RecordCallback(run, NoLogger())])
+def test_a_resume_drops_what_it_repeats_and_hands_over_the_rest(run, tmp_path):
+    logger = Recorder()
+    loop = Loop(tmp_path, [recording(run, logger)])
     loop.begin()
     for reward in (1.0, 2.0, 3.0):
         loop.step(reward=reward)
     loop.begin(step=1)
+    assert logger.caught_up[-1] == ([1], [])  # what a kill may have kept from the logger
     loop.step(reward=20.0)
     assert [(line["step"], line["reward"]) for line in run.metrics()] == [(1, 1.0), (2, 20.0)]
 
 
 def test_a_failing_logger_ends_no_training(run, tmp_path):
-    loop = Loop(tmp_path, [RecordCallback(run, Recorder(fails=True))])
+    loop = Loop(tmp_path, [recording(run, Recorder(fails=True))])
     loop.begin()
     with pytest.warns(UserWarning, match="The logger failed"):
         loop.step(reward=1.0)
@@ -122,29 +133,73 @@ def test_a_failing_logger_ends_no_training(run, tmp_path):
     assert len(run.metrics()) == 2
 
 
-def test_completions_now_and_then(run, tmp_path, console):
+def test_completions_now_and_then_and_at_the_end(run, tmp_path, console):
     logger = Recorder()
-    record = RecordCallback(run, logger)
-    rows = [{"prompt": "p", "completion": f"c{i}", "reward": 1.0, "advantage": 0.0, "feedback": None} for i in range(5)]
-    callback = CompletionsCallback(record, console, lambda: rows, every_steps=4, keep=3, show=1)
+    record = recording(run, logger)
+    rows = [
+        {"prompt": f"p{i // 3}", "completion": f"c{i // 2}", "reward": 1.0, "advantage": i - 1.0, "feedback": None}
+        for i in range(6)
+    ]
+    callback = CompletionsCallback(record, console, lambda: rows, every_steps=4, keep=3, show=2)
     loop = Loop(tmp_path, [record, callback])
     loop.begin()
     loop.log(eval__accuracy=0.1)
-    for _ in range(9):
+    for _ in range(10):
         loop.step(reward=1.0)
     loop.log(eval__accuracy=0.2)
-    steps = [line["step"] for line in run.completions()]
-    assert steps == [1] * 3 + [4] * 3 + [8] * 3
-    assert [(name, rows[0]["step"], len(rows)) for name, rows in logger.tables] == [
-        ("completions", s, 3) for s in (1, 4, 8)
-    ]
-    assert printed(console).count("completions at step") == 3
-    assert "c0" in printed(console)
-    assert "c1" not in printed(console)
+    loop.call("on_train_end")
+    assert [line["step"] for line in run.completions()] == [1] * 3 + [4] * 3 + [8] * 3 + [10] * 3
+    assert [(name, step) for name, step, _ in logger.tables] == [("completions", step) for step in (1, 4, 8, 10)]
+    kept = [(row["prompt"], row["completion"], row["advantage"]) for row in logger.tables[0][2]]
+    assert kept == [("p1", "c2", 3.0), ("p0", "c0", -1.0), ("p1", "c1", 2.0)]  # best, worst, then what differs
+    assert printed(console).count("completions at step") == 4
+
+
+def test_a_resumed_run_keeps_completions_when_an_unbroken_one_would(run, tmp_path, console):
+    rows = [{"prompt": "p", "completion": "c", "reward": 1.0, "advantage": 0.0}]
+
+    def loop_of(step):
+        record = recording(run, NoLogger())
+        loop = Loop(tmp_path, [record, CompletionsCallback(record, console, lambda: rows, every_steps=4)])
+        loop.begin(step)
+        return loop
+
+    first = loop_of(0)
+    for _ in range(6):
+        first.step(reward=1.0)
+    resumed = loop_of(5)
+    for _ in range(5):
+        resumed.step(reward=1.0)
+    assert [line["step"] for line in run.completions()] == [1, 4, 8]
+
+
+def test_generated_tokens_go_on_where_the_checkpoint_was(run, tmp_path):
+    def rollouts(*lengths, demonstrated=False):
+        ids = [[7] * length for length in lengths]
+        return Rollouts(["p"] * len(ids), [""] * len(ids), ids, demonstrated=[demonstrated] * len(ids))
+
+    tokens = GeneratedTokens()
+    loop = Loop(tmp_path, [tokens, RecordCallback(run, NoLogger(), tokens)])
+    loop.begin()
+    loop.call("on_step_begin")
+    tokens.add(rollouts(3, 4))
+    tokens.add(rollouts(9, demonstrated=True))
+    loop.step(reward=1.0)
+    assert run.metrics()[-1]["tokens/generated"] == 7
+    kept = tokens.state()
+    loop.call("on_step_begin")
+    tokens.add(rollouts(5))
+    tokens.restore()  # the server was lost: a resumed run repeats the step
+    assert tokens.state() == kept
+    again = GeneratedTokens()
+    loop.callbacks = [again]
+    loop.state.stateful_callbacks = {"GeneratedTokens": kept}
+    loop.begin(1)
+    assert again.count == 7
 
 
 def test_no_completions_no_table(run, tmp_path, console):
-    record = RecordCallback(run, Recorder())
+    record = recording(run, Recorder())
     loop = Loop(tmp_path, [record, CompletionsCallback(record, console, list)])
     loop.begin()
     loop.step(reward=1.0)
@@ -153,7 +208,7 @@ def test_no_completions_no_table(run, tmp_path, console):
 
 def test_a_warning_is_printed_recorded_and_lets_the_run_go_on(run, tmp_path, console):
     callback = MonitorCallback(Monitors(entropy=Threshold(below=0.1, for_steps=2)), run, console)
-    loop = Loop(tmp_path, [RecordCallback(run, NoLogger()), callback])
+    loop = Loop(tmp_path, [recording(run, NoLogger()), callback])
     loop.begin()
     assert all(loop.step(entropy=0.05, reward=1.0) for _ in range(8))
     assert callback.stopped_by is None
@@ -167,7 +222,7 @@ def test_a_warning_is_printed_recorded_and_lets_the_run_go_on(run, tmp_path, con
 def test_a_stop_keeps_the_best_checkpoint_by_reward(run, tmp_path, console):
     monitors = Monitors(repetition=Threshold(above=0.5, for_steps=3, action="stop"))
     callback = MonitorCallback(monitors, run, console, window=2, gap_steps=3)
-    loop = Loop(tmp_path, [RecordCallback(run, NoLogger()), callback], max_steps=100)
+    loop = Loop(tmp_path, [recording(run, NoLogger()), callback], max_steps=100)
     loop.begin()
     rewards = [0.1, 0.2, 0.3, 0.4, 0.5, 0.4, 0.4]
     assert all(loop.step(reward=reward, monitor__repetition=0.1) for reward in rewards)
@@ -187,7 +242,7 @@ def test_a_stop_keeps_the_best_checkpoint_by_reward(run, tmp_path, console):
 def test_evaluations_decide_what_is_best(run, tmp_path, console):
     monitors = Monitors(entropy=Threshold(below=0.1, action="stop"))
     callback = MonitorCallback(monitors, run, console, window=1, gap_steps=1)
-    loop = Loop(tmp_path, [RecordCallback(run, NoLogger()), callback])
+    loop = Loop(tmp_path, [recording(run, NoLogger()), callback])
     loop.log(eval__accuracy=0.5)
     loop.begin()
     saved = []
@@ -206,13 +261,13 @@ def test_a_resumed_run_alarms_as_an_unbroken_one(run, tmp_path, console):
 
     entropies = [1.0] * 5 + [0.1] * 4
     first = callback()
-    loop = Loop(tmp_path, [RecordCallback(run, NoLogger()), first])
+    loop = Loop(tmp_path, [recording(run, NoLogger()), first])
     loop.begin()
     assert [loop.step(entropy=e, reward=float(i)) for i, e in enumerate(entropies)] == [True] * 8 + [False]
     assert first.stopped_by.step == 9
 
     second = callback()
-    loop = Loop(tmp_path, [RecordCallback(run, NoLogger()), second])
+    loop = Loop(tmp_path, [recording(run, NoLogger()), second])
     loop.begin(step=7)
     assert second.best_step == first.best_step == 5
     assert run.summary["alarms"] == []
@@ -220,40 +275,30 @@ def test_a_resumed_run_alarms_as_an_unbroken_one(run, tmp_path, console):
     assert second.stopped_by.step == 9
 
 
-def test_progress_without_a_terminal_is_plain_lines(tmp_path, console):
-    loop = Loop(tmp_path, [ProgressCallback(console, every_s=1e9)], max_steps=3)
-    loop.begin()
-    loop.step(reward=0.25, kl=0.001, loss=2.0, grad_norm=1.0)
-    loop.step(reward=0.5)
-    loop.step(reward=0.75, kl=None)
-    loop.log(train_runtime=1.0)
-    loop.call("on_train_end")
-    first, last = printed(console).splitlines()
-    assert first.startswith("step 1/3  reward 0.25  KL 0.001  loss 2  ")
-    assert first.endswith(" left")
-    assert last == "step 3/3  reward 0.75  KL 0.001  loss 2"
+def test_a_run_that_was_stopped_in_the_step_of_its_checkpoint_stays_stopped(run, tmp_path, console):
+    """A kill in the final evaluation: there is no step left to take."""
 
+    def callback():
+        return MonitorCallback(Monitors(entropy=Threshold(below=0.1, for_steps=2, action="stop")), run, console)
 
-def test_progress_on_a_terminal_is_a_bar(tmp_path):
-    console = make_console(file=io.StringIO(), width=100, force_terminal=True)
-    callback = ProgressCallback(console)
-    loop = Loop(tmp_path, [callback], max_steps=2)
+    loop = Loop(tmp_path, [recording(run, NoLogger()), callback()])
     loop.begin()
-    loop.step(reward=0.25)
-    loop.step(reward=0.5)
-    loop.call("on_train_end")
-    callback.close()
-    text = printed(console)
-    assert "2/2" in text
-    assert "reward 0.5" in text
-    assert "step 1/2" not in text
+    assert [loop.step(entropy=0.05) for _ in range(2)] == [True, False]
+    again = callback()
+    loop = Loop(tmp_path, [recording(run, NoLogger()), again])
+    loop.begin(step=1)
+    assert not loop.control.should_training_stop
+    run.log_metrics(2, {"entropy": 0.05})
+    loop.begin(step=2)
+    assert loop.control.should_training_stop
+    assert again.stopped_by.step == 2
 
 
 def test_transformers_own_progress_is_replaced(tmp_path, run, console):
     from tests.tiny import tiny_model
 
     trainer = Trainer(model=tiny_model(), args=TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True))
-    ours = [RecordCallback(run, NoLogger()), ProgressCallback(console)]
+    ours = [recording(run, NoLogger()), StepTable(console)]
     use_callbacks(trainer, ours)
     names = [
         type(callback).__module__.split(".")[0] + "." + type(callback).__name__
@@ -284,7 +329,7 @@ def test_in_a_real_training_a_stop_leaves_the_best_checkpoint_in_place(tmp_path,
             super().log({**logs, "reward": reward, "monitor/length_tokens": float(step)}, start_time)
 
     trainer = Rewarded(model=tiny_model(), args=args, train_dataset=data)
-    use_callbacks(trainer, [RecordCallback(run, NoLogger()), callback])
+    use_callbacks(trainer, [recording(run, NoLogger()), callback])
     trainer.train()
     assert trainer.state.global_step == 9
     assert callback.stopped_by.monitor == "length"

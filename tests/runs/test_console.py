@@ -11,7 +11,6 @@ from selfdistill.runs.console import (
     change_table,
     config_tree,
     count,
-    duration,
     make_console,
     plan_table,
     print_all,
@@ -23,6 +22,7 @@ from selfdistill.runs.console import (
 PLAN = Plan(
     model="tiny", device="cpu", parameters=860_000, trained=43_000, train_rows=400, eval_rows=100, max_steps=300,
     batch=Batch(8, 4, 2), num_generations=4, adapter="LoRA, rank 32",
+    weights="bfloat16, trained in float32",
     memory_gib={"weights": 0.25, "optimizer": 1.0},
 )  # fmt: skip
 
@@ -60,6 +60,7 @@ def test_the_tree_shows_every_key_and_no_secret():
 def test_the_plan_s_arithmetic():
     text = shown(plan_table(PLAN))
     assert "860 K, 43 K trained (5.0%; LoRA, rank 32)" in text
+    assert "bfloat16, trained in float32" in text
     assert "8 completions x 4 accumulated x 2 processes = 64: 16 prompts x 4" in text
     assert "300 steps = 19,200 completions = 12.00 passes over the data" in text
     assert "about 1.2 GiB and activations (weights 256 MiB, optimizer 1.0 GiB)" in text
@@ -129,13 +130,6 @@ def test_an_old_terminal_gets_ascii():
 )
 def test_count(number, text):
     assert count(int(number)) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (245.0, "4 min 05 s"), (7380.0, "2 h 03 min")]
-)
-def test_duration(seconds, text):
-    assert duration(seconds) == text
 
 
 @pytest.mark.parametrize(("gib", "text"), [(0.0005, "0.5 MiB"), (0.25, "256 MiB"), (17.34, "17.3 GiB")])

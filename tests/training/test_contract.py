@@ -31,12 +31,21 @@ OVERRIDDEN = {
     "_save_checkpoint": ["self", "model", "trial"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
     "_tokenize_prompts": ["self", "prompts"],
+    "_run_epoch": [
+        "self", "model", "epoch", "train_dataloader", "steps_in_epoch", "num_update_steps_per_epoch", "trial",
+        "ignore_keys_for_eval", "start_time", "resume_from_checkpoint",
+    ],
+}  # fmt: skip
+OF_TRANSFORMERS = ("_load_from_checkpoint", "_run_epoch")
+CALLED = {
+    "_load_rng_state": ["self", "checkpoint"],
 }
 STATE = (
     "_buffered_inputs", "_step", "_metrics", "_tokenizer", "beta", "temperature", "num_iterations", "reward_weights",
     "max_completion_length", "current_gradient_accumulation_steps", "mask_truncated_completions", "ref_model",
-    "num_generations", "num_generations_eval", "shuffle_dataset", "eos_token_ids", "generation_config",
-    "generation_kwargs", "chat_template", "chat_template_kwargs", "tools", "environment_factories", "_is_vlm",
+    "num_generations", "num_generations_eval", "shuffle_dataset", "aux_loss_enabled", "eos_token_ids",
+    "generation_config", "generation_kwargs", "chat_template", "chat_template_kwargs", "tools",
+    "environment_factories", "_is_vlm", "reward_funcs", "reward_func_names", "reward_processing_classes",
 )  # fmt: skip
 
 
@@ -44,9 +53,9 @@ def names(function: Callable[..., Any]) -> list[str]:
     return [p.name for p in inspect.signature(function).parameters.values()]
 
 
-@pytest.mark.parametrize("method", OVERRIDDEN)
+@pytest.mark.parametrize("method", [*OVERRIDDEN, *CALLED])
 def test_signatures(method: str) -> None:
-    wanted = OVERRIDDEN[method]
+    wanted = {**OVERRIDDEN, **CALLED}[method]
     theirs = names(getattr(trl.GRPOTrainer, method))
     if theirs[: len(wanted)] != wanted:
         pytest.fail(
@@ -56,14 +65,15 @@ def test_signatures(method: str) -> None:
         )
 
 
-@pytest.mark.parametrize("method", [m for m in OVERRIDDEN if m != "_load_from_checkpoint"])
+@pytest.mark.parametrize("method", [m for m in OVERRIDDEN if m not in OF_TRANSFORMERS])
 def test_what_we_override_is_still_there(method: str) -> None:
     assert any(method in vars(ours) for ours in (SelfDistillTrainer, RolloutTrainer))
     assert method in vars(trl.GRPOTrainer), f"trl {trl.__version__}: GRPOTrainer.{method} is gone"
 
 
 def test_checkpoints_load_through_the_hook() -> None:
-    assert "_load_from_checkpoint" in vars(Trainer)
+    assert set(OF_TRANSFORMERS) <= vars(Trainer).keys()
+    assert names(Trainer.save_model) == ["self", "output_dir", "_internal_call"]
     assert names(Trainer._get_output_dir) == ["self", "trial"]
 
 
@@ -75,6 +85,15 @@ def test_state_that_is_read(tmp_path: Path) -> None:
     trainer.train()
     assert hasattr(trainer, "current_gradient_accumulation_steps")
     assert trainer._step == 4
+
+
+def test_the_student_is_sharded_before_its_checkpoint_is_loaded() -> None:
+    """A teacher takes its shards in between."""
+    source = inspect.getsource(Trainer._prepare_for_training)
+    assert names(Trainer._prepare_for_training)[1:] == ["max_steps", "train_dataloader", "resume_from_checkpoint"]
+    calls = ("self.accelerator.prepare(", "self.model = self.model_wrapped = model", "self._load_from_checkpoint(")
+    places = [source.index(call) for call in calls]
+    assert places == sorted(places)
 
 
 # Each hook takes up what the one before it left on the rollouts.
@@ -111,7 +130,7 @@ def test_trl_calls_the_hooks_in_this_order(tmp_path: Path, monkeypatch: pytest.M
         return call
 
     for name in OVERRIDDEN:
-        if name not in ("_get_train_sampler", "_save_checkpoint", "_load_from_checkpoint"):
+        if name not in ("_get_train_sampler", "_save_checkpoint", *OF_TRANSFORMERS):
             monkeypatch.setattr(SelfDistillTrainer, name, noted(name))
     # Rollouts that serve more than one optimizer step make TRL ask for the policy's log-probabilities too.
     args = {"max_steps": 1, "beta": 0.04, "steps_per_generation": 4, "gradient_accumulation_steps": 2}

@@ -1,6 +1,7 @@
 """What a training step computes: losses and gradients against a second, naive computation."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tests.training.naive import (
     make,
     of,
     passes,
+    questions,
     sgd,
 )
 
@@ -178,7 +180,7 @@ def test_hybrid_is_the_sum_of_its_terms_in_one_pass(tmp_path: Path) -> None:
     ):  # fmt: skip
         total = (policy - before) + (alone - before)
         torch.testing.assert_close(both - before, total, rtol=1e-5, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
-    assert [p.gradient for p in counted["both"]] == [True, False] * 2
+    assert [p.gradient for p in counted["both"]] == [False, True] * 2
     assert [p.gradient for p in counted["policy"]] == [True] * 2
 
 
@@ -244,3 +246,26 @@ def test_a_teacher_with_a_wider_head(tmp_path: Path) -> None:
         start, lambda p, c: completion_logps(wide, p, c, 1.0)[:, :size].log_softmax(1), batches[0], settings
     )
     assert logged(trainer, "loss")[0] == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_a_short_last_window_weighs_as_much_as_any_other(tmp_path: Path) -> None:
+    """Three micro-batches are sampled together, and an epoch's windows are of two and of one."""
+    trainer, _ = make(
+        tmp_path, lively(), {"steps_per_generation": 3, "max_steps": 4}, teacher=Teacher(context=Hint(lambda i: True)),
+        train_dataset=questions(3),
+    )  # fmt: skip
+    weights: dict[int, list[float]] = {}
+    trainer._distillation_loss = lambda model, inputs, states, said: (
+        states(inputs["distill_mask"]).sum() * 0 + inputs["distill_weights"].sum()
+    )
+    original = trainer._compute_loss
+
+    def loss(model: Any, inputs: dict) -> torch.Tensor:
+        value = original(model, inputs)
+        weights.setdefault(trainer.state.global_step, []).append(value.item())
+        return value
+
+    trainer._compute_loss = loss
+    trainer.train()
+    assert [len(window) for window in weights.values()] == [2, 1, 2, 1]
+    assert [sum(window) for window in weights.values()] == pytest.approx([1.0] * 4)

@@ -124,3 +124,40 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
         "from selfdistill import Distillation; assert Distillation(alpha=1).alpha == 1"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+class Room:
+    """An environment that grades by itself."""
+
+    def reset(self, **columns: Any) -> str | None:
+        self.answer = columns["answer"]
+        return None
+
+    def get_reward(self) -> float:
+        return float(self.answer)
+
+
+@pytest.fixture
+def _environments_may_be_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL warns that they are experimental."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+
+
+@pytest.mark.usefixtures("_environments_may_be_tried")
+def test_an_environments_own_reward_is_a_reward(tmp_path: Path) -> None:
+    trainer, batches = make(tmp_path, args={"max_steps": 1}, environment_factory=Room)
+    assert trainer.has_policy_term
+    trainer.train()
+    assert set(batches[0].scores) <= {float(answer) for answer in trainer.train_dataset["answer"]}
+    assert len(set(batches[0].scores)) > 1
+    assert logged(trainer, "rewards/Room/mean") == [pytest.approx(sum(batches[0].scores) / len(batches[0].scores))]
+
+
+class Silent(Room):
+    get_reward = None
+
+
+@pytest.mark.usefixtures("_environments_may_be_tried")
+def test_an_environment_without_a_reward_leaves_nothing_to_learn(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="Nothing to learn from"):
+        make(tmp_path, environment_factory=Silent)

@@ -2,17 +2,30 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
 
 from selfdistill.config.secrets import Redactor
+from selfdistill.runs.console import flat
 from selfdistill.runs.folder import RunFolder
 from selfdistill.runs.step_log import jsonable
 
+# What curves can be drawn over; the first is the axis that is shown unless another one is chosen.
+X_AXES = ("step", "tokens/generated", "time/total_s")
+# What is best of a metric; the summary has it beside the last value.
+BEST = {
+    "eval/accuracy": "max",
+    "eval/retention": "max",
+    "eval/forgetting": "min",
+    "reward": "max",
+    "distill/divergence": "min",
+}
+
 
 class RunLogger:
-    """Shows a run. The order of calls is start, then log, table and summary, then finish, in every case."""
+    """Shows a run. The order of calls is start, catch_up, log, table, files and summary, then finish, in every case."""
 
     @property
     def location(self) -> str | None:
@@ -22,11 +35,17 @@ class RunLogger:
     def start(self, run: RunFolder, config: DictConfig) -> None:
         """Begin, or continue the run of the same id; the configuration is recorded flat, its secrets masked."""
 
+    def catch_up(self, metrics: Sequence[Mapping[str, Any]], completions: Sequence[Mapping[str, Any]]) -> None:
+        """Lines of metrics.jsonl and completions.jsonl, each with its step: what was not handed over yet is sent."""
+
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Metrics of a step; values that are not finite numbers are left out."""
 
-    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """A table, at the step that was logged last."""
+    def table(self, name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A table, at the step that was logged last; it gets a column `step`."""
+
+    def files(self, kind: str, paths: Sequence[Path]) -> None:
+        """Files of the run, such as its configuration or its report, under one name."""
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Final values."""
@@ -40,10 +59,14 @@ class NoLogger(RunLogger):
 
 
 class LibraryLogger(RunLogger):
-    """A logger on a library that has an object for a run, with a method `log`; `start` puts it in place."""
+    """A logger on a library that has an object for a run, with a method `log`; `start` puts it in place.
+
+    Steps that an earlier process of a resumed run has handed over already are not logged again.
+    """
 
     _run: Any = None
-    _step = 0
+    _step = -1
+    _before: frozenset[int] = frozenset()
 
     @property
     def active(self) -> Any:
@@ -52,12 +75,25 @@ class LibraryLogger(RunLogger):
             raise ValueError("The logger was not started.")
         return self._run
 
+    def catch_up(self, metrics: Sequence[Mapping[str, Any]], completions: Sequence[Mapping[str, Any]]) -> None:
+        for line in metrics:
+            step = line["step"]
+            if step <= self._step or step in self._before:
+                continue
+            self.log(step, {name: value for name, value in line.items() if name != "step"})
+            rows = [row for row in completions if row["step"] == step]
+            if rows:
+                self.table("completions", step, rows)
+
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         self._step = step
-        self.active.log(finite(metrics), step=step)
+        if step not in self._before:
+            self.active.log(self._row(step, finite(metrics)), step=step)
 
-    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        self.active.log({name: self._table(*columns_of(rows))}, step=self._step)
+    def table(self, name: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        if step not in self._before:
+            table = self._table(*columns_of([{"step": step, **row} for row in rows]))
+            self.active.log({name: table}, step=step)
 
     def finish(self, failed: bool = False) -> None:
         if self._run is None:
@@ -67,21 +103,16 @@ class LibraryLogger(RunLogger):
         except Exception as error:  # noqa: BLE001 - the end of a run must not fail here
             warnings.warn(f"{type(self).__name__} did not finish cleanly: {error}", stacklevel=2)
 
+    def _row(self, step: int, metrics: dict[str, int | float]) -> dict[str, int | float]:
+        """What the library is given of a step."""
+        return metrics
+
     def _table(self, columns: list[str], data: list[list[Any]]) -> Any:
         """The library's object for a table."""
         raise NotImplementedError
 
     def _finish(self, failed: bool) -> None:
         self._run.finish()
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined with dots; lists stay values, an empty mapping is left out."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        result.update(flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value})
-    return result
 
 
 def flat_config(config: DictConfig) -> dict[str, Any]:

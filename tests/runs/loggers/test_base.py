@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
+from selfdistill.runs.console import flat
 from selfdistill.runs.folder import RunFolder
-from selfdistill.runs.loggers.base import columns_of, finite, flat
+from selfdistill.runs.loggers.base import columns_of, finite
 
 
 def test_flat():
@@ -36,16 +37,18 @@ import sys
 from pathlib import Path
 from omegaconf import OmegaConf
 from selfdistill.runs.loggers import TrackioLogger
+from selfdistill.runs.console import flat
 from selfdistill.runs.folder import RunFolder
 config = OmegaConf.create({"seed": 3, "teacher": {"api_key": "sk-something-secret"}})
 run = RunFolder.create(Path(sys.argv[1]), "r", config)
-for steps in ([1, 2], [3]):
+for steps in ([1, 2], [2, 3]):
     logger = TrackioLogger(project="test", group="g")
     logger.start(run, config)
     for step in steps:
         logger.log(step, {"reward": step / 10, "kl": float("nan")})
-    logger.table("completions", [{"prompt": "p", "completion": "c"}])
-    logger.summary({"eval": {"accuracy": 0.75}})
+    logger.table("completions", step, [{"prompt": "p", "completion": "c"}])
+    logger.files("report", [run.path / "config.yaml"])
+    logger.summary({"after": {"accuracy": 0.75}})
     logger.finish(failed=True)
 print("location", logger.location)
 from trackio.sqlite_storage import SQLiteStorage
@@ -53,7 +56,8 @@ print("names", [record["name"] for record in SQLiteStorage.get_run_records("test
 record = SQLiteStorage.get_run_records("test")[0]
 rows = SQLiteStorage.get_logs("test", record["name"])
 print("rewards", {row["step"]: row["reward"] for row in rows if "reward" in row})
-print("summary", [row["summary/eval.accuracy"] for row in rows if "summary/eval.accuracy" in row])
+print("once", len([row for row in rows if "reward" in row]))
+print("summary", [row["summary/after/accuracy"] for row in rows if "summary/after/accuracy" in row])
 """
     root = Path(__file__).parents[3]
     done = subprocess.run(
@@ -64,6 +68,7 @@ print("summary", [row["summary/eval.accuracy"] for row in rows if "summary/eval.
     lines = dict(line.split(" ", 1) for line in done.stdout.splitlines() if not line.startswith("*"))
     assert lines["names"] == "True"
     assert lines["rewards"] == "{1: 0.1, 2: 0.2, 3: 0.3}"
+    assert lines["once"] == "3"
     assert lines["summary"] == "[0.75, 0.75]"
     assert lines["location"] == "trackio show --project test"
     assert all(b"sk-something-secret" not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())

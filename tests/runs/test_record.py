@@ -1,0 +1,52 @@
+"""What the main process writes down, where others fail it."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+
+from selfdistill.runs.loggers import WandbLogger
+from tests.command import command
+from tests.runs.test_resume import only_run, status
+
+pytestmark = pytest.mark.long
+FAST = ["debug=fast", "eval=none", "hardware=cpu", "hardware.per_device_batch_size=8", "output_dir=o"]
+
+
+def test_a_logger_that_cannot_start_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "o/wandb")
+
+    monkeypatch.setattr(WandbLogger, "start", start)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        quick = ["max_steps=1", "training.checkpoint_every=0", "eval=none", "output_dir=o"]
+        assert command([*quick, "hardware=cpu", "logger=wandb"], tmp_path).code == 0
+    assert status(only_run(tmp_path / "o")) == "finished"
+    assert (
+        len([w for w in said if "The logger failed" in str(w.message) and "Permission denied" in str(w.message)]) == 1
+    )
+
+
+def test_an_export_that_cannot_be_written_is_made_at_the_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training is over then: nothing is trained again."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("selfdistill.models.export.merged_16bit.Merged16bit.write", full)
+        outcome = command([*FAST, "logger=none", "training.checkpoint_every=2", "export=merged_16bit"], tmp_path)
+    run = only_run(tmp_path / "o")
+    assert (outcome.code, status(run)) == (2, "failed")
+    assert "No space left on device" in outcome.err and "Traceback" not in outcome.err
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert f"To go on after step {steps[-1]}" in outcome.err
+    weights = (run / "model" / "model.safetensors").read_bytes()
+    assert command([f"resume={run}"], tmp_path).code == 0
+    assert status(run) == "finished" and (run / "export" / "merged_16bit").is_dir()
+    assert (run / "model" / "model.safetensors").read_bytes() == weights
+    assert steps == [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,160 @@
+"""A model whose parameters FSDP2 divides among two processes: the numbers of one process, whoever teaches."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import accelerated
+from tests.launched import Launch, Launcher
+from tests.test_processes import COMMON, METHODS, ROWS, gathered, only_run, summary
+
+pytestmark = pytest.mark.long
+
+WEIGHTS = {"full": "model.safetensors", "lora": "adapter_model.safetensors"}
+Train = Callable[..., tuple[Launch, Path]]
+
+
+@pytest.fixture(scope="module")
+def launch() -> Iterator[Launcher]:
+    launcher = Launcher()
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture(scope="module")
+def train(launch: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """A method's run with the same global batch in one process or in two, sharded or not; made once."""
+    made: dict[tuple[str, ...], tuple[Launch, Path]] = {}
+
+    def get(method: str, sharding: str | None, *more: str) -> tuple[Launch, Path]:
+        key = (method, str(sharding), *more)
+        if key not in made:
+            folder, processes = tmp_path_factory.mktemp("run"), 2 if sharding else 1
+            rows = [
+                f"completions_per_step={ROWS[method]}",
+                f"hardware.per_device_batch_size={ROWS[method] // processes}",
+            ]
+            environment = accelerated.environment(sharding) if sharding else {}
+            overrides = [*COMMON, *METHODS[method], "logger=none", *rows, *more]
+            done = launch(overrides, folder, processes, environment=environment)
+            assert done.code == 0, done.terminal
+            made[key] = done, only_run(folder)
+        return made[key]
+
+    return get
+
+
+def assert_same(run: Path, expected: Path, tuning: str) -> None:
+    ours, theirs = gathered(run), gathered(expected)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    assert all(line["grad_norm"] > 0.1 for line in theirs[1:])
+    for line, other in zip(ours, theirs, strict=True):
+        assert line == pytest.approx(other, rel=1e-3, abs=1e-5)
+    found, wanted = (load_file(folder / "model" / WEIGHTS[tuning]) for folder in (run, expected))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("tuning", WEIGHTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_give_the_numbers_of_one(method: str, tuning: str, sharding: str, train: Train) -> None:
+    """Losses, gradients, rewards and evaluation; and the saved model has whole weights."""
+    more = f"model.tuning={tuning}"
+    (_, one), (done, two) = train(method, None, more), train(method, sharding, more)
+    assert_same(two, one, tuning)
+    assert "find_unused_parameters" not in done.terminal
+    assert summary(two)["status"] == "finished"
+
+
+@pytest.mark.parametrize("weights", ["ema", "copy", "trust_region"])
+def test_every_copy_of_the_student_teaches_in_shards(weights: str, train: Train) -> None:
+    more = ["model.tuning=full", f"teacher/weights={weights}", *(["teacher.weights.every=1"] * (weights == "copy"))]
+    (_, one), (_, two) = train("sdft", None, *more), train("sdft", "fsdp2", *more)
+    assert_same(two, one, "full")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["rollout.from_teacher=true"],
+        ["beta=0.1", "reward=exact_match", "policy_weight=0.5"],  # with a reference, sharded as well
+        ["hardware.per_device_batch_size=2"],  # several passes to an optimizer step
+    ],
+)
+def test_what_else_runs_on_shards(more: list[str], train: Train) -> None:
+    more = ["model.tuning=full", *more]
+    (_, one), (_, two) = train("sdft", None, *more), train("sdft", "fsdp2", *more)
+    assert_same(two, one, "full")
+
+
+@pytest.mark.parametrize("tuning", WEIGHTS)
+def test_an_interrupted_run_continues_with_the_teachers_shards(tuning: str, launch: Launcher, tmp_path: Path) -> None:
+    environment = accelerated.environment("fsdp2")
+    rows = ["completions_per_step=16", "hardware.per_device_batch_size=8", "logger=none", "max_steps=4", "eval.every=0"]
+    # torch cannot load the sharded state of an optimizer that has none, such as plain SGD
+    common = [override.replace("optim=sgd", "optim=adamw_torch") for override in COMMON]
+    overrides = [*common, "experiment=sdft", "teacher/weights=ema", f"model.tuning={tuning}", *rows]
+    whole = launch(overrides, tmp_path / "whole", environment=environment)
+    assert whole.code == 0, whole.terminal
+    incident = "1 1 os.kill(os.getpid(), signal.SIGTERM)"
+    launch(overrides, tmp_path / "cut", incident=incident, environment=environment)
+    run = only_run(tmp_path / "cut")
+    assert summary(run)["status"] == "interrupted"
+    (checkpoint,) = (run / "checkpoints").glob("checkpoint-*")
+    shards = [load_file(checkpoint / f"teacher-{process}.safetensors") for process in range(2)]
+    whole_weights = load_file(checkpoint / WEIGHTS[tuning])
+    trained = sum(t.numel() for name, t in whole_weights.items())
+    assert sum(t.numel() for shard in shards for t in shard.values()) == trained
+    again = launch([f"resume={run}"], tmp_path / "cut", environment=environment)
+    assert again.code == 0, again.terminal
+    assert gathered(run) == gathered(only_run(tmp_path / "whole"))
+
+
+UNEVEN = {
+    "distillation as an advantage": [
+        "experiment=sdpo_feedback", "distillation.signal=advantage", "policy_weight=1", "rollout.temperature=0.7",
+    ],
+    "a reward that asks the policy about some rows": [
+        "experiment=grpo_supervised", "reward=answer_likelihood", "reward.delimiter=e", "reward.missing_delimiter=zero",
+    ],
+    "demonstrations in the place of some completions": ["experiment=gkd", "num_generations=1"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNEVEN)
+def test_every_process_makes_as_many_passes(case: str, launch: Launcher, tmp_path: Path) -> None:
+    """However many of its own rows need one: a pass of a sharded model takes all processes, and would wait for ever."""
+    rows = ["completions_per_step=16", "hardware.per_device_batch_size=1", "model.tuning=lora", "logger=none"]
+    environment = {**accelerated.environment("fsdp2"), "COUNT_PASSES": "true"}
+    done = launch([*COMMON, *UNEVEN[case], *rows], tmp_path, environment=environment)
+    assert done.code == 0, done.terminal
+    passes = [json.loads((tmp_path / f"passes-{process}").read_text()) for process in range(2)]
+    assert passes[0] == passes[1] > 0
+
+
+def test_the_export_of_a_sharded_run_is_the_whole_model(train: Train) -> None:
+    """That of the same run in one process, which is exported from the model in memory."""
+    more = ["model.tuning=lora", "export=merged_16bit", "export.dtype=float32"]
+    (_, one), (_, two) = train("sdft", None, *more), train("sdft", "fsdp2", *more)
+    (expected,), (found,) = (run.glob("export/*/model.safetensors") for run in (one, two))
+    torch.testing.assert_close(load_file(found), load_file(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_model_holds_whole_weights_where_checkpoints_are_sharded(launch: Launcher, tmp_path: Path) -> None:
+    environment = {**accelerated.environment("fsdp2"), "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+    rows = ["completions_per_step=16", "hardware.per_device_batch_size=8", "logger=none", "max_steps=1"]
+    done = launch([*COMMON, "experiment=sdft", "model.tuning=full", *rows], tmp_path, environment=environment)
+    assert done.code == 0, done.terminal
+    assert load_file(only_run(tmp_path) / "model" / WEIGHTS["full"])["model.embed_tokens.weight"].dim() == 2
+
+
+def test_sharding_on_a_cpu_is_refused(launch: Launcher, tmp_path: Path) -> None:
+    """torch shards there, accelerate does not."""
+    environment = {**accelerated.environment("fsdp2"), "FSDP_AS_IT_IS": "true"}
+    done = launch([*COMMON, "experiment=sdft", "logger=none"], tmp_path, environment=environment)
+    assert done.code != 0
+    assert "FSDP needs GPUs" in " ".join(done.terminal.split())
