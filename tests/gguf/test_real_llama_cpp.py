@@ -74,7 +74,8 @@ def test_every_architecture_answers_as_the_trained_model(architecture: str, tmp_
         assert found["verdict"] == "equal"
         assert found["tokenizer_equal"]
         assert found["max_logprob_difference"] <= limit
-        assert found["greedy_equal"] == 4 or kind != "f16"
+        # Random weights leave near ties, which rounding decides: an answer may differ where nothing was at stake.
+        assert found["greedy_equal"] == 4 or found["largest_margin_lost"] <= 2 * limit
         assert "gives llama.cpp the chat template's tokens, on 4 prompts" in found["notes"][0]
         assert f"GGUF of type {kind}" in (folder / "README.md").read_text()
     sizes = [(tmp_path / kind / MODEL).stat().st_size for kind in ("f16", "q8_0", "q4_k_m")]

@@ -43,7 +43,7 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 
 def base_location(base: PreTrainedModel) -> str:
     """Where the base can be loaded from: the absolute path of a local folder, or its name on the hub; else empty."""
-    return base_of(base.name_or_path)
+    return base_of(base.name_or_path or "")
 
 
 def write_companions(trained: TransformersModel, folder: Path) -> None:

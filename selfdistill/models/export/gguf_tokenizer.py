@@ -87,7 +87,7 @@ def by_bytes(tokenizer: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str,
         vocabulary[spelled] = token
         if text not in control:
             merges += [(spelled[:end], spelled[end]) for end in range(1, len(spelled))]
-    model = {
+    model: dict[str, Any] = {
         "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
         "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
         "vocab": vocabulary, "merges": [],

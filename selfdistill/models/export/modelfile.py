@@ -106,6 +106,8 @@ def turns_of(trained: TransformersModel) -> Turns | None:
         _, after_first, after_answer, _ = _around(several, A, B, C)
     except (TemplateError, ValueError, TypeError):
         return None
+    before_system: str | None
+    after_system: str | None
     try:
         before_system, after_system, _ = _around(_rendered(trained, [("system", A), ("user", B)], False), A, B)
     except (TemplateError, ValueError, TypeError):  # it has no turn of the system

@@ -12,6 +12,7 @@ from selfdistill.errors import UserError
 from selfdistill.models import loading
 from selfdistill.runs.finished import load_policy, read_run
 from selfdistill.runs.folder import RunFolder
+from selfdistill.training.checkpoints import mark
 from tests.command import Outcome, command
 from tests.models.export.conftest import load_base
 from tests.tiny import tiny_tokenizer
@@ -38,7 +39,7 @@ def exported(run_folder: Path, *arguments: str, code: int = 0) -> Outcome:
 def save_adapter(adapted, folder):
     adapted.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    (folder / "complete").touch()
+    mark(folder)
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_a_run_of_all_weights_is_exported_from_its_newest_whole_checkpoint(run_f
             base.model.norm.weight.fill_(float(step))
         base.save_pretrained(checkpoint)
         if step != 11:
-            (checkpoint / "complete").touch()
+            mark(checkpoint)
     exported(run_folder, "export=merged_16bit", "export.dtype=float16")
     newest = run_folder / "checkpoints" / "checkpoint-10"
     assert models == [{"name": str(newest), "tuning": "full", "lora": None, "adapter_path": None}]
@@ -144,6 +145,7 @@ def test_a_base_beside_the_run_is_found_from_any_folder(run_folder, base_folder,
 @pytest.mark.long
 def test_a_failed_export_harms_no_run_and_says_what_to_install(tmp_path):
     line = ["debug=fast", "eval=none", "hardware=cpu", "hydra.run.dir=run", f"export.llama_cpp={tmp_path}"]
+    line += ["training.checkpoint_every=2"]
     outcome = command([*line, "export=[merged_16bit,gguf]"], tmp_path)
     assert outcome.code == 0, outcome.err
     assert outcome.out.count("run `make gguf`") == 2  # before the training and at the end

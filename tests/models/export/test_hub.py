@@ -56,7 +56,8 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self) -> None:
-        self._answer([{"type": "file", "path": "old.gguf", "size": 1, "oid": "0"}])
+        there = [{"type": "file", "path": "old.gguf", "size": 1, "oid": "0"}]
+        self._answer(there if "/tree/" in self.path else {})
 
     def do_PUT(self) -> None:
         content = self._body()
@@ -102,7 +103,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StubHub]:
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StubHub]:
+    # The client keeps an answer of the hub for other programs of this user.
+    monkeypatch.setattr(huggingface_hub.constants, "AGENT_HARNESSES_PATH", str(tmp_path / "harnesses.json"))
     with StubHub() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
