@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from selfdistill import export
 from selfdistill.runs.loggers import WandbLogger
 from tests.command import command
 from tests.runs.test_resume import only_run, status
@@ -29,7 +30,7 @@ def test_a_logger_that_cannot_start_does_not_end_the_run(tmp_path: Path, monkeyp
     )
 
 
-def test_an_export_that_cannot_be_written_harms_no_run_and_is_made_at_the_resume(
+def test_an_export_that_cannot_be_written_harms_no_run_and_is_made_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The training is over then: nothing is trained again."""
@@ -46,7 +47,7 @@ def test_an_export_that_cannot_be_written_harms_no_run_and_is_made_at_the_resume
     assert "again: python -m selfdistill.export" in outcome.out
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     weights = (run / "model" / "model.safetensors").read_bytes()
-    assert command([f"resume={run}"], tmp_path).code == 0
+    assert command([f"run={run}", "export=merged_16bit"], tmp_path, export).code == 0
     assert status(run) == "finished" and (run / "export" / "merged_16bit").is_dir()
     assert (run / "model" / "model.safetensors").read_bytes() == weights
     assert steps == [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -57,7 +57,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         there = [{"type": "file", "path": "old.gguf", "size": 1, "oid": "0"}]
-        self._answer(there if "/tree/" in self.path else {})
+        info = {"id": "me/mine", "sha": "0", "siblings": [{"rfilename": "old.gguf"}]}
+        self._answer(there if "/tree/" in self.path else info)
 
     def do_PUT(self) -> None:
         content = self._body()
