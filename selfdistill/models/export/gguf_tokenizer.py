@@ -77,13 +77,13 @@ def by_bytes(tokenizer: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str,
     Returns:
         The tokenizer without merges, and the merges, which put together the characters of several bytes.
     """
-    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    spell = ByteLevel(add_prefix_space=False, use_regex=False)
+    letters = bytes_to_unicode()
     control = {token["content"] for token in tokenizer["added_tokens"]}
     vocabulary, merges = {}, []
     for text, token in tokenizer["model"]["vocab"].items():
-        spelled = text if text in control else spell.pre_tokenize_str(text)[0][0]
+        spelled = text if text in control else "".join(letters[byte] for byte in text.encode())
         vocabulary[spelled] = token
         if text not in control:
             merges += [(spelled[:end], spelled[end]) for end in range(1, len(spelled))]

@@ -39,7 +39,15 @@ def push(folder: Path, repository: str, *, private: bool = True) -> str:
             delete_patterns=["*.safetensors", "*.gguf", "*.json", "*.jinja", "Modelfile"],
             commit_message="Export with selfdistill",
         )
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, httpx.HTTPError, OSError) as error:
+    # A RuntimeError is what the client makes of a large file that doesn't arrive.
+    except (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalTokenNotFoundError,
+        RuntimeError,
+        httpx.HTTPError,
+        OSError,
+    ) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExportError(
             f"the upload to {repository} failed: {reason} The export itself is whole, in {folder}. Log in with "
