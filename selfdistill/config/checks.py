@@ -309,11 +309,12 @@ def _check_machine(run: Run) -> None:
             f"rollout.from_teacher=true samples with transformers, not with hardware.vllm.mode={vllm.mode}: "
             "write hardware.vllm.mode=null."
         )
-    if model.tuning == "full" and declares("export", run.export, "needs_adapter"):
-        raise UserError(
-            "export=lora has no adapter to export with model.tuning=full: write export=merged_16bit "
-            "or model.tuning=lora."
-        )
+    for name, format_ in (run.export or {}).get("formats", {}).items():
+        if model.tuning == "full" and declares(f"export.formats.{name}", format_, "needs_adapter"):
+            raise UserError(
+                f"export={name} has no adapter to export with model.tuning=full: write export=merged_16bit "
+                "or model.tuning=lora."
+            )
 
 
 def _check_language(run: Run) -> None:
