@@ -65,14 +65,12 @@ class Session:
 
     Attributes:
         folder: the run's folder.
-        final_accuracy: on the held-out rows, after the training; None before, and without an evaluation.
         at_end: what is closed when the run is over, however it ends.
     """
 
     def __init__(self, run: config.Run, record: NoRecord, processes: Processes, interruption: Interruption) -> None:
         self.run, self.record, self.processes, self.interruption = run, record, processes, interruption
         self.folder = record.folder
-        self.final_accuracy: float | None = None
         self.at_end = ExitStack()
         self._evaluations: Evaluations | None = None
         self._tokens = GeneratedTokens()
@@ -145,7 +143,6 @@ class Session:
                 else self._evaluations.again(trainer.model)
             )
             evaluations = {"before": self._evaluations.before or after, "after": after}
-            self.final_accuracy = after.get("eval/accuracy")
         self.record.end(parts, evaluations, interrupted=interrupted)
 
 
