@@ -1,6 +1,7 @@
 # make demo   own environment, then a model that learns: SDPO on the embedded one
 # make test   own environment, then the tests
 # make test-long   the tests marked long, and those against a real vLLM server where `make vllm` was run
+# make torture   kills, signals, full disks, damage and hostile input; writes the tables of docs/ROBUSTNESS.md
 # make vllm   a real vLLM for the CPU, in an environment of its own
 # make lint   style and types
 PYTHON ?= python3
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-long lint vllm clean
+.PHONY: demo test test-long torture lint vllm clean
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +29,9 @@ test-long: $(BIN)/.installed
 	# against a real vLLM where `make vllm` was run: in one process, which starts one server
 	$(BIN)/python -m pytest tests/vllm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m long --ignore tests/vllm
+
+torture: $(BIN)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

@@ -60,7 +60,7 @@ def run(cfg: DictConfig) -> float | None:
             return None
         with session.recorded(cfg, checked, hydra_config) as this:
             job.begin(this.folder)
-            parts = build(checked, this.folder.path)
+            parts = build(checked, this.folder.path, this.at_end)
             parts.trainer.card = card = cards.card_of(checked, this.folder, parts.data)
             this.begin(parts)
             this.train(parts)

@@ -72,8 +72,8 @@ class AnswerLikelihood(PolicyReward):
             asked = [(context, tuple(answer)) for context in contexts]
             places[row] = [questions.setdefault(question, len(questions)) for question in asked]
         # Without a question too: where the policy is sharded its passes take all processes, whoever has questions.
-        asked = [list(part) for part in zip(*questions, strict=True)] or [[], []]
-        values = [self._reduced(row) for row in to_lists(self.scorer.token_logprobs(*asked))]
+        batch: Any = [list(part) for part in zip(*questions, strict=True)] or [[], []]
+        values = [self._reduced(row) for row in to_lists(self.scorer.token_logprobs(*batch))]
         for row, (place, *bare) in places.items():
             gain = values[place] - sum(values[other] for other in bare)
             scores[row] = min(1.0, max(0.0, gain)) if bare and self.reduce != "mean_logp" else gain

@@ -3,10 +3,12 @@
 Only the main process has these callbacks, except for `GeneratedTokens`, and `MainDecides` where several train.
 """
 
+import json
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
@@ -15,12 +17,15 @@ from rich.text import Text
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers import ProgressCallback as TransformersProgressCallback
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from selfdistill.errors import UserError
 from selfdistill.evaluation.monitors import Alarm, Monitors, standard_names
 from selfdistill.rollout import Rollouts
 from selfdistill.runs.console import differing, samples_table
 from selfdistill.runs.folder import RunFolder
 from selfdistill.runs.loggers.base import RunLogger
+from selfdistill.runs.step_log import jsonable
 from selfdistill.training.reporting import TOTALS
 
 Metrics = Mapping[str, Any]
@@ -59,7 +64,8 @@ class GeneratedTokens(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"count": self.count}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        kept: Any = (state.stateful_callbacks or {}).get(type(self).__name__)
+        states: Any = state.stateful_callbacks or {}  # a list until it is constructed
+        kept = states.get(type(self).__name__)
         self.count = kept["attributes"]["count"] if kept else 0
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -104,7 +110,7 @@ class RecordCallback(TrainerCallback):
         line = {**metrics, GENERATED: self.tokens.count, "time/total_s": self.run.wall_s}
         self.show(lambda: self.logger.log(step, line))
 
-    def totals(self) -> dict[str, int]:
+    def totals(self) -> dict[str, Any]:
         """What stands in the summary besides the time: the generated tokens."""
         return {"tokens_generated": self.tokens.count}
 
@@ -112,6 +118,8 @@ class RecordCallback(TrainerCallback):
         """Calls the logger, whose failure does not end the training: a warning says so once."""
         try:
             call()
+        except UserError:
+            raise
         except Exception as error:  # noqa: BLE001 - whatever a third party's logger does
             if not self._warned:
                 warnings.warn(f"The logger failed; {self.run.path} has the metrics: {error}", stacklevel=2)
@@ -143,24 +151,39 @@ class CompletionsCallback(TrainerCallback):
     ) -> None:
         self.record, self.console, self.rows = record, console, rows
         self.every_steps, self.keep, self.show = every_steps, keep, show
-        self._latest: int | None = None  # the step whose completions were kept last
+        self._kept: int | None = None  # the step whose completions were kept last
+        self._sampled_before: Rows = []  # by the process that a resumed run goes on from
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._latest = max((line["step"] for line in self.record.run.completions()), default=None)
+        self._kept = max((line["step"] for line in self.record.run.completions()), default=None)
+        file = self._file(args, state)
+        self._sampled_before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # A run that is resumed amid steps that share rollouts shows them at its next step, as an unbroken one does.
+        text = json.dumps(jsonable(self._latest()))
+        self._file(args, state).write_text(text, encoding="utf-8")
+
+    def _file(self, args: TrainingArguments, state: TrainerState) -> Path:
+        return Path(args.output_dir or "", f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}", "completions.json")
+
+    def _latest(self) -> Rows:
+        return differing(self.rows(), self.keep) or self._sampled_before
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        step, latest = state.global_step, self._latest
-        if latest is None or (self.every_steps and step // self.every_steps > latest // self.every_steps):
+        step, kept = state.global_step, self._kept
+        if kept is None or (self.every_steps and step // self.every_steps > kept // self.every_steps):
             self._keep(step)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._keep(state.global_step)
+        if state.global_step >= state.max_steps:  # an interrupted run is resumed, and then has what an unbroken one has
+            self._keep(state.global_step)
 
     def _keep(self, step: int) -> None:
-        rows = differing(self.rows(), self.keep)
-        if step == 0 or step == self._latest or not rows:
+        rows = self._latest()
+        if step == 0 or step == self._kept or not rows:
             return
-        self._latest = step
+        self._kept = step
         self.record.run.log_completions(step, rows)
         self.record.show(lambda: self.record.logger.table("completions", step, rows))
         self.console.print(samples_table(step, rows[: self.show]))
@@ -194,8 +217,11 @@ class MonitorCallback(TrainerCallback):
         self._forget()
         for line in self.run.metrics():
             if line["step"] <= state.global_step:
-                self.monitors.observe(line)
+                # Where it was stopped before its end could be written, it is stopped again.
+                stops = [alarm for alarm in self.monitors.observe(line) if alarm.action == "stop"]
+                self.stopped_by = self.stopped_by or next(iter(stops), None)
                 self._is_best(line["step"], line)
+        control.should_training_stop |= self.stopped_by is not None
         if alarms := self.run.summary.get("alarms"):
             self.run.update_summary(alarms=[alarm for alarm in alarms if alarm["step"] <= state.global_step])
 

@@ -12,6 +12,7 @@
 No heavy imports: reading a folder takes milliseconds.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -24,7 +25,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -38,13 +39,19 @@ from yaml import YAMLError
 
 from selfdistill.config.secrets import Redactor
 from selfdistill.errors import UserError
-from selfdistill.files import write_atomically
+from selfdistill.files import draft_of, remove_drafts, write_atomically
 from selfdistill.machine.memory import peak_memory_gib, reset_peak_memory
 from selfdistill.runs.side_by_side import CLOSED, OPENED, Stretch, columns
 from selfdistill.runs.step_log import StepLog, jsonable
 from selfdistill.text import printable
 
 Status = Literal["running", "finished", "failed", "interrupted", "stopped"]
+
+# Content by name of further files of a new run's folder, whose path is given.
+Companions = Callable[[Path], Mapping[str, str]]
+
+# Given back at the end, so that a run that fills the disk can still write down how it ended.
+RESERVE, RESERVE_BYTES = ".reserve", 1 << 16
 
 _PACKAGES = ("selfdistill", "torch", "transformers", "trl", "peft", "datasets", "vllm", "unsloth")
 
@@ -86,12 +93,15 @@ class RunFolder:
         self._metrics = StepLog(path / "metrics.jsonl", write=lock is not None)
         self._completions = StepLog(path / "completions.jsonl", write=lock is not None)
         # A process that was killed wrote no last summary: the time of its last metrics is then the better value.
-        logged = (line.get("time/total_s") or 0.0 for line in self._metrics.read())
-        self._wall_before_s = max([float(summary.get("wall_s") or 0.0), *logged])
+        lines = self._metrics.read()
+        self._last_logged = max([int(line["step"]) for line in lines[-1:]], default=0)
+        self._wall_before_s = max([float(summary.get("wall_s") or 0.0), *(x.get("time/total_s") or 0.0 for x in lines)])
         self._opened_at = time.monotonic()
 
     @classmethod
-    def create(cls, root: Path, name: str, config: DictConfig, path: Path | None = None) -> "RunFolder":
+    def create(
+        cls, root: Path, name: str, config: DictConfig, path: Path | None = None, companions: Companions = lambda _: {}
+    ) -> "RunFolder":
         """Make `<root>/<run_id>` for a new run, or the folder `path`, whose name is then the run's id.
 
         Args:
@@ -99,6 +109,10 @@ class RunFolder:
             name: part of the run's id; characters outside letters, digits, `.`, `_`, `-` become `-`.
             config: the composed configuration.
             path: the run's own folder, instead of a new one in `root`.
+            companions: further files that are there from the start: content by name, for a folder of the given path.
+
+        The folder gets its name once its first files are in it, so that a kill leaves a run that can be resumed, or
+        none: then what was being made has a hidden name, and the next run in `root` removes it.
 
         Raises:
             UserError: the folder cannot be made, or `path` is there and not empty.
@@ -106,22 +120,43 @@ class RunFolder:
         redactor = Redactor(config)
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:60] or "run"
         root = path.absolute().parent if path is not None else root
-        made_roots = [folder for folder in (root, *root.parents) if not folder.exists()]
+        made: Path | None = None
+        made_roots: list[Path] = []
         try:
+            made_roots = [folder for folder in (root, *root.parents) if not folder.exists()]
             if path is not None and path.exists() and any(path.iterdir()):
                 holds = "holds a run already" if (path / "config.yaml").exists() else "is not empty"
                 raise UserError(f"{path} {holds}: name another folder, or continue a run with resume=FOLDER.")
             root.mkdir(parents=True, exist_ok=True)
-            if path is None:
-                path = _new_folder(root, f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}")
-            path.mkdir(exist_ok=True)
-        except OSError as error:
+            remove_drafts(root)
+            stem = f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{name}"
+            while True:
+                place = path or root / f"{stem}-{secrets.token_hex(2)}"
+                made = draft_of(place.absolute())
+                if path is not None:
+                    shutil.rmtree(made, ignore_errors=True)  # of this process, which failed here before
+                # Both fail if the folder is there, whoever made it: that is what keeps two runs apart.
+                with suppress(FileExistsError):
+                    made.mkdir()
+                    lock = _lock(made)
+                    _fill(made, place.name, {"config.yaml": redactor.yaml(), **companions(place)})
+                    if _renamed(made, place):
+                        made = place
+                        break
+                    lock.close()
+                    shutil.rmtree(made)
+                    if path is not None:
+                        raise UserError(f"{path} is not empty: name another folder.")
+            run = cls(made, _load_summary(made / "summary.json"), lock, redactor)
+            run._made_roots = made_roots
+            run._begin()
+        except BaseException as error:
+            if made is not None:
+                shutil.rmtree(made, ignore_errors=True)
+            _remove_empty(made_roots)
+            if not isinstance(error, OSError):
+                raise
             raise UserError(f"No run's folder can be made in {root}: {error.strerror or error}.") from error
-        lock = _lock(path)
-        write_atomically(path / "config.yaml", redactor.yaml())
-        run = cls(path, {"run_id": path.name, "status": "running", "started": _now()}, lock, redactor)
-        run._made_roots = made_roots
-        run._begin()
         return run
 
     @classmethod
@@ -133,20 +168,30 @@ class RunFolder:
         Raises:
             UserError: the path is not a run's folder, or another process is writing to it.
         """
-        if not path.is_dir():
+        try:
+            there = path.is_dir()
+        except OSError as error:
+            raise UserError(f"{str(path)[:200]} is no run's folder: {error.strerror}.") from error
+        if not there:
             raise UserError(f"{path} is no run's folder: there is no such folder.")
         missing = [name for name in ("config.yaml", "summary.json") if not (path / name).is_file()]
         if missing:
             are = "is" if len(missing) == 1 else "are"
             raise UserError(f"{path} is no run's folder: {' and '.join(missing)} {are} missing.")
         summary = _load_summary(path / "summary.json")
-        lock = _lock(path) if write else None
-        run = cls(path, summary, lock, Redactor(_load_config(path / "config.yaml")))
-        if write:
+        if not write:
+            return cls(path, summary, None, Redactor(_load_config(path / "config.yaml")))
+        try:
+            lock = _lock(path)
+            remove_drafts(path, all_abandoned=True)
+            remove_drafts(path / "export")  # an export of its own may be under way
+            run = cls(path, summary, lock, Redactor(_load_config(path / "config.yaml")))
             error_file = path / "error.txt"
             if error_file.exists():
                 error_file.replace(path / "error-before-resume.txt")
             run._begin(resumed=[*summary.get("resumed", []), _now()])
+        except OSError as error:
+            raise UserError(f"{error.filename or path} cannot be written: {error.strerror or error}.") from error
         return run
 
     @property
@@ -166,14 +211,37 @@ class RunFolder:
         """The configuration as it was composed; a masked secret reads `***`."""
         return _load_config(self.path / "config.yaml")
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the folder is where it was, and holds the run."""
+        try:
+            return (self.path / "config.yaml").is_file()
+        except OSError:
+            return False
+
+    def check(self) -> None:
+        """Raises UserError where the folder, or one of the run's logs, was deleted or moved while it is written to."""
+        for log in (self._metrics, self._completions) if self._lock is not None else ():
+            log.check()
+        if not self.is_there:
+            raise UserError(f"{self.path} is gone: it was deleted or moved while the run was writing to it.")
+
+    def change_config(self, values: Mapping[str, Any]) -> None:
+        """Set keys of config.yaml: what a resumed run was given anew."""
+        config = self.config
+        if any(config.get(key) != value for key, value in values.items()):
+            config.update(values)
+            write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(config))
+
     def hides(self, arguments: Sequence[str]) -> bool:
         """Whether a command line holds a secret of this run."""
         return [self._redactor.text(a) for a in self._redactor.arguments(arguments)] != list(arguments)
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The content of summary.json."""
-        return dict(self._summary)
+        """The content of summary.json; of a run that was killed, with the last step that it logged."""
+        logged = self._last_logged if self._summary.get("status", "running") == "running" else 0
+        return {**self._summary, "step": max(self._summary.get("step") or 0, logged)}
 
     @property
     def wall_s(self) -> float:
@@ -193,6 +261,7 @@ class RunFolder:
     def log_metrics(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Add metrics to the line of `step`; NaN and infinities become null. `time/total_s` is added."""
         self._metrics.merge(step, {**metrics, "time/total_s": round(self.wall_s, 3)})
+        self._last_logged = step
 
     def log_completions(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append sampled completions: mappings with prompt, completion, reward, feedback, advantage."""
@@ -247,19 +316,30 @@ class RunFolder:
         """Write the last summary, and the traceback of a failed run to error.txt, and unlock the folder.
 
         The wall time is not counted any further; `update_summary` still works, for what is added later (an export).
+
+        Raises:
+            UserError: the folder is gone.
+            OSError: there is no place on the disk, not even that which is kept for this.
         """
-        if traceback is not None:
-            write_atomically(self.path / "error.txt", self._redactor.text(traceback))
-        self.update_summary(status=status, ended=_now(), **values)
-        self._close()
+        try:
+            if status == "finished":
+                self.check()
+            if not self.is_there:
+                raise UserError(f"{self.path} is gone: it was deleted or moved while the run was writing to it.")
+            (self.path / RESERVE).unlink(missing_ok=True)
+            values = {"step": self.summary["step"], **values}
+            if traceback is not None:
+                with suppress(OSError):  # the status matters more
+                    write_atomically(self.path / "error.txt", self._redactor.text(traceback))
+            self.update_summary(status=status, ended=_now(), **values)
+        finally:
+            self._close()
 
     def discard(self) -> None:
         """Remove the folder that `create` made, and its parents that were made with it, of a run that was refused."""
         self._close()
         shutil.rmtree(self.path)
-        with suppress(OSError):  # another run is in it by now
-            for root in self._made_roots:
-                root.rmdir()
+        _remove_empty(self._made_roots)
 
     def _close(self) -> None:
         self._metrics.close()
@@ -271,6 +351,7 @@ class RunFolder:
 
     def _begin(self, **values: Any) -> None:
         reset_peak_memory()
+        (self.path / RESERVE).write_bytes(os.urandom(RESERVE_BYTES))
         self.update_summary(
             status="running",
             ended=None,
@@ -284,13 +365,28 @@ class RunFolder:
         )
 
 
-def _new_folder(root: Path, stem: str) -> Path:
-    # mkdir fails if the folder is there, whoever made it: that is what keeps two processes apart.
-    while True:
-        path = root / f"{stem}-{secrets.token_hex(2)}"
-        with suppress(FileExistsError):
-            path.mkdir()
-            return path
+def _remove_empty(roots: Iterable[Path]) -> None:
+    with suppress(OSError):  # another run is in it by now
+        for root in roots:
+            root.rmdir()
+
+
+def _fill(folder: Path, run_id: str, files: Mapping[str, str]) -> None:
+    summary = {"run_id": run_id, "status": "running", "started": _now(), "step": 0}
+    for name, content in {**files, "summary.json": json.dumps(summary) + "\n"}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8")
+
+
+def _renamed(folder: Path, place: Path) -> bool:
+    """Gives a folder its name; returns whether nothing else had it."""
+    try:
+        folder.rename(place)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+            return False
+        raise
+    return True
 
 
 def _lock(path: Path) -> IO[bytes]:

@@ -1,4 +1,4 @@
-"""Stopping in good order: Ctrl-C and SIGTERM."""
+"""Stopping in good order: Ctrl-C, SIGTERM, and SIGHUP, which comes when a terminal is closed."""
 
 import os
 import signal
@@ -11,11 +11,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class Interruption(TrainerCallback):
-    """Stops in good order on SIGINT (Ctrl-C) and SIGTERM: a context manager that is also a callback.
+    """Stops in good order on SIGINT (Ctrl-C), SIGTERM and SIGHUP: a context manager that is also a callback.
 
     While the trainer trains, the first signal lets it end its step, save a checkpoint and stop. Outside of the training
     there is nothing to save and the first signal raises KeyboardInterrupt. A second Ctrl-C raises KeyboardInterrupt at
-    once, a third ends the process; further SIGTERMs change nothing. Handlers that were there before are put back.
+    once, a third ends the process; further signals of the other kinds change nothing. Handlers that were there before
+    are put back.
 
     Where several processes train, one signalled process stops them all at the same step.
 
@@ -28,6 +29,7 @@ class Interruption(TrainerCallback):
         self._number = 0  # of the signal that has come
         self._training = self._stopping = False
         self._interrupts = 0
+        self._terminals: list[int] = []
         self._restore_handlers = ExitStack()
 
     @property
@@ -43,7 +45,10 @@ class Interruption(TrainerCallback):
     def __enter__(self) -> "Interruption":  # noqa: PYI034 - beartype, which checks types in the tests, refuses Self here
         # Python delivers signals to the main thread, and lets only that one set handlers.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            self._terminals = [number for number in (1, 2) if os.isatty(number)]
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) == signal.SIG_IGN and number == signal.SIGHUP:
+                    continue  # nohup
                 self._restore_handlers.callback(signal.signal, number, signal.signal(number, self._handle))
         return self
 
@@ -64,6 +69,11 @@ class Interruption(TrainerCallback):
         self._number = _greatest_of_all_processes(self._number, args)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:  # the terminal is gone, and what is printed to it would raise an error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for terminal in self._terminals:
+                os.dup2(nowhere, terminal)
+            os.close(nowhere)
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 2:
             os._exit(130)

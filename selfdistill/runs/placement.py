@@ -14,7 +14,7 @@ from selfdistill.config import Run, run_name
 from selfdistill.config.secrets import MASK, Redactor, is_secret_key
 from selfdistill.runs.cards import choices_of
 from selfdistill.runs.folder import RunFolder
-from selfdistill.runs.provenance import write_provenance
+from selfdistill.runs.provenance import provenance_files
 from selfdistill.runs.sweep import overrides_of
 
 
@@ -25,7 +25,6 @@ def new_run(cfg: DictConfig, run: Run, hydra_config: DictConfig) -> RunFolder:
         UserError: the folder cannot be made, or is not empty.
     """
     root, path = destination(cfg, hydra_config)
-    made = RunFolder.create(root, run_name(run, hydra_config.runtime.choices), cfg, path)
     redactor = Redactor(cfg)
     overrides = overrides_of(hydra_config)
     masks = dict(zip(overrides, redactor.arguments(overrides), strict=True))
@@ -41,18 +40,20 @@ def new_run(cfg: DictConfig, run: Run, hydra_config: DictConfig) -> RunFolder:
             value = value.replace(override, mask)
         return redactor.text(value)
 
-    hydra: Any = OmegaConf.to_container(hydra_config, resolve=False, enum_to_str=True)
-    if run.repeat:  # what was composed is the repeated run's
-        hydra["runtime"]["choices"] = choices_of(Path(run.repeat)) or hydra["runtime"]["choices"]
-    hydra["run"] = {"dir": str(made.path)}
-    hydra["runtime"]["output_dir"] = str(made.path.absolute())
-    folder = made.path / ".hydra"
-    folder.mkdir()
-    OmegaConf.save(OmegaConf.create(masked(overrides)), folder / "overrides.yaml")
-    OmegaConf.save(OmegaConf.create(masked({"hydra": hydra})), folder / "hydra.yaml")
-    (folder / "config.yaml").write_text(redactor.yaml(), encoding="utf-8")
-    write_provenance(made.path, cfg, run)
-    return made
+    def companions(folder: Path) -> dict[str, str]:
+        hydra: Any = OmegaConf.to_container(hydra_config, resolve=False, enum_to_str=True)
+        if run.repeat:  # what was composed is the repeated run's
+            hydra["runtime"]["choices"] = choices_of(Path(run.repeat)) or hydra["runtime"]["choices"]
+        hydra["run"] = {"dir": str(folder)}
+        hydra["runtime"]["output_dir"] = str(folder.absolute())
+        return {
+            ".hydra/overrides.yaml": OmegaConf.to_yaml(OmegaConf.create(masked(overrides))),
+            ".hydra/hydra.yaml": OmegaConf.to_yaml(OmegaConf.create(masked({"hydra": hydra}))),
+            ".hydra/config.yaml": redactor.yaml(),
+            **provenance_files(folder, cfg, run),
+        }
+
+    return RunFolder.create(root, run_name(run, hydra_config.runtime.choices), cfg, path, companions)
 
 
 def destination(cfg: DictConfig, hydra_config: DictConfig) -> tuple[Path, Path | None]:

@@ -22,7 +22,6 @@ from selfdistill.config.permissions import granted_again
 from selfdistill.config.secrets import Redactor
 from selfdistill.data.sources import EMBEDDED_PREFIX, embedded_file
 from selfdistill.errors import UserError
-from selfdistill.files import write_atomically
 from selfdistill.models.location import files_of
 from selfdistill.runs.folder import RunFolder
 
@@ -33,16 +32,17 @@ GIT_TIMEOUT_S = 10.0
 FREE = ("repeat", "output_dir", "name", "group", "tags", "check", "logger")
 
 
-def write_provenance(folder: Path, cfg: DictConfig, run: config.Run) -> None:
-    """Writes down commit and changes, versions, hardware, fingerprints of data and model, seed and command line."""
+def provenance_files(folder: Path, cfg: DictConfig, run: config.Run) -> dict[str, str]:
+    """Files that say where a run comes from: their content by name, for a run's folder of the given path.
+
+    They hold commit and changes, versions, hardware, fingerprints of data and model, seed and command line.
+    """
     redactor = Redactor(cfg)
     command = redactor.text(shlex.join(redactor.arguments(sys.orig_argv)))
     repositories = {"folder": _repository(Path.cwd()), "selfdistill": _repository(PACKAGE)}
     if repositories["folder"] == repositories["selfdistill"]:
         del repositories["selfdistill"]
     diffs = [changes for repository in repositories.values() if repository and (changes := repository.pop("changes"))]
-    if diffs:
-        write_atomically(folder / DIFF, redactor.text("\n".join(diffs)))
     found = {
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
@@ -55,7 +55,8 @@ def write_provenance(folder: Path, cfg: DictConfig, run: config.Run) -> None:
         "hardware": _hardware(),
         "versions": _versions(),
     }
-    write_atomically(folder / PROVENANCE, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    changes = {DIFF: redactor.text("\n".join(diffs))} if diffs else {}
+    return {PROVENANCE: json.dumps(found, indent=2, ensure_ascii=False) + "\n", **changes}
 
 
 def repeated_config(cfg: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, config.Run, list[str]]:

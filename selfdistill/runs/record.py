@@ -3,7 +3,7 @@
 The other processes have a record that does nothing, so that no other code has to ask which process it is in.
 """
 
-import warnings
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -17,6 +17,7 @@ from selfdistill.config.checks import without_unread
 from selfdistill.config.permissions import resume_command
 from selfdistill.errors import UserError
 from selfdistill.evaluation.evaluator import Item
+from selfdistill.files import replace_folder
 from selfdistill.rollout import Rollouts
 from selfdistill.runs import console
 from selfdistill.runs.callbacks import CompletionsCallback, GeneratedTokens, MonitorCallback, RecordCallback
@@ -24,7 +25,7 @@ from selfdistill.runs.evaluated import EVALUATION, write_items
 from selfdistill.runs.finished import load_policy, read_run
 from selfdistill.runs.folder import RunFolder, Status
 from selfdistill.runs.labels import defaults, labels_of
-from selfdistill.runs.loggers import NoLogger, RunLogger
+from selfdistill.runs.loggers import RunLogger
 from selfdistill.runs.plan import plan_of
 from selfdistill.runs.processes import EarlyEnd
 from selfdistill.runs.samples import completion_rows, prompt_samples
@@ -42,10 +43,16 @@ class NoRecord:
 
     Attributes:
         folder: the run's folder, open for reading.
+        begun: whether there is something to go on from, if the run ends early.
     """
+
+    begun = False
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
+
+    def say(self, notes: Sequence[str]) -> None:
+        """Shows what someone should know who looks on."""
 
     def begin(self, parts: Parts) -> None:
         """Shows the configuration and the plan, and lists the rows of the data that were skipped."""
@@ -66,6 +73,9 @@ class NoRecord:
 
     def rollouts(self, parts: Parts, rollouts: Rollouts) -> None:
         """Keeps a step's completions, of all processes; the first ones are written to prompts.md."""
+
+    def save_model(self, parts: Parts, draft: Path) -> None:
+        """Completes the weights that were saved to `draft`, and puts them in the place of the run's model."""
 
     def end(self, parts: Parts, evaluations: dict[str, dict[str, float]], *, interrupted: bool) -> None:
         """Exports the saved model, and says where everything lies.
@@ -92,22 +102,20 @@ class Record(NoRecord):
         self._at_end = ExitStack()
         self._at_end.callback(self.screen.close)
         self._at_end.enter_context(heard(self.screen))
-        self._record = RecordCallback(folder, logger, GeneratedTokens())
-        self._begun = run.resume is not None
+        self._recorder = RecordCallback(folder, logger, GeneratedTokens())
+        self.begun = run.resume is not None
         self._prompts_written = False
         self._monitor: MonitorCallback | None = None
         self._rows: list[dict[str, Any]] = []
 
+    def say(self, notes: Sequence[str]) -> None:
+        for note in notes:
+            self.screen.print(note, markup=False, highlight=False, soft_wrap=True)
+
     def begin(self, parts: Parts) -> None:
-        try:
-            self.logger.start(self.folder, without_unread(self.cfg, self.run))
-        except UserError:
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever a third party's logger does, such as with a full disk
-            warnings.warn(f"The logger cannot start; {self.folder.path} has the metrics: {error}", stacklevel=2)
-            self.logger = self._record.logger = NoLogger()
-        self._begun = True
-        self._record.show(lambda: self.logger.files("config", self._there("config.yaml", ".hydra/overrides.yaml")))
+        self._recorder.show(lambda: self.logger.start(self.folder, without_unread(self.cfg, self.run)))
+        self.begun = True
+        self._recorder.show(lambda: self.logger.files("config", self._there("config.yaml", ".hydra/overrides.yaml")))
         if evaluated := self.folder.summary.get("eval"):  # of a resumed run, whose end is evaluated again
             self.folder.update_summary(eval={"before": evaluated.get("before")})
         self.folder.write_bad_rows(parts.data.bad_rows)
@@ -121,24 +129,24 @@ class Record(NoRecord):
             )
 
     def callbacks(self, parts: Parts, tokens: GeneratedTokens) -> list[TrainerCallback]:
-        self._record.tokens, shown = tokens, self.run.show
+        self._recorder.tokens, shown = tokens, self.run.show
         table = StepTable(self.screen, lambda: tokens.count, shown.table_rows)
         self._at_end.callback(table.close)
-        callbacks: list[TrainerCallback] = [self._record, table]
+        callbacks: list[TrainerCallback] = [self._recorder, table]
         if parts.monitors is not None:
             self._monitor = MonitorCallback(parts.monitors, self.folder, self.screen)
             callbacks.append(self._monitor)
         kept = shown.completions_every, shown.completions_kept, shown.completions_printed
-        return [*callbacks, CompletionsCallback(self._record, self.screen, lambda: self._rows, *kept)]
+        return [*callbacks, CompletionsCallback(self._recorder, self.screen, lambda: self._rows, *kept)]
 
     def busy(self, word: str) -> AbstractContextManager[object]:
         return self.screen.status(word) if self.screen.is_terminal else nullcontext()
 
     def evaluation(self, step: int, metrics: dict[str, float], items: Sequence[Item]) -> None:
         write_items(self.folder.path / EVALUATION, step, items)
-        if step == 0:
-            self.folder.update_summary(eval={"before": metrics})
-        self._record.enter(step, metrics)
+        self._recorder.enter(step, metrics)
+        if step == 0:  # the last thing to do: a resumed run does not evaluate the start again once this is written
+            self.folder.update_summary(eval={"before": metrics}, step=0)
         self.screen.print_line(console.evaluation_line(step, metrics))
 
     def kept(self, metric: str, step: int | None, value: float | None) -> None:
@@ -155,13 +163,16 @@ class Record(NoRecord):
             if not self.folder.write_prompts(prompt_samples(parts.tokenizer, rollouts)):
                 raise RuntimeError(f"student and teacher score different tokens: see {self.folder.path / 'prompts.md'}")
 
+    def save_model(self, parts: Parts, draft: Path) -> None:
+        parts.tokenizer.save_pretrained(draft)
+        replace_folder(self.folder.path / MODEL, draft)
+
     def end(self, parts: Parts, evaluations: dict[str, dict[str, float]], *, interrupted: bool) -> None:
         step = parts.trainer.state.global_step
         status: Status = "interrupted" if interrupted else "finished"
         if self._monitor is not None and self._monitor.stopped_by is not None:
             status = "stopped"
         places: dict[str, str | Path | None] = {"run": self.folder.path, "model": self.folder.path / MODEL}
-        parts.tokenizer.save_pretrained(self.folder.path / MODEL)
         if evaluations:
             self.folder.update_summary(eval=evaluations)
         if any(evaluations.values()):
@@ -173,7 +184,7 @@ class Record(NoRecord):
                 self.folder.path / "export" / parts.exporter.name,
                 parts.data.eval[:8]["prompt"],
             )
-        self.folder.finish(status, step=step, **self._record.totals())
+        self.folder.finish(status, step=step, **self._recorder.totals())
         places |= {"status": status, "log": self.logger.location}
         if status == "interrupted":
             again = resume_command(self.run, self.folder.path)
@@ -191,12 +202,16 @@ class Record(NoRecord):
     def end_early(self, end: EarlyEnd) -> None:
         with self._at_end:
             # A new run that is refused before it has begun (no such model, a malformed file) leaves no folder.
-            if end.refused and not self._begun:
-                self.folder.discard()
-            else:
-                self.folder.finish(end.status, end.traceback, **self._record.totals())
-                self.screen.note(end.traceback or end.status)
-            if self._begun:
+            try:
+                if end.refused and not self.begun:
+                    self.folder.discard()
+                else:
+                    self.folder.finish(end.status, end.traceback, **self._recorder.totals())
+                    self.screen.note(end.traceback or end.status)
+            except (OSError, UserError) as error:
+                # The reason of the early end follows, and is what matters.
+                print(f"selfdistill: the end of the run could not be written down: {error}", file=sys.stderr)
+            if self.begun:
                 self._hand_over()
             self.logger.finish(failed=True)
 
@@ -210,8 +225,8 @@ class Record(NoRecord):
         names = ("status", "step", "wall_s", "tokens_generated", "peak_memory_gib")
         known = {name: summary[name] for name in names if summary.get(name) is not None}
         sides = {side: _short(evaluated[side]) for side in ("before", "after") if evaluated.get(side)}
-        self._record.show(lambda: self.logger.summary({**known, **sides}))
-        self._record.show(lambda: self.logger.files("report", self._there(*REPORT)))
+        self._recorder.show(lambda: self.logger.summary({**known, **sides}))
+        self._recorder.show(lambda: self.logger.files("report", self._there(*REPORT)))
 
     def _there(self, *names: str) -> list[Path]:
         return [path for name in names if (path := self.folder.path / name).is_file()]

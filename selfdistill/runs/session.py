@@ -5,7 +5,7 @@ What the main process alone does is in `record`; how the end of one process ends
 
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from selfdistill import config
 from selfdistill.config.permissions import granted_again, resume_command
 from selfdistill.config.targets import make
 from selfdistill.errors import UserError
+from selfdistill.files import disk_space, draft_of
 from selfdistill.rollout import Rollouts
 from selfdistill.runs.best import KeepBest, load_best
 from selfdistill.runs.callbacks import GeneratedTokens, MainDecides, use_callbacks
@@ -30,7 +31,11 @@ from selfdistill.runs.samples import rollout_metrics
 from selfdistill.teachers.server.client import ServerUnavailable
 from selfdistill.training.arguments import use_cuda
 from selfdistill.training.build import Parts
-from selfdistill.training.checkpoints import CompleteCallback, StepBegun, newest_checkpoint
+from selfdistill.training.checkpoints import CompleteCallback, StepBegun, damage, marked_checkpoints, step_of, unmark
+from selfdistill.training.trainer import SelfDistillTrainer
+
+# What a resumed run may be given anew: how long it is to train.
+LENGTH = ("max_steps", "epochs")
 
 
 def resumed_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, config.Run]:
@@ -39,25 +44,79 @@ def resumed_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, c
     What runs code of others, and secrets, which are not recorded, are given again (`config.permissions`).
 
     Raises:
-        UserError: not a run's folder, a configuration that does not pass, or another key was given beside it.
+        UserError: not a run's folder, a configuration that does not pass, another key was given beside it, or the run
+            has done already what it is to do.
     """
-    saved = RunFolder.open(Path(cfg.resume), write=False).config
+    folder = RunFolder.open(Path(cfg.resume), write=False)
+    saved = folder.config
     again = granted_again(saved, cfg, overrides, f"resume={cfg.resume}")
     for override in overrides:
         key = override.lstrip("+~").split("=")[0]
-        if key not in ("resume", "max_steps", "epochs", "check", *again):
+        if key not in ("resume", "check", *LENGTH, *again):
             raise UserError(
                 f"{key} cannot be changed when a run is resumed: its configuration is in {cfg.resume}/config.yaml."
             )
     saved.resume, saved.check = cfg.resume, cfg.check
-    if any(o.startswith("max_steps=") for o in overrides):
+    longer = [override.split("=")[0] for override in overrides if override.split("=")[0] in LENGTH]
+    if "max_steps" in longer:
         saved.max_steps, saved.epochs = cfg.max_steps, None
-    if any(o.startswith("epochs=") for o in overrides):
+    if "epochs" in longer:
         saved.epochs = cfg.epochs
     try:
-        return saved, config.check(saved)
+        checked = config.check(saved)
     except UserError as error:
         raise UserError(f"{cfg.resume}/config.yaml: {error}") from None
+    _check_unfinished(folder, checked, longer)
+    return saved, checked
+
+
+def _check_unfinished(folder: RunFolder, run: config.Run, longer: list[str]) -> None:
+    """A finished run is not trained any further, unless more steps are asked for."""
+    status, step = folder.summary.get("status"), folder.summary.get("step") or 0
+    checkpoints = marked_checkpoints(folder.path)
+    reached = max([step_of(path) for path in checkpoints[:1]], default=step if status == "finished" else 0)
+    if "max_steps" in longer and run.max_steps < reached:
+        raise UserError(f"max_steps={run.max_steps}: {folder.path} has trained {reached} steps already; ask for more.")
+    if status == "stopped":
+        raise UserError(
+            f"{folder.path} was stopped by a monitor at step {step}, and would be again. "
+            "Start a new run with other monitors, for example monitors=default."
+        )
+    if status == "finished" and (not longer or ("max_steps" in longer and run.max_steps == reached)):
+        raise UserError(
+            f"{folder.path} is finished: all of its {step} steps are trained. To train more, ask for more in all: "
+            f"resume={folder.path} max_steps={2 * max(step, 1)}"
+        )
+    if status == "finished" and not checkpoints:
+        raise UserError(
+            f"{folder.path} is finished and kept no checkpoint to go on from (training.checkpoint_every=0). Start a "
+            f"new run from its model: model.name={folder.path / MODEL}"
+        )
+
+
+def whole_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run, and what to say: of the damaged ones that are newer, or that there is none.
+
+    Raises:
+        UserError: there are checkpoints, and every one is damaged.
+    """
+    damaged: dict[Path, str] = {}
+    for checkpoint in marked_checkpoints(run):
+        wrong = damage(checkpoint)
+        if wrong is None:
+            notes = [f"{path.name} is damaged: {why}" for path, why in damaged.items()]
+            for path in damaged:
+                unmark(path)
+            goes_on = f"the run goes on from {checkpoint.name}, the newest whole checkpoint"
+            return checkpoint, [*notes, goes_on] if notes else []
+        damaged[checkpoint] = wrong
+    if damaged:
+        why = "; ".join(f"{path.name}: {why}" for path, why in damaged.items())
+        raise UserError(
+            f"{run} cannot be continued: none of its checkpoints is whole ({why}). Put the files back, or start a new "
+            "run."
+        )
+    return None, ["the run has no checkpoint yet: it starts again at step 0"]
 
 
 class Session:
@@ -78,8 +137,6 @@ class Session:
     def begin(self, parts: Parts) -> None:
         """Shows the plan, evaluates the start, and puts the callbacks in place."""
         trainer = parts.trainer
-        if trainer.teacher is not None:
-            self.at_end.callback(trainer.teacher.close)
         self.record.begin(parts)
         callbacks = [self._tokens, *self.record.callbacks(parts, self._tokens)]
         if parts.evaluator is not None and self.run.eval is not None:
@@ -111,29 +168,48 @@ class Session:
     def train(self, parts: Parts) -> None:
         """Trains from the start, or from the newest whole checkpoint of a resumed run."""
         trainer = parts.trainer
-        checkpoint = newest_checkpoint(self.folder.path) if self.run.resume else None
+        checkpoint = self._checkpoint()
         begun = StepBegun(trainer)
-        use_callbacks(trainer, [begun, CompleteCallback()])  # the latter stays the last one
+        # The latter stays the last one.
+        use_callbacks(trainer, [begun, CompleteCallback(self.run.training.keep_checkpoints)])
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except ServerUnavailable:
-            # No weight has changed since the step began: a checkpoint of that moment lets a resumed run repeat the
-            # step. Before the first step there is nothing to save, since a resumed run starts with its seed again. Of
-            # several processes one may have lost the server while the others have not, and a checkpoint takes all.
-            begun.restore()
-            self._tokens.restore()
-            if trainer.state.global_step and self.processes.count == 1:
-                trainer.save_checkpoint()
+        except Exception:
+            # Where no weight has changed since the step began, a checkpoint of that moment lets a resumed run repeat
+            # the step. Before the first step there is nothing to save, since a resumed run starts with its seed again.
+            # Of several processes one may have failed while the others have not, and a checkpoint takes all.
+            if begun.intact and trainer.state.global_step and self.processes.count == 1:
+                begun.restore()
+                self._tokens.restore()
+                self._save_where_there_is_none(trainer)
             raise
+
+    def _checkpoint(self) -> Path | None:
+        """Where a resumed run goes on: the main process decides, and says what is amiss."""
+        found: tuple[Path | None, list[str]] = None, []
+        if self.run.resume and self.processes.is_main:
+            found = whole_checkpoint(self.folder.path)
+        checkpoint, notes = self.processes.share(found)
+        self.record.say(notes)
+        return checkpoint
+
+    def _save_where_there_is_none(self, trainer: SelfDistillTrainer) -> None:
+        step = trainer.state.global_step
+        if all(step_of(path) != step for path in marked_checkpoints(self.folder.path)):
+            with suppress(UserError):  # the error under way says more than that this could not be written either
+                trainer.save_checkpoint()
 
     def end(self, parts: Parts) -> None:
         """Saves the model, evaluates and exports it."""
         trainer, interrupted = parts.trainer, self.interruption.requested
+        self.folder.check()
         best = None
         if self.run.keep_best is not None and not interrupted:
             best = load_best(trainer, self.folder.path)
             self.record.kept(self.run.keep_best, best, trainer.state.best_metric)
-        trainer.save_model(str(self.folder.path / MODEL))
+        draft = self.processes.share(draft_of(self.folder.path / MODEL))
+        trainer.save_model(str(draft))
+        self.record.save_model(parts, draft)
         evaluations: dict[str, dict[str, float]] = {}
         if self._evaluations is not None and not interrupted:
             is_last = best in (None, trainer.state.global_step)
@@ -188,7 +264,11 @@ def _open_record(cfg: DictConfig, run: config.Run, hydra_config: DictConfig, pro
     if not processes.is_main:
         return NoRecord(RunFolder.open(Path(processes.share("")), write=False))
     logger = make(run.logger, "logger") or NoLogger()
-    folder = RunFolder.open(Path(run.resume)) if run.resume else new_run(cfg, run, hydra_config)
+    if run.resume:
+        folder = RunFolder.open(Path(run.resume))
+        folder.change_config({key: cfg[key] for key in LENGTH if key in cfg})
+    else:
+        folder = new_run(cfg, run, hydra_config)
     processes.share(str(folder.path))
     return Record(cfg, run, folder, logger)
 
@@ -212,15 +292,33 @@ def _message(error: BaseException, record: NoRecord | None, end: EarlyEnd, run: 
     """
     if isinstance(error, KeyboardInterrupt):
         return SystemExit(end.exit_code)
-    if not isinstance(error, Exception) or record is None or not record.folder.path.exists():
+    if not isinstance(error, Exception):
         return None
-    if isinstance(error, ServerUnavailable):
-        return UserError(f"{error} Continue with: {resume_command(run, record.folder.path)}")
+    if record is None or not record.begun or not record.folder.is_there:
+        return _disk_message(error, record)
+    path = record.folder.path
     if isinstance(error, UserError):
-        return None
+        return UserError(f"{error}\n{_how_to_go_on(run, path)}")
     last = traceback.extract_tb(error.__traceback__)[-1]
+    what = f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError):
+        what += disk_space(path)
+    written = f" The traceback is in {path / 'error.txt'}." if (path / "error.txt").exists() else ""
     return UserError(
-        f"the run failed: {type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno}). The traceback is "
-        f"in {record.folder.path / 'error.txt'}; continue from the last checkpoint with: "
-        f"{resume_command(run, record.folder.path)}"
+        f"the run failed: {what} ({Path(last.filename).name}:{last.lineno}).{written} {_how_to_go_on(run, path)}"
     )
+
+
+def _how_to_go_on(run: config.Run, path: Path) -> str:
+    checkpoints = marked_checkpoints(path)
+    where = f"after step {step_of(checkpoints[0])}" if checkpoints else "at step 0, since there is no checkpoint yet"
+    return f"To go on {where}: {resume_command(run, path)}"
+
+
+def _disk_message(error: Exception, record: NoRecord | None) -> UserError | None:
+    """A disk that could not be written to before the run began, or whose folder is gone, is no fault of the program."""
+    if not isinstance(error, OSError) or isinstance(error, ConnectionError | TimeoutError):
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    gone = "" if record is None or record.folder.is_there else f" ({record.folder.path} is gone)"
+    return UserError(f"the run could not be written: {where}{error.strerror or error}{gone}.")

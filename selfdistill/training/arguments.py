@@ -63,7 +63,8 @@ def trainer_arguments(run: Run, output_dir: Path) -> SelfDistillConfig:
     """
     batch, rollout, kind = batch_of(run), run.rollout, precision(run.hardware)
     shared = asdict(run.training)  # what TRL calls by the same names, once ours are taken out
-    checkpoint_every, keep_checkpoints, others = map(shared.pop, ("checkpoint_every", "keep_checkpoints", "arguments"))
+    # Old checkpoints are deleted by `checkpoints.rotate`, which keep_checkpoints is for.
+    checkpoint_every, _, others = map(shared.pop, ("checkpoint_every", "keep_checkpoints", "arguments"))
     steps, epochs = (1, 0.0) if run.dry_run else (-1 if run.epochs else run.max_steps or ENDLESS, run.epochs or 0.0)
     arguments: dict[str, Any] = {
         "output_dir": str(output_dir),
@@ -84,7 +85,7 @@ def trainer_arguments(run: Run, output_dir: Path) -> SelfDistillConfig:
         "chat_template_kwargs": run.model.chat_template_kwargs or None,
         "save_strategy": "steps" if checkpoint_every else "no",
         "save_steps": checkpoint_every or 500,
-        "save_total_limit": keep_checkpoints,
+        "save_total_limit": None,
         "report_to": "none",
         "disable_tqdm": True,
         "dataloader_pin_memory": use_cuda(run.hardware),

@@ -1,6 +1,7 @@
 """From a checked run to its parts."""
 
 import os
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -54,11 +55,12 @@ class Parts:
     exporter: Any
 
 
-def build(run: Run, folder: Path) -> Parts:
+def build(run: Run, folder: Path, at_end: ExitStack) -> Parts:
     """Loads and connects everything; nothing is trained yet.
 
     Args:
         folder: the run's, for its checkpoints.
+        at_end: is given what has to be closed when the run is over, also where this fails.
 
     Raises:
         UserError: a file, model or server that the configuration names cannot be used.
@@ -67,6 +69,8 @@ def build(run: Run, folder: Path) -> Parts:
     # First what is cheap to build, so that a mistake in it is reported before weights load.
     reward, teacher, settings = make(run.reward, "reward"), make(run.teacher, "teacher"), make(run.eval, "eval")
     monitors, exporter = make(run.monitors, "monitors"), make(run.export, "export")
+    if teacher is not None:
+        at_end.callback(teacher.close)
 
     model, tokenizer = load_configured(asdict(run.model))
     if run.model.tuning == "lora" and not isinstance(model, PeftModel):

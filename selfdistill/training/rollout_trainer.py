@@ -1,7 +1,7 @@
 """TRL's trainer with what is known of a batch on one object: who writes the completions, and who judges them."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from math import ceil
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -18,6 +19,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from selfdistill.config.settings import RolloutSource
 from selfdistill.errors import UserError
+from selfdistill.files import disk_space
 from selfdistill.models.card import Card, base_of, finish_folder, write_card
 from selfdistill.models.sharding import generate_in_step
 from selfdistill.models.structure import has_dropout, inner_model, is_reference
@@ -69,6 +71,8 @@ class RolloutTrainer(GRPOTrainer):
     _rollouts: Rollouts
     _means: dict[str, Means]
     _has_shards = False
+    on_random_state_loaded: Callable[[], object] = staticmethod(lambda: None)
+    teacher_moved: int | None = None  # the micro-batch before whose rollouts the teacher was last told to move
 
     def _check_rollout(self, given: dict[str, Any]) -> None:
         if self.rollout.from_teacher:
@@ -329,6 +333,11 @@ class RolloutTrainer(GRPOTrainer):
         self._save_checkpoint(self.model, trial=None)
         self.callback_handler.on_save(self.args, self.state, self.control)
 
+    @property
+    def amid_rollouts(self) -> bool:
+        """Whether rollouts that were sampled together are not all learned from yet."""
+        return self._step % (self._micro_batches_per_generation * self.num_iterations) != 0
+
     def unused_rollouts(self) -> list[dict[str, Tensor]] | None:
         """The micro-batches that were sampled together and not all learned from yet, without what can be made again."""
         batches = self._buffered_inputs
@@ -345,9 +354,18 @@ class RolloutTrainer(GRPOTrainer):
         )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        checkpoints.save(Path(self._get_output_dir(trial=trial)) / name, self)
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:
+            if not folder.parent.is_dir():
+                raise UserError(f"{folder.parent} is gone: it was deleted or moved while the training wrote to it.")
+            checkpoints.remove(folder)  # half-written, or damaged
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+            checkpoints.save(folder, self)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            checkpoints.remove(folder)
+            raise UserError(f"{folder.name} could not be written: {error}{disk_space(folder.parent)}") from error
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
@@ -368,6 +386,18 @@ class RolloutTrainer(GRPOTrainer):
         self._take_shards()
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         checkpoints.restore(Path(resume_from_checkpoint), self)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        self.on_random_state_loaded()
+
+    def _run_epoch(self, *args: Any, **how: Any) -> None:
+        """transformers looks at the number of steps only after one: a resumed run may have taken all of them."""
+        if self.state.global_step < self.state.max_steps and not self.control.should_training_stop:
+            super()._run_epoch(*args, **how)
+            return
+        self._load_rng_state(how["resume_from_checkpoint"])  # as at the end of the unbroken training
+        self.control.should_training_stop = True
 
 
 def _weighted(rewards: Float[Tensor, "B F"], weights: Float[Tensor, " F"]) -> list[float | None]:

@@ -217,8 +217,9 @@ class SelfDistillTrainer(RolloutTrainer):
         self._rollouts = rollouts
         if not training:
             return super()._generate_and_score_completions(inputs)
-        if self.teacher is not None:
+        if self.teacher is not None and self.teacher_moved != self._step:  # equal in a step that begins again
             self.teacher.before_rollouts(self.state.global_step)
+            self.teacher_moved = self._step
         output = super()._generate_and_score_completions(inputs)
         if self.rollout.cross_entropy_weight:
             weights = demonstration_weights(rollouts, output["completion_mask"], self._mean)

@@ -144,12 +144,12 @@ def test_completions_now_and_then_and_at_the_end(run, tmp_path, console):
     loop = Loop(tmp_path, [record, callback])
     loop.begin()
     loop.log(eval__accuracy=0.1)
-    for _ in range(9):
+    for _ in range(10):
         loop.step(reward=1.0)
     loop.log(eval__accuracy=0.2)
     loop.call("on_train_end")
-    assert [line["step"] for line in run.completions()] == [1] * 3 + [4] * 3 + [8] * 3 + [9] * 3
-    assert [(name, step) for name, step, _ in logger.tables] == [("completions", step) for step in (1, 4, 8, 9)]
+    assert [line["step"] for line in run.completions()] == [1] * 3 + [4] * 3 + [8] * 3 + [10] * 3
+    assert [(name, step) for name, step, _ in logger.tables] == [("completions", step) for step in (1, 4, 8, 10)]
     kept = [(row["prompt"], row["completion"], row["advantage"]) for row in logger.tables[0][2]]
     assert kept == [("p1", "c2", 3.0), ("p0", "c0", -1.0), ("p1", "c1", 2.0)]  # best, worst, then what differs
     assert printed(console).count("completions at step") == 4
@@ -273,6 +273,25 @@ def test_a_resumed_run_alarms_as_an_unbroken_one(run, tmp_path, console):
     assert run.summary["alarms"] == []
     assert [loop.step(entropy=0.1, reward=1.0) for _ in range(2)] == [True, False]
     assert second.stopped_by.step == 9
+
+
+def test_a_run_that_was_stopped_in_the_step_of_its_checkpoint_stays_stopped(run, tmp_path, console):
+    """A kill in the final evaluation: there is no step left to take."""
+
+    def callback():
+        return MonitorCallback(Monitors(entropy=Threshold(below=0.1, for_steps=2, action="stop")), run, console)
+
+    loop = Loop(tmp_path, [recording(run, NoLogger()), callback()])
+    loop.begin()
+    assert [loop.step(entropy=0.05) for _ in range(2)] == [True, False]
+    again = callback()
+    loop = Loop(tmp_path, [recording(run, NoLogger()), again])
+    loop.begin(step=1)
+    assert not loop.control.should_training_stop
+    run.log_metrics(2, {"entropy": 0.05})
+    loop.begin(step=2)
+    assert loop.control.should_training_stop
+    assert again.stopped_by.step == 2
 
 
 def test_transformers_own_progress_is_replaced(tmp_path, run, console):

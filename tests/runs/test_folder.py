@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,6 +241,102 @@ def test_a_root_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="No run's folder can be made"):
         RunFolder.create(tmp_path / "file", "r", CONFIG)
+
+
+def test_a_name_that_is_too_long_is_one_message(tmp_path):
+    with pytest.raises(UserError, match="No run's folder can be made in .*File name too long"):
+        RunFolder.create(tmp_path / ("x" * 300), "r", CONFIG)
+    with pytest.raises(UserError, match="is no run's folder: File name too long"):
+        RunFolder.open(tmp_path / ("x" * 300))
+
+
+@pytest.mark.parametrize("last", ["lock", "config.yaml", "summary.json"])
+def test_a_start_that_is_killed_leaves_no_half_of_a_run(last, tmp_path, monkeypatch):
+    """What is being made has a hidden name until it can be resumed; the next start removes it."""
+    program = f"""
+import os
+from pathlib import Path
+from omegaconf import OmegaConf
+from selfdistill.runs import folder
+real = folder._lock
+def lock(path):
+    file = real(path)
+    os._exit(9)
+if {last!r} == "lock":
+    folder._lock = lock
+write = Path.write_text
+def write_text(path, content, **how):
+    if path.name == {last!r}:
+        os._exit(9)
+    return write(path, content, **how)
+Path.write_text = write_text
+folder.RunFolder.create(Path({str(tmp_path)!r}), "killed", OmegaConf.create({{}}))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], check=False)
+    assert done.returncode == 9
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".") and "killed" in left.name
+    run = RunFolder.create(tmp_path, "r", CONFIG)
+    run.finish("finished")
+    assert list(tmp_path.iterdir()) == [run.path]
+
+
+def test_what_a_kill_left_half_written_goes_at_the_resume(tmp_path):
+    run = RunFolder.create(tmp_path, "r", CONFIG)
+    run.log_metrics(7, {"reward": 1.0})
+    run._close()  # as a kill does, without a last summary
+    (run.path / ".summary.json.partial-host-77").write_text("{")
+    (run.path / ".model.partial-host-77").mkdir()
+    (run.path / "export" / ".lora.partial-host-77").mkdir(parents=True)
+    assert json.loads((run.path / "summary.json").read_text())["step"] == 0
+    assert RunFolder.open(run.path, write=False).summary["step"] == 7
+    again = RunFolder.open(run.path)
+    again.finish("interrupted")
+    assert again.summary["step"] == 7
+    hidden = {str(path.relative_to(run.path)) for path in run.path.rglob(".*")}
+    assert hidden == {".lock", "export/.lora.partial-host-77"}  # another machine may be exporting
+
+
+@pytest.mark.parametrize("how", ["deleted", "moved"])
+def test_a_run_whose_folder_is_gone_is_not_finished(how, tmp_path):
+    run = RunFolder.create(tmp_path / "outputs", "r", CONFIG)
+    run.log_metrics(1, {"reward": 1.0})
+    if how == "deleted":
+        shutil.rmtree(run.path)
+    else:
+        run.path.rename(tmp_path / "elsewhere")
+    assert not run.is_there
+    with pytest.raises(UserError, match="is gone: it was deleted or moved while the run was writing to it"):
+        run.log_metrics(2, {"reward": 2.0})
+    for status in ("finished", "failed"):
+        with pytest.raises(UserError, match="is gone"):
+            run.finish(status)
+    assert not run.path.exists()
+
+
+def test_a_full_disk_keeps_a_place_for_the_end(tmp_path, monkeypatch):
+    run = RunFolder.create(tmp_path, "r", CONFIG)
+    assert (run.path / ".reserve").stat().st_size >= 1 << 16
+    monkeypatch.setattr(
+        "selfdistill.runs.folder.write_atomically",
+        lambda path, content: (_ for _ in ()).throw(OSError(28, "No space left"))
+        if (run.path / ".reserve").exists() else path.write_text(content),
+    )  # fmt: skip
+    with pytest.raises(OSError, match="No space"):
+        run.update_summary(step=3)
+    run.finish("failed", traceback="No space left")
+    assert json.loads((run.path / "summary.json").read_text())["status"] == "failed"
+    assert (run.path / "error.txt").read_text() == "No space left"
+
+
+def test_what_a_resumed_run_is_given_anew_is_kept(tmp_path):
+    config = OmegaConf.create({"max_steps": 4, "token": "sk-secret-value"})
+    run = RunFolder.create(tmp_path, "r", config)
+    run.finish("finished")
+    again = RunFolder.open(run.path)
+    again.change_config({"max_steps": 400})
+    again.finish("finished")
+    assert OmegaConf.load(run.path / "config.yaml") == {"max_steps": 400, "token": "***"}
 
 
 def test_one_writer_at_a_time(run):

@@ -1,8 +1,11 @@
 import os
+import pty
 import signal
 import subprocess
 import sys
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -25,7 +28,7 @@ def press(number):
         threading.Event().wait(0.001)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_saves_and_stops_after_the_step(arguments, number, capfd):
     args, state, control = arguments
     with Interruption() as interruption:
@@ -68,6 +71,36 @@ def test_outside_of_the_training_the_first_signal_raises(arguments, number):
         with pytest.raises(KeyboardInterrupt):
             press(number)
         assert interruption.requested
+
+
+def test_a_closed_terminal_is_not_printed_to(arguments):
+    """Whoever prints to a terminal that is gone gets an error, in the middle of the last step."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        code = 1
+        with suppress(BaseException), Interruption() as interruption:
+            interruption.on_train_begin(*arguments)
+            os.write(1, b"ready")
+            deadline = time.monotonic() + 20
+            while not interruption.requested and time.monotonic() < deadline:
+                time.sleep(0.01)
+            os.write(1, b"a step")
+            os.write(2, b"an alarm")
+            code = interruption.exit_code
+        os._exit(code)
+    assert os.read(terminal, 5) == b"ready"
+    os.close(terminal)  # the kernel sends SIGHUP
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
+
+
+def test_nohup_is_left_alone():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            press(signal.SIGHUP)
+            assert not interruption.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_handlers_are_put_back():

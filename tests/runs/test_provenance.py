@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from selfdistill import config
-from selfdistill.runs.provenance import DIFF, PROVENANCE, differences, write_provenance
+from selfdistill.runs.provenance import DIFF, PROVENANCE, differences, provenance_files
 from tests.command import command, composed
 
 SECRET = "hf_abcdefghijkl"
@@ -37,7 +37,8 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def _written(folder: Path) -> tuple[dict[str, Any], config.Run]:
     cfg = composed(["data=jsonl", "data.path=rows.jsonl", "seed=5", f"+training.arguments.hub_token={SECRET}"])
     run = config.check(cfg)
-    write_provenance(folder / "run", cfg, run)
+    for name, text in provenance_files(folder / "run", cfg, run).items():
+        (folder / "run" / name).write_text(text)
     return json.loads((folder / "run" / PROVENANCE).read_text()), run
 
 

@@ -1,70 +1,52 @@
-"""What a whole run shows, and leaves in its log."""
+"""What the main process writes down, where others fail it."""
 
 import json
-import time
+import warnings
 from pathlib import Path
 
 import pytest
 
-from selfdistill.runs.loggers.wandb_file import steps
+from selfdistill.runs.loggers import WandbLogger
 from tests.command import command
+from tests.runs.test_resume import only_run, status
 
-RUN = [
-    "experiment=sdpo", "max_steps=3", "hardware=cpu", "completions_per_step=8", "num_generations=4", "eval.every=2",
-    "eval.max_rows=4", "eval.max_rows_per_suite=2", "show.completions_every=0", "hydra.run.dir=run",
-]  # fmt: skip
-
-
-@pytest.mark.long
-def test_a_run_shows_what_differs_the_plan_and_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    outcome = command(RUN, tmp_path)
-    assert outcome.code == 0, outcome.err
-    lines = outcome.out.splitlines()
-    order = ["differs from the defaults", "plan", "evaluation at step 0", "training", "completions at step 1"]
-    order += ["evaluation at step 2", "completions at step 3", "evaluation at step 3", "before and after"]
-    places = [next(i for i, line in enumerate(lines) if line.startswith(start)) for start in order]
-    assert places == sorted(places)
-    assert len(lines) < 110 and "\x1b" not in outcome.out
-    assert [step for step in (1, 2, 3) if any(line.split()[:1] == [f"{step}/3"] for line in lines)] == [1, 2, 3]
-    log = (tmp_path / "run" / "log.txt").read_text().splitlines()
-    assert [line for line in log if not line.startswith("warning:")] == lines
-
-    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    tokens = [line["tokens/generated"] for line in metrics]
-    per_step = [round(line["monitor/length_tokens"] * 8) for line in metrics[1:]]
-    assert tokens == [0, *(sum(per_step[: i + 1]) for i in range(3))]
-    seconds = [line["time/total_s"] for line in metrics]
-    assert seconds == sorted(seconds) and seconds[0] > 0
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["tokens_generated"] == tokens[-1]
-    assert not {"entropy", "grad_norm", "step_time", "completions/mean_length", "time/wall_s"} & metrics[-1].keys()
-    for _ in range(100):  # W&B's own process writes the last records after the run
-        if len(steps(tmp_path / "run" / "wandb")) == 4:
-            break
-        time.sleep(0.1)
-    assert steps(tmp_path / "run" / "wandb") == {0, 1, 2, 3}
+pytestmark = pytest.mark.long
+FAST = ["debug=fast", "eval=none", "hardware=cpu", "hardware.per_device_batch_size=8", "output_dir=o"]
 
 
-@pytest.mark.long
-def test_without_an_evaluation_no_empty_table_ends_the_run(tmp_path: Path) -> None:
-    outcome = command(["debug=fast", "eval=none", "hardware=cpu", "logger=none", "hydra.run.dir=run"], tmp_path)
-    assert outcome.code == 0, outcome.err
-    assert "before and after" not in outcome.out and "metric" not in outcome.out
-    assert "where everything lies" in outcome.out
-
-
-@pytest.mark.long
-def test_a_logger_that_cannot_start_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from selfdistill.runs.loggers import WandbLogger
-
+def test_a_logger_that_cannot_start_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def start(*_: object) -> None:
-        raise NotADirectoryError("wandb")
+        raise PermissionError(13, "Permission denied", "o/wandb")
 
     monkeypatch.setattr(WandbLogger, "start", start)
-    with pytest.warns(UserWarning, match="The logger cannot start"):
-        outcome = command(
-            ["max_steps=1", "completions_per_step=8", "eval=none", "hardware=cpu", "hydra.run.dir=run"], tmp_path
-        )
-    assert outcome.code == 0, outcome.err
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "finished"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        quick = ["max_steps=1", "training.checkpoint_every=0", "eval=none", "output_dir=o"]
+        assert command([*quick, "hardware=cpu", "logger=wandb"], tmp_path).code == 0
+    assert status(only_run(tmp_path / "o")) == "finished"
+    assert (
+        len([w for w in said if "The logger failed" in str(w.message) and "Permission denied" in str(w.message)]) == 1
+    )
+
+
+def test_an_export_that_cannot_be_written_is_made_at_the_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training is over then: nothing is trained again."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("selfdistill.models.export.merged_16bit.Merged16bit.write", full)
+        outcome = command([*FAST, "logger=none", "training.checkpoint_every=2", "export=merged_16bit"], tmp_path)
+    run = only_run(tmp_path / "o")
+    assert (outcome.code, status(run)) == (2, "failed")
+    assert "No space left on device" in outcome.err and "Traceback" not in outcome.err
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert f"To go on after step {steps[-1]}" in outcome.err
+    weights = (run / "model" / "model.safetensors").read_bytes()
+    assert command([f"resume={run}"], tmp_path).code == 0
+    assert status(run) == "finished" and (run / "export" / "merged_16bit").is_dir()
+    assert (run / "model" / "model.safetensors").read_bytes() == weights
+    assert steps == [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -13,12 +14,14 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 from safetensors.torch import load_file
 
 from selfdistill import train
 from selfdistill.config.conf import CONF
 from selfdistill.errors import UserError
+from selfdistill.runs.session import whole_checkpoint
+from selfdistill.training.checkpoints import mark, newest_checkpoint
 from tests.saboteur import VARIABLE
 
 ROOT = Path(__file__).parents[2]
@@ -163,14 +166,25 @@ def test_terminated_and_resumed(unbroken: Any, data: Path, tmp_path: Path) -> No
     assert len(parts) == 2 and all(name.endswith(f"-{run.name}") for name in parts)
 
 
-def test_failed_and_resumed(unbroken: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An exception in a reward: one message that says where the traceback is; the run can go on from its checkpoint."""
-    reference = unbroken("grpo_with_kl")
+@pytest.mark.parametrize(
+    ("name", "step"), [("grpo_with_kl", 6), pytest.param("teacher_average", 8, marks=pytest.mark.long)]
+)
+def test_failed_and_resumed(
+    name: str, step: int, unbroken: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exception in a reward: one message that says where the traceback is; the run goes on at the very step.
+
+    The averaged teacher has moved by the time that the reward fails, and does not move twice. Its step begins an epoch.
+    """
+    reference = unbroken(name)
     monkeypatch.setenv(VARIABLE, "fail:6")
-    with pytest.raises(UserError, match=r"ValueError: out of luck \(saboteur.py:\d+\).*error.txt.*resume="):
-        here(overrides("grpo_with_kl", data, tmp_path))
+    message = rf"ValueError: out of luck \(saboteur.py:\d+\).*error.txt\. To go on after step {step}: .*resume="
+    with pytest.raises(UserError, match=message):
+        here(overrides(name, data, tmp_path))
     run = only_run(tmp_path)
     assert status(run) == "failed"
+    assert json.loads((run / "summary.json").read_text())["step"] == step
+    assert newest_checkpoint(run) == run / "checkpoints" / f"checkpoint-{step}"
     assert "ValueError: out of luck" in (run / "error.txt").read_text()
     monkeypatch.delenv(VARIABLE)
     here([f"resume={run}", GRANT])
@@ -183,25 +197,99 @@ def test_killed_before_the_first_checkpoint(
 ) -> None:
     """It starts again, without evaluating the start once more."""
     reference = unbroken("grpo_with_kl")
-    monkeypatch.setenv(VARIABLE, "fail:2")
-    with pytest.raises(UserError):
+    monkeypatch.setenv(VARIABLE, "fail:0")
+    with pytest.raises(UserError, match="To go on at step 0, since there is no checkpoint yet: .*resume="):
         here(overrides("grpo_with_kl", data, tmp_path))
     run = only_run(tmp_path)
     assert not list((run / "checkpoints").glob("checkpoint-*"))
+    (run / "prompts.md").unlink(missing_ok=True)  # as a kill before step 1 leaves the run
     monkeypatch.delenv(VARIABLE)
     here([f"resume={run}", GRANT])
+    assert (run / "prompts.md").read_bytes() == (reference / "prompts.md").read_bytes()
     assert_same_end(run, reference)
 
 
-def test_a_checkpoint_without_the_teacher_is_refused(unbroken: Any, tmp_path: Path, data: Path) -> None:
-    run = unbroken("teacher_average")
-    teacher = run / "checkpoints" / "checkpoint-10" / "teacher.safetensors"
-    hidden = teacher.rename(tmp_path / "teacher.safetensors")
-    try:
-        with pytest.raises(UserError, match=r"no teacher.safetensors: it was written without this teacher"):
-            here([f"resume={run}", GRANT, "max_steps=12"])
-    finally:
-        hidden.rename(teacher)
+@pytest.fixture
+def copied(unbroken: Any, tmp_path: Path) -> Any:
+    def copy(run: str) -> Path:
+        return shutil.copytree(unbroken(run), tmp_path / "copy" / unbroken(run).name)
+
+    return copy
+
+
+def killed_at_its_end(run: Path) -> None:
+    """As a kill after the last step leaves it: the checkpoint of that step is whole, and nothing came after it."""
+    summary = json.loads((run / "summary.json").read_text())
+    before = {"before": summary["eval"]["before"]} if "eval" in summary else None
+    (run / "summary.json").write_text(json.dumps({**summary, "status": "running", "eval": before}))
+    shutil.rmtree(run / "model")
+
+
+def test_a_checkpoint_without_the_teacher_is_refused(copied: Any) -> None:
+    run = copied("teacher_average")
+    (run / "checkpoints" / "checkpoint-10" / "teacher.safetensors").unlink()
+    mark(run / "checkpoints" / "checkpoint-10")
+    with pytest.raises(UserError, match=r"no teacher.safetensors: it was written without this teacher"):
+        here([f"resume={run}", GRANT, "max_steps=12"])
+
+
+def test_a_run_that_has_taken_all_its_steps_goes_straight_to_its_end(
+    copied: Any, unbroken: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copied("grpo_with_kl")
+    killed_at_its_end(run)
+    monkeypatch.setenv(VARIABLE, "fail:0")  # if anything were generated
+    here([f"resume={run}", GRANT])
+    assert_same_end(run, unbroken("grpo_with_kl"))
+    ends = [json.loads((folder / "summary.json").read_text())["eval"] for folder in (run, unbroken("grpo_with_kl"))]
+    without_times = [
+        {when: {k: v for k, v in metrics.items() if not k.startswith(TIMES)} for when, metrics in end.items()}
+        for end in ends
+    ]
+    assert without_times[0] == without_times[1]
+
+
+def test_a_finished_run_is_refused_or_given_more_steps(copied: Any) -> None:
+    run = copied("adapter")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"is finished: all of its 10 steps are trained.* max_steps=20"):
+        here([f"resume={run}", GRANT])
+    with pytest.raises(UserError, match=r"max_steps=4: .* has trained 10 steps already"):
+        here([f"resume={run}", GRANT, "max_steps=4"])
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    here([f"resume={run}", GRANT, "max_steps=11"])
+    assert [line["step"] for line in numbers(run)][-1] == 11
+    assert OmegaConf.load(run / "config.yaml").max_steps == 11  # which a resume after a kill goes by
+    samples = [json.loads(line)["step"] for line in (run / "completions.jsonl").read_text().splitlines()]
+    assert set(samples) == {1}  # one block in twenty steps, however often the run is resumed
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "model.safetensors", "rollouts-0.pt", "complete"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    name: str, copied: Any, unbroken: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = copied("grpo_with_kl")
+    killed_at_its_end(run)
+    file = run / "checkpoints" / "checkpoint-10" / name
+    file.write_bytes(bytes(file.stat().st_size))
+    found, notes = whole_checkpoint(run)
+    assert found == run / "checkpoints" / "checkpoint-5"
+    assert f"checkpoint-10 is damaged: {name}" in notes[0]
+    assert notes[1] == "the run goes on from checkpoint-5, the newest whole checkpoint"
+    assert whole_checkpoint(run) == (found, [])  # said once
+    if name == "rng_state.pth":
+        here([f"resume={run}", GRANT])
+        assert_same_end(run, unbroken("grpo_with_kl"))
+        assert not list(run.glob("checkpoints/*/damaged"))
+
+
+def test_no_whole_checkpoint_is_said(copied: Any) -> None:
+    run = copied("grpo_with_kl")
+    killed_at_its_end(run)
+    for checkpoint in (run / "checkpoints").glob("checkpoint-*"):
+        (checkpoint / "scheduler.pt").unlink()
+    with pytest.raises(UserError, match=r"none of its checkpoints is whole \(checkpoint-10: scheduler.pt is missing"):
+        here([f"resume={run}", GRANT])
 
 
 def test_prompts_of_the_first_step(unbroken: Any) -> None:

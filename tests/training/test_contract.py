@@ -31,6 +31,14 @@ OVERRIDDEN = {
     "_save_checkpoint": ["self", "model", "trial"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
     "_tokenize_prompts": ["self", "prompts"],
+    "_run_epoch": [
+        "self", "model", "epoch", "train_dataloader", "steps_in_epoch", "num_update_steps_per_epoch", "trial",
+        "ignore_keys_for_eval", "start_time", "resume_from_checkpoint",
+    ],
+}  # fmt: skip
+OF_TRANSFORMERS = ("_load_from_checkpoint", "_run_epoch")
+CALLED = {
+    "_load_rng_state": ["self", "checkpoint"],
 }
 STATE = (
     "_buffered_inputs", "_step", "_metrics", "_tokenizer", "beta", "temperature", "num_iterations", "reward_weights",
@@ -45,9 +53,9 @@ def names(function: Callable[..., Any]) -> list[str]:
     return [p.name for p in inspect.signature(function).parameters.values()]
 
 
-@pytest.mark.parametrize("method", OVERRIDDEN)
+@pytest.mark.parametrize("method", [*OVERRIDDEN, *CALLED])
 def test_signatures(method: str) -> None:
-    wanted = OVERRIDDEN[method]
+    wanted = {**OVERRIDDEN, **CALLED}[method]
     theirs = names(getattr(trl.GRPOTrainer, method))
     if theirs[: len(wanted)] != wanted:
         pytest.fail(
@@ -57,14 +65,14 @@ def test_signatures(method: str) -> None:
         )
 
 
-@pytest.mark.parametrize("method", [m for m in OVERRIDDEN if m != "_load_from_checkpoint"])
+@pytest.mark.parametrize("method", [m for m in OVERRIDDEN if m not in OF_TRANSFORMERS])
 def test_what_we_override_is_still_there(method: str) -> None:
     assert any(method in vars(ours) for ours in (SelfDistillTrainer, RolloutTrainer))
     assert method in vars(trl.GRPOTrainer), f"trl {trl.__version__}: GRPOTrainer.{method} is gone"
 
 
 def test_checkpoints_load_through_the_hook() -> None:
-    assert "_load_from_checkpoint" in vars(Trainer)
+    assert set(OF_TRANSFORMERS) <= vars(Trainer).keys()
     assert names(Trainer.save_model) == ["self", "output_dir", "_internal_call"]
     assert names(Trainer._get_output_dir) == ["self", "trial"]
 
@@ -122,7 +130,7 @@ def test_trl_calls_the_hooks_in_this_order(tmp_path: Path, monkeypatch: pytest.M
         return call
 
     for name in OVERRIDDEN:
-        if name not in ("_get_train_sampler", "_save_checkpoint", "_load_from_checkpoint"):
+        if name not in ("_get_train_sampler", "_save_checkpoint", *OF_TRANSFORMERS):
             monkeypatch.setattr(SelfDistillTrainer, name, noted(name))
     # Rollouts that serve more than one optimizer step make TRL ask for the policy's log-probabilities too.
     args = {"max_steps": 1, "beta": 0.04, "steps_per_generation": 4, "gradient_accumulation_steps": 2}

@@ -1,6 +1,9 @@
 """Training with a teacher behind a server: the same numbers as with a local one, asked for ahead, and its absence."""
 
+import gc
 import json
+import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +17,7 @@ from selfdistill.teachers import Teacher
 from selfdistill.teachers.server import ServerTeacher
 from selfdistill.teachers.weights import Base
 from tests.command import Outcome, command
-from tests.runs.test_resume import assert_same_end, only_run, status
+from tests.runs.test_resume import assert_same_end, numbers, only_run, status
 from tests.teachers.server.stub_server import Reply, Request, StubServer
 from tests.tiny import tiny_tokenizer
 from tests.training.naive import Hint, by_length, lively, make
@@ -127,3 +130,47 @@ def test_a_run_whose_server_dies_is_interrupted_and_goes_on_where_it_was(
     stub.answer = lambda request: None
     assert command([f"resume={run}"], data.parent).code == 0
     assert_same_end(run, only_run(tmp_path / "unbroken"))
+
+
+@pytest.mark.parametrize(
+    "fault", [Reply(raw=b"{"), Reply(400, {"error": {"message": "once"}})], ids=["malformed", "400"]
+)
+def test_a_run_whose_server_answers_nonsense_keeps_its_last_step(
+    fault: Reply, stub: StubServer, data: Path, tmp_path: Path
+) -> None:
+    """Nothing has changed since the step began, and so nothing is lost, whatever kind of failure it was."""
+    assert train(stub, data, tmp_path / "unbroken").code == 0
+    answered = 0
+
+    def failing(request: Request) -> Reply | None:
+        nonlocal answered
+        answered += request.path.endswith("completions") and len(request.body["prompt"]) > 1
+        return fault if answered > 11 else None
+
+    stub.answer = failing
+    outcome = train(stub, data, tmp_path / "broken")
+    run = only_run(tmp_path / "broken")
+    assert (outcome.code, status(run)) == (2, "failed")
+    step = max(line["step"] for line in numbers(run))
+    assert f"To go on after step {step}: python -m selfdistill.train resume={run}" in outcome.err
+    stub.answer = lambda request: None
+    assert command([f"resume={run}"], data.parent).code == 0
+    assert_same_end(run, only_run(tmp_path / "unbroken"))
+
+
+@pytest.mark.long
+def test_runs_that_end_early_leave_no_thread_and_no_file_open(stub: StubServer, data: Path, tmp_path: Path) -> None:
+    """A sweep has its runs in one process: finished ones, and ones that are refused once the server was asked."""
+
+    def held() -> tuple[int, int]:
+        gc.collect()
+        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+    paths = [f"data.path={data}", f"output_dir={tmp_path}", f"teacher.base_url={stub.url}"]
+    short = [*COMMON, *paths, "max_steps=1", "training.checkpoint_every=0"]
+    assert command(short, tmp_path).code == 0
+    before = held()
+    for _ in range(2):
+        assert command([*short, "teacher.model=stub2"], tmp_path).code == 2  # as the server says
+        assert command(short, tmp_path).code == 0
+    assert held() == before

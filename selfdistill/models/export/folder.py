@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from selfdistill.errors import UserError
+from selfdistill.files import draft_of, replace_folder
 from selfdistill.models.export.verify import VERIFICATION, TransformersModel
 
 
@@ -28,19 +28,13 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     is_empty = folder.is_dir() and not any(folder.iterdir())
     if folder.exists() and not is_export and not is_empty:
         raise UserError(f"{folder} exists and is no export: remove it, or choose another folder.")
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    partial = draft_of(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
         (partial / VERIFICATION).write_text(json.dumps({"verdict": "not verified"}) + "\n")
-        if folder.exists():
-            earlier = folder.with_name(f".{folder.name}.earlier-{os.getpid()}")
-            folder.rename(earlier)
-            partial.rename(folder)
-            shutil.rmtree(earlier)
-        else:
-            partial.rename(folder)
+        replace_folder(folder, partial)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -149,8 +149,8 @@ def send(layout: Layout, entity: str | None, output: str, timeout_s: float) -> l
     if not known:
         return [f"No W&B API key is set: run `wandb login`, or set WANDB_API_KEY. {_write(layout, entity, output)}"]
     try:
-        entity = entity or wandb.Api().default_entity
-        workspace, report = layout.workspace(entity), layout.report(entity)
+        owner: Any = entity or wandb.Api().default_entity
+        workspace, report = layout.workspace(owner), layout.report(owner)
         workspace.save()
         report.save()
     except (wandb.Error, ValueError, OSError) as error:

@@ -35,6 +35,9 @@ WARN_EVERY_S = 30.0
 # Servers close idle connections, the most common one (uvicorn) after 5 s; one that has been closed must not be reused.
 KEEPALIVE_S = 4.0
 PING_TIMEOUT_S = 5.0
+# Of a reply, unpacked: far above every honest one but those of log-probabilities, whose askers say how long it may be.
+REPLY_BYTES = 1 << 26
+READ_BYTES = 1 << 18
 
 
 class ServerUnavailable(UserError):
@@ -185,12 +188,14 @@ class Client(AbstractContextManager["Client"]):
         path: str,
         body: dict[str, Any] | None = None,
         decode: Callable[[Any], T] = lambda reply: reply,
+        reply_bytes: int = REPLY_BYTES,
     ) -> T:
         """One request, repeated until an answer comes that `decode` accepts. Runs on the client's own loop.
 
         Args:
             path: below the base URL, such as `completions`; with a leading slash, below the server's root.
             decode: turns the parsed JSON into the value returned; raises `ReplyError` for a reply that cannot be used.
+            reply_bytes: the longest reply that is read, once it is unpacked; a longer one cannot be used.
 
         Raises:
             ServerUnavailable: nothing usable for `patience_s`.
@@ -199,8 +204,10 @@ class Client(AbstractContextManager["Client"]):
         """
         content = None if body is None else json.dumps(body).encode()
         for attempt in range(1, self.malformed_limit + 1):
-            server, started_s, raw = await self._fetch(method, path, content)
+            server, started_s, raw = await self._fetch(method, path, content, reply_bytes)
             try:
+                if len(raw) > reply_bytes:
+                    raise ReplyError(f"it is longer than {reply_bytes / 1024**2:.0f} MiB")
                 # In another thread, and after the slot was given back: the server works on while this one reads.
                 value = await to_thread.run_sync(_read, raw, decode, limiter=self._reader)
                 server.failures = 0
@@ -217,7 +224,9 @@ class Client(AbstractContextManager["Client"]):
             f"{failure}. Look into the server's log, and whether it is a vLLM of a recent version."
         )
 
-    async def _fetch(self, method: str, path: str, content: bytes | None) -> tuple[Server, float, bytes]:
+    async def _fetch(
+        self, method: str, path: str, content: bytes | None, reply_bytes: int
+    ) -> tuple[Server, float, bytes]:
         """The server that answered, when it was sent the request, and the bytes. Takes a place of `_unread`."""
         waiting_since_s = time.monotonic()
         reasons: list[str] = []  # why attempts failed
@@ -229,7 +238,7 @@ class Client(AbstractContextManager["Client"]):
                 server.in_flight += 1
                 server.sent += 1
                 try:
-                    raw = await self._exchange(server, method, path, content)
+                    raw = await self._exchange(server, method, path, content, reply_bytes)
                     break
                 except _Failed as failure:
                     self._note_failure(server, started_s, failure)
@@ -262,10 +271,10 @@ class Client(AbstractContextManager["Client"]):
                 raise self._unavailable(reasons, waited_s)
             await asyncio.sleep(POLL_S)
 
-    async def _exchange(self, server: Server, method: str, path: str, content: bytes | None) -> bytes:
-        """One HTTP exchange: the body of a 200."""
+    async def _exchange(self, server: Server, method: str, path: str, content: bytes | None, reply_bytes: int) -> bytes:
+        """One HTTP exchange: the body of a 200; of one that is too long, a little more than is allowed."""
         try:
-            response, raw = await self._send(server, method, path, content, self.timeout_s)
+            response, raw = await self._send(server, method, path, content, self.timeout_s, reply_bytes)
         except TimeoutError:
             raise _Failed(f"no answer within {self.timeout_s:g} s", unreachable=True) from None
         except aiohttp.ClientConnectorError as error:
@@ -281,9 +290,15 @@ class Client(AbstractContextManager["Client"]):
         return raw
 
     async def _send(
-        self, server: Server, method: str, path: str, content: bytes | None, timeout_s: float
+        self,
+        server: Server,
+        method: str,
+        path: str,
+        content: bytes | None,
+        timeout_s: float,
+        reply_bytes: int = REPLY_BYTES,
     ) -> tuple[aiohttp.ClientResponse, bytes]:
-        """One attempt: the response and its whole body.
+        """One attempt: the response and its body, of which no more is read than a little over what is allowed.
 
         Raises:
             TimeoutError: no complete answer in time.
@@ -295,7 +310,13 @@ class Client(AbstractContextManager["Client"]):
         async with self._session.request(
             method, url, data=content, headers=headers, proxy=server.proxy, allow_redirects=False, timeout=limit
         ) as response:
-            return response, await response.read()
+            body = bytearray()
+            async for block in response.content.iter_chunked(READ_BYTES):
+                body += block
+                if len(body) > reply_bytes:
+                    response.close()
+                    break
+            return response, bytes(body)
 
     def _note_failure(self, server: Server, started_s: float, failure: _Failed) -> None:
         """Give a failing server a pause, and watch one that cannot be reached until it can."""

@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 
 from selfdistill.errors import UserError
 from selfdistill.losses import TopTokens
-from selfdistill.teachers.server.client import Client, ReplyError, RequestRefused, all_of, part
+from selfdistill.teachers.server.client import REPLY_BYTES, Client, ReplyError, RequestRefused, all_of, part
 from selfdistill.teachers.server.reply_cache import ReplyCache, cache_key
 
 # vLLM writes -inf, for which JSON has no number, as -9999.
@@ -23,6 +23,9 @@ SLACK = 1e-3
 ALL = -1
 # Bounds what a server holds at once for one request: prompt log-probabilities of the whole vocabulary take much memory.
 REQUEST_TOKENS = 2048
+# Of a reply, for each log-probability in it: three to four times what vLLM writes.
+LOGPROB_BYTES = 512
+VOCABULARY = 300_000  # log-probabilities of a token, at most, where all are asked for
 
 
 class TokenRow(NamedTuple):
@@ -52,8 +55,10 @@ async def score_rows(client: Client, model: str, rows: Sequence[TokenRow], k: in
         choices = choices_of(reply, len(rows))
         return [read_positions(choice, *row, k) for choice, row in zip(choices, rows, strict=True)]
 
+    body = scoring_body(model, [row.ids for row in rows], k)
+    entries = sum(len(row.ids) for row in rows) * (k + 1 if k != ALL else VOCABULARY)
     try:
-        return await client.request("POST", "completions", scoring_body(model, [row.ids for row in rows], k), decode)
+        return await client.request("POST", "completions", body, decode, REPLY_BYTES + entries * LOGPROB_BYTES)
     except RequestRefused as error:
         found = re.search(r"max(?:imum)? allowed[^0-9]*(\d+)", error.detail)
         if found is None:

@@ -60,20 +60,7 @@ def logged(logger, run, steps, failed=False):
     finally:
         logger.finish(failed=failed)
     (path,) = files(run)[-1:]
-    return complete(path)
-
-
-def complete(path):
-    """The file of a finished run: W&B's own process writes the last records after `finish` has returned."""
-    for _ in range(300):
-        if exits(path):
-            return path
-        time.sleep(0.1)
-    raise AssertionError(f"{path} has no end")
-
-
-def exits(path):
-    return [record.exit for record in wandb_records.records(path) if record.WhichOneof("record_type") == "exit"]
+    return wandb_records.complete(path)
 
 
 def head(path):
@@ -117,7 +104,7 @@ def test_the_offline_file_holds_the_run(run, monkeypatch):
     artifacts = [r.artifact for r in wandb_records.records(found) if r.WhichOneof("record_type") == "artifact"]
     (report,) = [artifact for artifact in artifacts if artifact.type == "report"]
     assert [item.path for item in report.manifest.contents] == ["config.yaml"]
-    assert exits(found)[0].exit_code == 1
+    assert wandb_records.exits(found)[0].exit_code == 1
     assert all(b"sk-something-secret" not in path.read_bytes() for path in run.path.rglob("*") if path.is_file())
 
 
@@ -136,13 +123,13 @@ def test_a_resumed_run_is_the_same_run_and_each_step_is_in_it_once(run):
         logger.table("other", step, [{"prompt": "p"}])
     logger.finish()
     assert len(files(run)) == 2
-    second = complete(files(run)[-1])
+    second = wandb_records.complete(files(run)[-1])
     assert head(second).run_id == head(first).run_id == run.run_id
     rows = {row["_step"]: row for path in files(run) for row in wandb_records.history(path)}
     assert [row["_step"] for row in wandb_records.history(second)] == [2, 3]
     assert {step: row["reward"] for step, row in rows.items()} == {1: 0.1, 2: 0.2, 3: 0.3}
     assert any(name.startswith("completions") for name in rows[2])
-    assert exits(second)[0].exit_code == 0
+    assert wandb_records.exits(second)[0].exit_code == 0
     logs = list(second.parent.glob("files/output.log"))
     assert [path.read_text() for path in logs] == ["what was on the screen"]
 
@@ -222,7 +209,7 @@ def test_two_runs_of_one_process_stay_apart(tmp_path):
     for logger in loggers:
         logger.finish()
     for run, reward in ((first, 1.0), (second, 2.0)):
-        rows = wandb_records.history(complete(files(run)[0]))
+        rows = wandb_records.history(wandb_records.complete(files(run)[0]))
         assert [row["reward"] for row in rows] == [reward]
         run.finish("finished")
 

@@ -1,12 +1,13 @@
 """What a W&B file says, as its tests ask."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 from selfdistill.runs.loggers.wandb_file import history, records
 
-__all__ = ["config", "history", "metrics", "records", "summary"]
+__all__ = ["complete", "config", "exits", "history", "metrics", "records", "summary"]
 
 
 def config(path: Path) -> dict[str, Any]:
@@ -37,3 +38,17 @@ def metrics(path: Path) -> dict[str, tuple[str, set[str]]]:
         metric.name or metric.glob_name: (metric.step_metric, {field.name for field, _ in metric.summary.ListFields()})
         for metric in found
     }
+
+
+def complete(path: Path) -> Path:
+    """The file of a finished run: W&B's own process writes the last records after `finish` has returned."""
+    for _ in range(300):
+        if exits(path):
+            return path
+        time.sleep(0.1)
+    raise AssertionError(f"{path} has no end")
+
+
+def exits(path: Path) -> list[Any]:
+    """The exit record of a run that is complete."""
+    return [record.exit for record in records(path) if record.WhichOneof("record_type") == "exit"]

@@ -1,8 +1,10 @@
 """The client against a server that misbehaves in every way that is known of servers."""
 
+import gzip
 import logging
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -129,6 +131,21 @@ def test_a_reply_that_stays_unusable_ends_with_what_is_wrong(raw: bytes) -> None
         with pytest.raises(MalformedReply, match=r"sent 3 replies to echo that cannot be used"):
             client.run(ask(client, 1))
         assert len(stub.asked("echo")) == 3
+
+
+def test_of_a_reply_without_end_no_more_is_read_than_was_asked_for() -> None:
+    """Packed it is small: 100 MB of brackets are 100 kB."""
+    bomb = Reply(raw=gzip.compress(b"[" * 100_000_000, 1), headers={"content-encoding": "gzip"})
+    with StubServer() as stub, Client(stub.url, **QUICK, malformed_limit=2) as client:
+        stub.answer = failing(1, bomb)
+        assert client.run(ask(client, 1)) == 1
+        stub.answer = failing(10, bomb)
+        tracemalloc.start()
+        with pytest.raises(MalformedReply, match="it is longer than 1 MiB"):
+            client.run(client.request("POST", "echo", {}, reply_bytes=1 << 20))
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert most < 30e6
 
 
 @pytest.mark.parametrize("as_date", [False, True])
