@@ -18,7 +18,9 @@ from selfdistill.config.targets import make
 from selfdistill.errors import UserError
 from selfdistill.files import disk_space, draft_of
 from selfdistill.rollout import Rollouts
+from selfdistill.config.secrets import without_secrets
 from selfdistill.runs.best import KeepBest, load_best
+from selfdistill.runs.budget import Budget
 from selfdistill.runs.callbacks import GeneratedTokens, MainDecides, use_callbacks
 from selfdistill.runs.evaluations import Evaluations
 from selfdistill.runs.folder import RunFolder
@@ -35,7 +37,7 @@ from selfdistill.training.checkpoints import CompleteCallback, StepBegun, damage
 from selfdistill.training.trainer import SelfDistillTrainer
 
 # What a resumed run may be given anew: how long it is to train.
-LENGTH = ("max_steps", "epochs")
+LENGTH = ("max_steps", "epochs", "budget_s", "budget_tokens")
 
 
 def resumed_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, config.Run]:
@@ -50,9 +52,10 @@ def resumed_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, c
     folder = RunFolder.open(Path(cfg.resume), write=False)
     saved = folder.config
     again = granted_again(saved, cfg, overrides, f"resume={cfg.resume}")
-    for override in overrides:
+    started_with = folder.overrides
+    for override, mask in zip(overrides, without_secrets(overrides), strict=True):
         key = override.lstrip("+~").split("=")[0]
-        if key not in ("resume", "check", *LENGTH, *again):
+        if key not in ("resume", "check", *LENGTH, *again) and mask not in started_with:
             raise UserError(
                 f"{key} cannot be changed when a run is resumed: its configuration is in {cfg.resume}/config.yaml."
             )
@@ -60,8 +63,9 @@ def resumed_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, c
     longer = [override.split("=")[0] for override in overrides if override.split("=")[0] in LENGTH]
     if "max_steps" in longer:
         saved.max_steps, saved.epochs = cfg.max_steps, None
-    if "epochs" in longer:
-        saved.epochs = cfg.epochs
+    for key in set(LENGTH) - {"max_steps"}:
+        if key in longer:
+            saved[key] = cfg[key]
     try:
         checked = config.check(saved)
     except UserError as error:
@@ -75,7 +79,7 @@ def _check_unfinished(folder: RunFolder, run: config.Run, longer: list[str]) -> 
     status, step = folder.summary.get("status"), folder.summary.get("step") or 0
     checkpoints = marked_checkpoints(folder.path)
     reached = max([step_of(path) for path in checkpoints[:1]], default=step if status == "finished" else 0)
-    if "max_steps" in longer and run.max_steps < reached:
+    if "max_steps" in longer and (run.max_steps or reached) < reached:
         raise UserError(f"max_steps={run.max_steps}: {folder.path} has trained {reached} steps already; ask for more.")
     if status == "stopped":
         raise UserError(
@@ -133,12 +137,13 @@ class Session:
         self.at_end = ExitStack()
         self._evaluations: Evaluations | None = None
         self._tokens = GeneratedTokens()
+        self._budget = Budget(run.budget_s, run.budget_tokens, lambda: self._tokens.count)
 
     def begin(self, parts: Parts) -> None:
         """Shows the plan, evaluates the start, and puts the callbacks in place."""
         trainer = parts.trainer
         self.record.begin(parts)
-        callbacks = [self._tokens, *self.record.callbacks(parts, self._tokens)]
+        callbacks = [self._tokens, self._budget, *self.record.callbacks(parts, self._tokens, self._budget)]
         if parts.evaluator is not None and self.run.eval is not None:
             self._evaluations = Evaluations(
                 parts.evaluator,

@@ -1,9 +1,9 @@
 """A sweep's folder: its plan from the start, and what has become of each job, whatever launched it.
 
-    sweep.json     the command line that made the sweep, secrets masked
-    jobs.jsonl     a line whenever a job changes: number, overrides, status, run, message; a job's last line counts
-    logs/          what each job printed
-    report/        the runs compared
+sweep.json     the command line that made the sweep, secrets masked
+jobs.jsonl     a line whenever a job changes: number, overrides, status, run, message; a job's last line counts
+logs/          what each job printed
+report/        the runs compared
 """
 
 import fcntl

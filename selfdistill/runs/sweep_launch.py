@@ -29,7 +29,7 @@ from selfdistill.runs.folder import RunFolder
 from selfdistill.runs.sweep_folder import LOGS, Job, SweepFolder
 from selfdistill.runs.sweep_table import LiveTable
 
-POLL_S, SHOW_S = 0.05, 1.0
+SHOW_S = 1.0  # between two tables
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 PARENT_IS_GONE = 1  # PR_SET_PDEATHSIG of prctl(2)
 OVER = 130  # exit code of an interrupted command
@@ -42,21 +42,25 @@ class Handle(Protocol):
     def exit_code(self) -> int | None:
         """None while it runs, below zero where a signal ended it."""
 
-    def stop(self, *, at_once: bool) -> None:
-        """Asks it to save a checkpoint and end; `at_once` ends it without."""
+    def stop(self) -> None:
+        """Asks it to save a checkpoint and end; asked again, it ends at once."""
+
+    @property
+    def log(self) -> Path:
+        """What the job printed."""
 
 
 class Forked:
     """A job in a fork of this process."""
 
-    def __init__(self, process: Any, slot: dict[str, str]) -> None:
-        self.process, self.slot, self._asked = process, slot, 0
+    def __init__(self, process: Any, slot: dict[str, str], log: Path) -> None:
+        self.process, self.slot, self.log, self._asked = process, slot, log, 0
 
     def exit_code(self) -> int | None:
         code: int | None = self.process.exitcode
         return code
 
-    def stop(self, *, at_once: bool) -> None:
+    def stop(self) -> None:
         self._asked += 1
         with suppress(ProcessLookupError):
             # A run saves a checkpoint at the first Ctrl-C, and ends at once at the second.
@@ -93,12 +97,13 @@ def launch_forked(
         if not slots:
             return None
         slot = slots.pop(0)
-        arguments = (hydra_context, task_function, config, list(overrides), number, slot)
+        log = folder.path / LOGS / f"job-{number}.txt"
+        arguments = (hydra_context, task_function, config, list(overrides), number, slot, log)
         process = forks.Process(target=_work, args=arguments, name=f"job {number}")
         sys.stdout.flush()
         sys.stderr.flush()
         process.start()
-        return Forked(process, slot)
+        return Forked(process, slot, log)
 
     def ended(handle: Handle) -> None:
         assert isinstance(handle, Forked)
@@ -133,6 +138,7 @@ def _work(
     overrides: list[str],
     number: int,
     environment: dict[str, str],
+    log: Path,
 ) -> None:
     """One job, in its process."""
     # Ctrl-C at the terminal comes to the parent alone, which passes it on; and nobody is left behind without it.
@@ -140,9 +146,9 @@ def _work(
     ctypes.CDLL(None).prctl(PARENT_IS_GONE, signal.SIGTERM)
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.default_int_handler)
-    log = os.open(Path(config.hydra.sweep.dir, LOGS, f"job-{number}.txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    printed = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
-        os.dup2(log, stream)
+        os.dup2(printed, stream)
     sys.stdout = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
     os.environ.update(environment)
@@ -170,12 +176,14 @@ def follow(
     first: int,
     start: Callable[[int, Sequence[str]], Handle | None],
     ended: Callable[[Handle], None] = lambda handle: None,
+    poll_s: float = 0.05,
 ) -> list[JobReturn]:
     """Starts the jobs that are not done yet, shows how far they are, and ends them at Ctrl-C.
 
     Args:
         start: starts the job with a number and its overrides, or returns None while there is no room for it.
         ended: called when a job is over.
+        poll_s: seconds between two looks at the jobs.
 
     Raises:
         SystemExit: the sweep was interrupted, after all jobs have ended.
@@ -197,12 +205,13 @@ def follow(
                 running[waiting.pop(0)] = handle
             over = {number: code for number, handle in running.items() if (code := handle.exit_code()) is not None}
             for number, code in over.items():
-                ended(running.pop(number))
-                _settle(folder, number, code)
+                handle = running.pop(number)
+                ended(handle)
+                _settle(folder, number, code, handle.log)
             if over or time.monotonic() - shown > SHOW_S:
                 table.show(folder.jobs().values())
                 shown = time.monotonic()
-            time.sleep(POLL_S)
+            time.sleep(poll_s)
         table.show(folder.jobs().values())
     if interrupts.count:
         from selfdistill.runs.sweep import print_jobs
@@ -217,17 +226,19 @@ def follow(
     ]
 
 
-def _settle(folder: SweepFolder, number: int, code: int) -> None:
+def _settle(folder: SweepFolder, number: int, code: int, log: Path) -> None:
     """Enters a job whose process ended without having entered so itself."""
     job = folder.settled()[number]
     if job.status not in ("waiting", "running", "killed"):
+        if job != folder.jobs()[number]:
+            folder.note(job)
         return
     if code == OVER:
         folder.note(replace(job, status="interrupted"))
         return
     how = f"with exit code {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
     why = " Was there too little memory? The kernel's log (dmesg) says so." if code == -signal.SIGKILL else ""
-    message = f"The job's process was ended {how}.{why} Its last words are in {folder.path / LOGS}/job-{number}.txt."
+    message = f"The job's process was ended {how}.{why} What it printed is in {log}."
     if job.run is not None:
         with suppress(OSError):
             RunFolder.open(Path(job.run), write=False).finish("failed", f"{message}\n")
@@ -260,7 +271,7 @@ class _Interrupts:
             notice = b"\nThe jobs save a checkpoint and end; those that wait are not started. Again: all end at once.\n"
             os.write(2, notice)
         for handle in list(self.running.values()):
-            handle.stop(at_once=self.count > 1)
+            handle.stop()
 
 
 class Submitted:
@@ -277,7 +288,11 @@ class Submitted:
             return 0
         return 1
 
-    def stop(self, *, at_once: bool) -> None:
+    @property
+    def log(self) -> Path:
+        return Path(self.job.paths.stderr)
+
+    def stop(self) -> None:
         self.job.cancel(check=False)
 
 
@@ -298,10 +313,12 @@ def launch_submitted(launcher: Any, executor: Any, job_overrides: Sequence[Seque
             sent = [n for n in range(first, first + len(job_overrides)) if n not in done]
             with executor.batch():
                 jobs = {
-                    n: executor.submit(launcher, list(job_overrides[n - first]), "hydra.sweep.dir", n, f"job {n}", state)
+                    n: executor.submit(
+                        launcher, list(job_overrides[n - first]), "hydra.sweep.dir", n, f"job {n}", state
+                    )
                     for n in sent
                 }
             handles.update({n: Submitted(job) for n, job in jobs.items()})
         return handles[number]
 
-    return follow(folder, job_overrides, first, start)
+    return follow(folder, job_overrides, first, start, poll_s=0.5)
