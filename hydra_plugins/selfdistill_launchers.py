@@ -1,4 +1,4 @@
-"""Hydra's plugins of this program; Hydra looks for them in this namespace alone. What they do is in selfdistill.runs."""
+"""Hydra's plugins of this program, in the one namespace where Hydra looks for them; they work in selfdistill.runs."""
 
 from collections.abc import Sequence
 from typing import Any

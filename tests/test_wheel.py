@@ -21,7 +21,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "pattern", ["selfdistill/**/*.py", "conf/**/*.yaml", "conf/**/*.sh", "selfdistill/data/embedded/*.jsonl"]
+    "pattern",
+    [
+        "selfdistill/**/*.py",
+        "hydra_plugins/*.py",
+        "conf/**/*.yaml",
+        "conf/**/*.sh",
+        "selfdistill/data/embedded/*.jsonl",
+    ],
 )
 def test_the_wheel_has_every_file(wheel: set[str], pattern: str) -> None:
     files = {str(file.relative_to(ROOT)) for file in ROOT.glob(pattern)}
@@ -36,4 +43,4 @@ def test_the_wheel_has_the_embedded_model(wheel: set[str], name: str) -> None:
 
 
 def test_the_wheel_has_the_package_alone(wheel: set[str]) -> None:
-    assert {name.split("/")[0] for name in wheel if ".dist-info/" not in name} == {"selfdistill"}
+    assert {name.split("/")[0] for name in wheel if ".dist-info/" not in name} == {"selfdistill", "hydra_plugins"}

@@ -1,4 +1,4 @@
-"""A training that ends when its seconds or its generated tokens are spent, so that methods of different speed compare."""
+"""A training that ends when its seconds or its generated tokens are spent: so methods of different speed compare."""
 
 import time
 from collections.abc import Callable

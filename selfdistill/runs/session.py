@@ -14,11 +14,11 @@ from omegaconf import DictConfig
 
 from selfdistill import config
 from selfdistill.config.permissions import granted_again, resume_command
+from selfdistill.config.secrets import without_secrets
 from selfdistill.config.targets import make
 from selfdistill.errors import UserError
 from selfdistill.files import disk_space, draft_of
 from selfdistill.rollout import Rollouts
-from selfdistill.config.secrets import without_secrets
 from selfdistill.runs.best import KeepBest, load_best
 from selfdistill.runs.budget import Budget
 from selfdistill.runs.callbacks import GeneratedTokens, MainDecides, use_callbacks

@@ -254,7 +254,7 @@ def print_jobs(folder: Path) -> bool:
 
 
 def _compare(folder: Path) -> None:
-    """Writes the comparison of the sweep's runs into its folder, and shows it; a failure leaves the runs as they are."""
+    """Writes the comparison of the sweep's runs into its folder, and shows it; a failure leaves the runs alone."""
     try:
         from selfdistill.comparison import report
         from selfdistill.comparison.terminal import show

@@ -165,12 +165,11 @@ def resumed_arguments(arguments: Sequence[str]) -> list[str]:
     hidden = {_key(argument) for argument in recorded if MASK in argument}
     given = {_key(a): a for a in arguments if a not in named and not a.startswith("-")}
     for key in given:
-        if key not in hidden and key not in ("check", *GRANTS) and not key.startswith("hydra/launcher"):
-            if not key.startswith("hydra.launcher."):
-                raise UserError(
-                    f"{shortened(key)} cannot be changed when a sweep goes on: its jobs are in "
-                    f"{shortened(str(path))}/{JOBS}."
-                )
+        if key not in (*hidden, "check", *GRANTS) and not _of_launcher(key):
+            raise UserError(
+                f"{shortened(key)} cannot be changed when a sweep goes on: its jobs are in "
+                f"{shortened(str(path))}/{JOBS}."
+            )
     if missing := sorted(hidden - set(given)):
         raise UserError(
             f"{named[-1]}: {missing[0]} is secret and was not recorded; give it again: {named[-1]} '{missing[0]}=…'."

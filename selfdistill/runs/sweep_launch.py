@@ -121,7 +121,7 @@ def _slot(number: int, at_once: int, gpus: Sequence[str]) -> dict[str, str]:
 
 
 def visible_gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may name here; asks the driver, since torch would take hold of the GPU in this process."""
+    """What CUDA_VISIBLE_DEVICES may name here; asks the driver, since torch would take hold of a GPU."""
     if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [name.strip() for name in chosen.split(",") if name.strip() not in ("", "-1")]
     try:

@@ -87,18 +87,17 @@ def table_of(jobs: Iterable[Job], title: str, *, height: int | None = None) -> T
     jobs = list(jobs)
     names = told(jobs)
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("job", "overrides", "status", "step", "reward", "objective", "left", "run, or why not"):
-        table.add_column(column, overflow="fold")
     if height is not None and len(jobs) > height:
         order = ("running", "failed", "killed", "refused")
         jobs = sorted(jobs, key=lambda job: order.index(job.status) if job.status in order else len(order))[:height]
         jobs = sorted(jobs, key=lambda job: job.number)
         table.caption = f"and {len(names) - height} more"
+    rows = []
     for job in jobs:
         progress = progress_of(job.run) if job.run is not None else Progress()
         step = f"{progress.step}/{progress.of_steps}" if progress.of_steps else str(progress.step)
         left = clock(progress.left_s) if job.status == "running" and progress.left_s is not None else ""
-        table.add_row(
+        row = (
             str(job.number),
             Text(names[job.number]),
             job.status,
@@ -108,6 +107,13 @@ def table_of(jobs: Iterable[Job], title: str, *, height: int | None = None) -> T
             left,
             Text(_first_lines(job.message) if job.message else Path(job.run).name if job.run else ""),
         )
+        rows.append(row)
+    columns = ("job", "overrides", "status", "step", "reward", "objective", "left", "run, or why not")
+    filled = [index for index in range(len(columns)) if any(row[index] for row in rows)]
+    for index in filled:
+        table.add_column(columns[index], overflow="fold")
+    for row in rows:
+        table.add_row(*(row[index] for index in filled))
     return table
 
 
