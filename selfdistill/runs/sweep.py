@@ -5,7 +5,6 @@ import os
 import shlex
 import sys
 import traceback
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -91,7 +90,8 @@ class CheckSweep(Callback):
         """Prints the table of the jobs and compares the runs; the exit code is 1 where one of them failed."""
         folder = Path(config.hydra.sweep.dir)
         went_well = print_jobs(folder)
-        _compare(folder)
+        if any(job.run for job in SweepFolder(folder).jobs().values()):
+            _compare(folder)
         if not went_well:
             raise SystemExit(1)
 
@@ -263,7 +263,7 @@ def _compare(folder: Path) -> None:
     try:
         show(*report(folder))
     except Exception as error:  # noqa: BLE001 - the runs are done, whatever the report stumbles over
-        warnings.warn(f"The runs could not be compared: {error}", stacklevel=2)
+        Screen().print(f"The runs could not be compared: {error}", markup=False)
 
 
 def command_line(arguments: list[str]) -> list[str]:

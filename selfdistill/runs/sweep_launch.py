@@ -146,7 +146,7 @@ def _work(
     ctypes.CDLL(None).prctl(PARENT_IS_GONE, signal.SIGTERM)
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, signal.default_int_handler)
-    printed = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    printed = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
         os.dup2(printed, stream)
     sys.stdout = open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115

@@ -75,7 +75,8 @@ def test_nothing_empty_is_left(mistake: str, tmp_path: Path) -> None:
 
 
 def runs_of(sweep: Path) -> list[Path]:
-    return [Path(json.loads(line)["run"]) for line in (sweep / "jobs.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (sweep / "jobs.jsonl").read_text().splitlines()]
+    return [Path(line["run"]) for line in lines if line["status"] == "finished"]
 
 
 def test_the_runs_of_a_sweep_lie_below_its_folder(tmp_path: Path) -> None:
@@ -135,12 +136,13 @@ class BasicSweeper:
 
 
 @pytest.mark.parametrize("name", ["tests.runs.test_placement.BasicSweeper", "tests.runs.test_placement.OwnGrid"])
-def test_a_sweeper_is_a_grid_by_what_it_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweeper_is_a_grid_by_what_it_is(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper as Grid  # Hydra loads its plugins anew at times
 
     checked: list[str] = []
     monkeypatch.setattr("tests.runs.test_placement.OwnGrid", type("OwnGrid", (Grid,), {}), raising=False)
     monkeypatch.setattr("selfdistill.runs.sweep.check_jobs", lambda config: checked.append(name))
+    monkeypatch.chdir(tmp_path)
     hydra = {"sweep": {"dir": "nowhere"}, "sweeper": {"_target_": name}}
     CheckSweep().on_multirun_start(OmegaConf.create({"check": False, "hydra": hydra}))
     assert checked == ([name] if name.endswith("OwnGrid") else [])
