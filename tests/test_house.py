@@ -15,10 +15,10 @@ FLOORS: tuple[set[str], ...] = (
     {"errors", "rollout", "limits", "statistics", "files", "text", "tokens"},
     {"losses"},
     {"config"},
-    {"data", "models", "rewards", "teachers", "evaluation", "machine"},
+    {"data", "models", "rewards", "teachers", "evaluation", "machine", "comparison"},
     {"training"},
     {"runs"},
-    {"train", "export", "doctor", "generate_data", "workspace", "__main__"},
+    {"train", "export", "doctor", "generate_data", "compare", "workspace", "__main__"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -87,7 +87,7 @@ def assert_gone(pids: Sequence[int]) -> None:
             os.kill(pid, 0)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [pytest.param(m, marks=() if m == "sdft" else pytest.mark.long) for m in METHODS])
 def test_two_processes_give_the_numbers_of_one(method: str, trained: Callable[[str, int], tuple[Launch, Path]]) -> None:
     (_, one), (_, two) = trained(method, 1), trained(method, 2)
     expected, found = gathered(one), gathered(two)
@@ -99,7 +99,7 @@ def test_two_processes_give_the_numbers_of_one(method: str, trained: Callable[[s
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [pytest.param(m, marks=() if m == "sdft" else pytest.mark.long) for m in METHODS])
 def test_two_processes_leave_one_record(method: str, trained: Callable[[str, int], tuple[Launch, Path]]) -> None:
     done, run = trained(method, 2)
     lines = [line.strip() for line in done.terminal.splitlines()]
@@ -113,6 +113,7 @@ def test_two_processes_leave_one_record(method: str, trained: Callable[[str, int
     assert_gone(done.pids)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("target", ["the launcher", "a process"])
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 def test_a_signal_ends_all_and_the_run_is_resumed(
@@ -137,6 +138,7 @@ def test_a_signal_ends_all_and_the_run_is_resumed(
     assert len(list((tmp_path / "outputs").iterdir())) == 1
 
 
+@pytest.mark.long
 def test_a_run_is_resumed_with_as_many_processes(
     launch: Launcher, trained: Callable[[str, int], tuple[Launch, Path]], tmp_path: Path
 ) -> None:

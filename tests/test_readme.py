@@ -17,9 +17,11 @@ from typing import Any
 
 import pytest
 
-from selfdistill import doctor, export, generate_data, workspace
+from selfdistill import compare, doctor, export, generate_data, workspace
+from selfdistill.comparison import charts
 from selfdistill.models.loading import load_model, resolve
 from tests.command import command
+from tests.comparison.synthetic import write_sweep
 from tests.teachers.server.stub_server import StubServer
 
 ROOT = Path(__file__).parents[1]
@@ -91,7 +93,8 @@ def _write(messages: list[dict[str, str]], sample: int) -> str:
 
 
 def _train(line: str, place: Place) -> None:
-    words = place.words(line.replace("data/generated/", "written/"))  # another command writes these
+    # Another command writes the data; the jobs of one seed are those of the others.
+    words = place.words(line.replace("data/generated/", "written/").replace("seed=1,2,3", "seed=1"))
     door = "selfdistill.train" if "python" in words else "train"
     outcome = command([*words[words.index(door) + 1 :], "check=true"], place.folder)
     assert (outcome.code, outcome.left) == (0, set()), outcome.err
@@ -107,6 +110,18 @@ def _export(line: str, place: Place) -> None:
     outcome = command(place.words(line)[3:], place.folder, export)
     assert outcome.code == 0, outcome.err
     assert '"verdict": "equal"' in outcome.out
+
+
+def _compare(line: str, place: Place) -> None:
+    """On a sweep that is made up; one of the pages' own takes minutes."""
+    for sweep in ("multirun/SWEEP", "sdpo_grid"):
+        if not (place.folder / "outputs" / sweep).exists():
+            write_sweep(place.folder / "outputs" / sweep, [{"alpha": 0}, {"alpha": 1}], (1, 2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(charts, "charts", lambda comparison: iter(()))  # pictures take seconds
+        outcome = command(place.words(line)[3:], place.folder, compare)
+    assert outcome.code == 0, outcome.err
+    assert "Highest" in outcome.out
 
 
 def _workspace(line: str, place: Place) -> None:
@@ -209,6 +224,7 @@ RULES: list[tuple[str, Callable[[str, Place], None]]] = [
     (r"python -m selfdistill\.export( |$)", _export),
     (r"python -m selfdistill\.workspace( |$)", _workspace),
     (r"python -m selfdistill\.generate_data( |$)", _generate),
+    (r"python -m selfdistill\.compare( |$)", _compare),
     (r"([A-Z_]+=\S+ )*python \S+\.py( |$)", _script),
     (r"make \w+$", _make),
     (r"pip install \S+$", _pip),

@@ -25,6 +25,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     [
         "selfdistill/**/*.py",
         "hydra_plugins/*.py",
+        "selfdistill/**/*.jinja",
         "conf/**/*.yaml",
         "conf/**/*.sh",
         "selfdistill/data/embedded/*.jsonl",

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--output", default="outputs/basic_sdpo")
     options = parser.parse_args()
     embedded = options.model == "embedded"
-    model, tokenizer = load_model(name=options.model, dtype="float32" if embedded else "auto")
+    model, tokenizer = load_model(name=options.model, tuning="full")
     args = GRPOConfig(
         output_dir=options.output,
         max_steps=options.steps,

@@ -38,7 +38,7 @@ def main() -> None:
     if not options.allow_code_execution:
         sys.exit("This example runs code that a model wrote. Add --allow-code-execution if that is what you want.")
     embedded = options.model == "embedded"
-    model, tokenizer = load_model(name=options.model, dtype="float32" if embedded else "auto")
+    model, tokenizer = load_model(name=options.model, tuning="full")
     args = GRPOConfig(
         output_dir=options.output,
         max_steps=options.steps,

@@ -295,6 +295,11 @@ def _check_machine(run: Run) -> None:
         )
     if model.load_in_4bit and model.tuning == "full":
         raise UserError("model.load_in_4bit=true cannot be trained in full: write model.tuning=lora.")
+    if model.dtype == "float16" and model.tuning == "full":
+        raise UserError(
+            "model.dtype=float16 cannot be trained in full: no optimizer works in it. Write model.dtype=auto, "
+            "which is float32 then, and hardware.precision=fp16 to compute in 16 bits; or model.tuning=lora."
+        )
     if model.adapter_path and model.tuning == "full":
         raise UserError(
             "model.adapter_path names an adapter, and model.tuning=full trains none: write model.tuning=lora."

@@ -23,13 +23,16 @@ from selfdistill.errors import UserError
 Settings = TypeVar("Settings")
 
 
-def main(file: Path, task: Callable[[DictConfig], Any], usage: str | None, *, sweeps: bool = False) -> None:
+def main(
+    file: Path, task: Callable[[DictConfig], Any], usage: str | None, *, sweeps: bool = False, words: str | None = None
+) -> None:
     """Run a task on the configuration that the command line composes.
 
     Args:
         file: the primary configuration; `--config-name` may name another.
         usage: the first lines of the help.
         sweeps: whether the command may be given `--multirun`.
+        words: the key that takes the words of the command line that are neither flags nor KEY=VALUE, as a list.
 
     Raises:
         SystemExit: the command was refused, interrupted, or asked for help.
@@ -44,7 +47,7 @@ def main(file: Path, task: Callable[[DictConfig], Any], usage: str | None, *, sw
             raise SystemExit(fail(explain(error))) from None  # Hydra would print a line of its own before an Exception
 
     try:
-        sys.argv[1:] = command_line(sys.argv[1:], file, usage or "", sweeps=sweeps)
+        sys.argv[1:] = command_line(sys.argv[1:], file, usage or "", sweeps=sweeps, words=words)
         with guarded_composition():
             hydra.main(version_base="1.3", config_path=str(file.parent), config_name=file.stem)(refusing)()
     except (UserError, *COMPOSITION_ERRORS) as error:
@@ -64,6 +67,11 @@ def typed(schema: type[Settings], cfg: DictConfig) -> Settings:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), cfg))  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from None
+
+
+def listed(value: Any) -> list[str]:
+    """The texts of a key that takes one text or a list of them."""
+    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
 
 
 def built(cfg: DictConfig, key: str) -> Any:

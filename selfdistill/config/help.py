@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from glob import glob
 from itertools import takewhile
 from pathlib import Path
 from typing import NoReturn
@@ -23,7 +24,9 @@ flags
   --hydra-help     what Hydra itself can do"""
 
 
-def command_line(arguments: Sequence[str], file: Path, usage: str, *, sweeps: bool = False) -> list[str]:
+def command_line(
+    arguments: Sequence[str], file: Path, usage: str, *, sweeps: bool = False, words: str | None = None
+) -> list[str]:
     """The arguments as Hydra takes them: `--check` as a key, flags before keys. `--help` prints our help and ends.
 
     It replaces Hydra's, which copies all configurations for every group that it lists and so takes a second.
@@ -32,13 +35,15 @@ def command_line(arguments: Sequence[str], file: Path, usage: str, *, sweeps: bo
         file: the command's primary configuration.
         usage: the first lines of the help.
         sweeps: whether `--multirun` is allowed.
+        words: the key that takes the words that are neither flags nor KEY=VALUE; a path may hold an equals sign.
 
     Raises:
         SystemExit: after the help.
         UserError: an unknown flag, or one without its value.
     """
     arguments = ["check=true" if argument == "--check" else argument for argument in arguments]
-    keys = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~"))]
+    plain = [a for a in arguments if words and not a.startswith("-") and glob(a)]
+    keys = [a for a in arguments if not a.startswith("-") and ("=" in a or a.startswith("~")) and a not in plain]
     for key in keys:
         _check_choice(key, file)
     arguments = [*(a for a in arguments if a not in keys), *keys]
@@ -53,6 +58,9 @@ def command_line(arguments: Sequence[str], file: Path, usage: str, *, sweeps: bo
 
     parser.error = refuse  # type: ignore[method-assign]
     given = parser.parse_args(arguments)
+    if words and (plain := [word for word in given.overrides if word not in keys]):
+        keyed = [_with_its_equals_sign(argument) for argument in arguments if argument not in plain]
+        arguments = [*keyed, f"{words}=[{','.join(map(_quoted, plain))}]"]
     if given.help:
         try:
             print(help_text(file, usage), flush=True)
@@ -76,6 +84,17 @@ def command_line(arguments: Sequence[str], file: Path, usage: str, *, sweeps: bo
     if given.resolve and not given.cfg:
         raise UserError("--resolve belongs to --cfg.")
     return arguments
+
+
+def _quoted(text: str) -> str:
+    """A text in quotes, as Hydra's grammar has them."""
+    return "'{}'".format(text.replace("\\", "\\\\").replace("'", "\\'"))
+
+
+def _with_its_equals_sign(argument: str) -> str:
+    """KEY=VALUE with the value in quotes where it is a text that holds an equals sign, which Hydra refuses."""
+    key, _, value = argument.partition("=")
+    return f"{key}={_quoted(value)}" if "=" in value and value[0] not in "'\"[{" else argument
 
 
 def _check_choice(argument: str, file: Path) -> None:

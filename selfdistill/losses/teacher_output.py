@@ -56,6 +56,29 @@ class TeacherOutput(ABC):
     def token_logps(self, ids: Tensor, temperature: float) -> Tensor:
         """The teacher's log-probabilities (N,) of the sampled tokens; not finite where it gives none."""
 
+    def sampled_divergence(
+        self,
+        hidden: Float[Tensor, "N H"],
+        head: Head,
+        ids: Int[Tensor, " N"],
+        *,
+        weights: Float[Tensor, " N"] | None = None,
+        chunk_tokens: int | None = None,
+    ) -> Float[Tensor, " N"]:
+        """log p - log q of the tokens that the student sampled: an unbiased estimate of KL(p‖q), alpha = 1.
+
+        Its gradient is that of `sampled_token_loss`, (log p - log q)·∇log p, which is the estimate of the divergence's
+        gradient. Both are 0 where the teacher's log-probability is not finite.
+
+        Args:
+            hidden, head, weights, chunk_tokens: as in `divergence`; the temperature is the head's.
+            ids: the sampled tokens.
+        """
+        hidden, theirs = as_autocast(hidden), self.token_logps(ids, head.temperature)
+        loss = partial(_of_sampled, ids, theirs)
+        head = head.as_autocast()
+        return token_losses(hidden, head, ChunkedPass(head.detached(), loss, chunk_tokens), weights)
+
     @abstractmethod
     def temperature(self, wanted: float) -> float:
         """The temperature at which it can be compared, where `wanted` was asked for."""
@@ -225,7 +248,7 @@ def token_logps(
     weights: Float[Tensor, " N"] | None = None,
     chunk_tokens: int | None = None,
 ) -> Float[Tensor, " N"]:
-    """log p(ids) of the student, differentiable: what `sampled_token_loss` and `importance_weight` are made from."""
+    """log p(ids) of the student, differentiable: what cross-entropy and `importance_weight` are made from."""
     hidden, head = as_autocast(hidden), head.as_autocast()
     return token_losses(hidden, head, ChunkedPass(head.detached(), partial(_of_ids, ids), chunk_tokens), weights)
 
@@ -236,6 +259,17 @@ def _of_ids(ids: Tensor, logits: Tensor, _: Tensor | None, rows: slice, wants_gr
     if wants_gradient:
         _to_logits_(logits, ids[rows, None], torch.ones_like(chosen))
     return chosen.squeeze(-1)
+
+
+def _of_sampled(
+    ids: Tensor, teacher_logps: Tensor, logits: Tensor, _: Tensor | None, rows: slice, wants_gradient: bool
+) -> Tensor:
+    theirs = teacher_logps[rows, None]
+    log_ratio = logits.gather(-1, ids[rows, None]).sub_(softmax_(logits, out=logits)).sub_(theirs)
+    log_ratio.masked_fill_(~theirs.isfinite(), 0.0)
+    if wants_gradient:
+        _to_logits_(logits, ids[rows, None], log_ratio)
+    return log_ratio.squeeze(-1)
 
 
 def _over_vocabulary(

@@ -9,8 +9,7 @@ GIB = 2**30
 # Trained parameters per parameter of the model and unit of rank, with an adapter on every linear layer: between the
 # 0.001 of a model of 0.6 billion and the 0.0003 of one of 7 billion.
 ADAPTER_SHARE = 0.0006
-TRAINED_BYTES = 12  # a trained parameter's gradient and two optimizer states, in float32
-COPY_BYTES = 4  # a teacher's copy of a trained parameter, in float32
+TRAINED_TENSORS = 3  # beside a trained parameter: its gradient and two optimizer states, in its own precision
 
 
 def estimate(run: Run | DictConfig, trained: int | None = None) -> dict[str, float]:
@@ -31,18 +30,22 @@ def estimate(run: Run | DictConfig, trained: int | None = None) -> dict[str, flo
     if trained is None:
         trained = int(parameters if full else parameters * ADAPTER_SHARE * model.lora.r)
     weights = parameters * _bytes_each(model) / GIB
-    parts = {"weights": weights, "gradients and optimizer": trained * TRAINED_BYTES / GIB}
+    trained_bytes = _bytes_each(model) if full else 4  # an adapter is float32, also on a quantised model
+    parts = {
+        "weights": weights if full else weights + trained * trained_bytes / GIB,
+        "gradients and optimizer": trained * trained_bytes * TRAINED_TENSORS / GIB,
+    }
     if full and run.beta:
         parts["reference"] = weights
     if run.teacher is not None and declares("teacher.weights", run.teacher.get("weights"), "keeps_copy"):
-        parts["teacher's copy"] = trained * COPY_BYTES / GIB
+        parts["teacher's copy"] = trained * 4 / GIB  # float32
     if vllm.mode == "colocate" and run.hardware.memory_gib:
         parts["vLLM"] = run.hardware.memory_gib * vllm.gpu_memory_utilization
     return parts
 
 
 def _bytes_each(model: Student | DictConfig) -> float:
-    """Memory of one weight of the frozen model."""
+    """Memory of one weight of the model without its adapter."""
     if model.load_in_4bit:
         return 0.55  # four bits and the scales of their blocks
     in_float32 = model.dtype == "float32" or (model.tuning == "full" and model.dtype == "auto")

@@ -23,6 +23,7 @@ def resolve(name: str) -> str:
 def load_model(
     *,
     name: str,
+    tuning: str | None = None,
     lora: Mapping[str, Any] | None = None,
     dtype: str = "auto",
     load_in_4bit: bool = False,
@@ -41,6 +42,8 @@ def load_model(
     one to be trained further, or where unsloth adds it.
 
     Args:
+        tuning: `full` if all weights are going to be trained; `dtype=auto` then means float32, whatever the checkpoint
+            has, for 16 bits round most updates away. Otherwise it is the checkpoint's own.
         lora: what unsloth's adapter is made of.
         key: what a message to the user calls `name`.
 
@@ -59,6 +62,8 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     common = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
+    if dtype == "auto" and tuning == "full":
+        dtype = "float32"
     weights = dtype if dtype == "auto" else getattr(torch, dtype)
     quantization = None
     if load_in_4bit:

@@ -7,12 +7,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from selfdistill.losses.head import Head
+
+# Where configurations keep what the logits are multiplied by: Granite and MiniCPM3 divide by the first; Cohere,
+# Falcon-H1 and Muse Glimmer multiply by theirs.
+FACTORS = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
+# The `model_type` of HyperCLOVA X, which multiplies by what has the same name in Granite.
+MULTIPLIED_BY_LOGITS_SCALING = ("hyperclovax",)
+# And their soft caps: Gemma's, RecurrentGemma's and xLSTM's.
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def inner_model(model: nn.Module) -> Any:
@@ -33,16 +42,17 @@ def head_of(model: nn.Module) -> Head:
 
 
 def scale_and_soft_cap(config: PretrainedConfig) -> tuple[float, float | None]:
-    """The factor and the soft cap that some architectures apply to their logits.
+    """The factor and the soft cap that some architectures apply to their logits, under the names that they give them.
 
-    Granite divides them, Cohere multiplies them, Gemma caps them.
+    Whether nothing is missing here is found out by comparison with the model's own logits, before a run begins.
     """
     scale = 1.0
-    if divisor := getattr(config, "logits_scaling", None):
-        scale = 1.0 / divisor
-    elif factor := getattr(config, "logit_scale", None):
-        scale = float(factor)
-    return scale, getattr(config, "final_logit_softcapping", None)
+    for name in FACTORS:
+        value = getattr(config, name, None)
+        if isinstance(value, int | float) and value:  # MPT's may be a text, which its model does not read
+            divides = name == "logits_scaling" and config.model_type not in MULTIPLIED_BY_LOGITS_SCALING
+            scale *= 1 / value if divides else value
+    return scale, next((cap for name in SOFT_CAPS if (cap := getattr(config, name, None))), None)
 
 
 @contextmanager
@@ -101,28 +111,42 @@ def keep_unpacked(model: nn.Module) -> None:
             state.absmax = scales
 
 
-def completion_hidden(model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Hidden states (B, T, H) that predict the completion's tokens.
+def completion_hidden(
+    model: nn.Module,
+    prompt_ids: Int[Tensor, "B P"],
+    prompt_mask: Int[Tensor, "B P"],
+    ids: Int[Tensor, "B T"],
+    mask: Int[Tensor, "B T"],
+) -> Float[Tensor, "B T H"]:
+    """Hidden states that predict the completion's tokens; those of padding have no meaning.
+
+    Prompt and completion go through the model side by side with all padding behind them, where a causal model never
+    looks. So each row's states are what it would have alone, whatever the architecture makes of padding in front, and
+    no column is computed that is padding in every row.
 
     Args:
-        prompt_ids, prompt_mask: (B, P), padded on the left; columns that are padding in every row are left out.
-        ids, mask: the completion's (B, T), padded on the right.
+        prompt_ids, prompt_mask: padded on the left.
+        ids, mask: the completion's, padded on the right.
     """
-    start = int(prompt_mask.argmax(dim=1).min())
-    prompt_ids, prompt_mask = prompt_ids[:, start:], prompt_mask[:, start:]
+    tokens, valid = torch.cat([prompt_ids, ids], dim=1), torch.cat([prompt_mask, mask], dim=1)
+    width = int(valid.sum(dim=1).max())
+    order = valid.argsort(dim=1, descending=True, stable=True)[:, :width]
     with captured_hidden(model) as collected:
         model(
-            input_ids=torch.cat([prompt_ids, ids], dim=1),
-            attention_mask=torch.cat([prompt_mask, mask], dim=1),
+            input_ids=tokens.gather(1, order),
+            attention_mask=valid.gather(1, order),
             use_cache=False,
             **limited_logits(model, 1),  # the loss applies the head itself, to the tokens that count
         )
-    return aligned(collected[-1], prompt_ids.size(1), ids.size(1))
+    hidden = collected[-1][:, -width:]  # a learned prompt, as of prompt tuning, stands before
+    # The state before a token is the one that predicts it.
+    before = prompt_mask.sum(dim=1, keepdim=True) - 1 + torch.arange(ids.size(1), device=ids.device)
+    return hidden.gather(1, before.clamp(max=width - 1)[:, :, None].expand(-1, -1, hidden.size(2)))
 
 
-def aligned(hidden: Tensor, prompt_tokens: int, completion_tokens: int) -> Tensor:
-    """The states at positions P-1 … P+T-2: the state before a token is the one that predicts it."""
-    return hidden[:, prompt_tokens - 1 : prompt_tokens - 1 + completion_tokens]
+def aligned(hidden: Float[Tensor, "B S H"], completion_tokens: int) -> Float[Tensor, "B T H"]:
+    """The states that predict the last `completion_tokens` of a pass: the one before a token is the one that does."""
+    return hidden[:, -completion_tokens - 1 : -1]
 
 
 def has_dropout(model: nn.Module) -> bool:

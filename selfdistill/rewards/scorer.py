@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.cache_utils import Cache, DynamicLayer
 
 from selfdistill.losses.head import finish_
+from selfdistill.models.agreement import logits_agree
 from selfdistill.models.structure import evaluating, inner_model, scale_and_soft_cap
 from selfdistill.rewards.batching import Ids, ScoringBatch, plan
 from selfdistill.tokens import encode
@@ -226,15 +227,14 @@ class PolicyScorer:
     ) -> Float[Tensor, "K N"]:
         """The values of all targets of one call, row after row."""
         if self._head is None:
-            return self._read(self.model(**call).logits, lambda logits: logits, predicting, wanted, statistics)
+            own = self.model(**call).logits[:, -predicting.size(1) :]
+            return self._read(own, lambda logits: logits, predicting, wanted, statistics)
         found: list[Tensor] = []
 
         def score_instead(head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            hidden = arguments[0]
-            if hidden.shape[:-1] != predicting.shape:
-                raise ValueError("the model adds tokens of its own (a learned prompt): positions can't be told apart")
+            hidden = arguments[0][:, -predicting.size(1) :]  # a learned prompt, as of prompt tuning, stands before
             found.append(self._read(hidden, lambda some: self._logits(head, some), predicting, wanted, statistics))
-            return (hidden[:1, :1],)
+            return (arguments[0][:1, :1],)
 
         with self._head.register_forward_pre_hook(score_instead):
             self.model(**call)
@@ -245,7 +245,7 @@ class PolicyScorer:
 
         Its head may be called apart if the logits, finished by us, are those that the model returns. Completions may
         share their prompt's pass if all that the model keeps of it are plain keys and values (no state-space layer, no
-        sliding window).
+        sliding window, no learned prompt).
         """
         self._looked = True
         head = None if self._pretrained is None else self._pretrained.get_output_embeddings()
@@ -254,12 +254,12 @@ class PolicyScorer:
         found: list[Tensor] = []
         with head.register_forward_pre_hook(lambda _, arguments: found.append(self._logits(head, arguments[0]))):
             output = self.model(input_ids=torch.tensor([[token]], device=self._device), use_cache=True)
-        if not found or found[0].shape != output.logits.shape:
+        if not found:
             return
-        if torch.allclose(found[0].float(), output.logits.float(), rtol=1e-2, atol=1e-2):
+        if logits_agree(self.model, found[0][0], output.logits[0]):
             self._head = head
             cache = output.get("past_key_values")
-            layers = cache.layers if isinstance(cache, Cache) else []
+            layers = cache.layers if isinstance(cache, Cache) and cache.get_seq_length() == 1 else []
             self._shares_prompts = bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
     def _logits(self, head: nn.Module, hidden: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ class Plan:
         max_steps: optimiser steps.
         batch: how the completions of one step are spread.
         num_generations: completions of one prompt, G.
+        weights: their precision, for example "bfloat16, trained in float32".
         adapter: for example "LoRA, rank 32"; empty for full training.
         teacher: for example "ema 0.99, sees a demonstration"; empty without one.
         judge: who judges the answers of the evaluation.
@@ -56,6 +57,7 @@ class Plan:
     max_steps: int
     batch: Batch
     num_generations: int
+    weights: str = ""
     adapter: str = ""
     teacher: str = ""
     judge: str = ""
@@ -136,6 +138,7 @@ def plan_table(plan: Plan) -> Group:
     facts: dict[str, str | Text] = {
         "model": plan.model,
         "parameters": known if plan.parameters else "",
+        "weights": plan.weights,
         "device": plan.device,
         "teacher": plan.teacher,
         "judge": plan.judge,

@@ -16,6 +16,7 @@ from selfdistill.data import DataSplits
 from selfdistill.machine.memory_estimate import ADAPTER_SHARE, estimate
 from selfdistill.models.loading import resolve
 from selfdistill.models.location import files_of, parameters
+from selfdistill.models.precision import precision_line
 from selfdistill.runs import console
 from selfdistill.training.arguments import precision, trainer_arguments, use_cuda
 from selfdistill.training.build import Parts, load_data
@@ -139,6 +140,7 @@ def plan_of(run: Run, parts: Parts) -> console.Plan:
         device=f"{torch.cuda.get_device_name() if use_cuda(run.hardware) else 'cpu'}, {precision(run.hardware)}",
         parameters=known,
         trained=trained,
+        weights=precision_line(model),
         train_rows=len(parts.data.train),
         eval_rows=len(parts.data.eval) if parts.data.eval is not None else 0,
         max_steps=trainer.planned_steps,

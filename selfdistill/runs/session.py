@@ -79,7 +79,7 @@ def _check_unfinished(folder: RunFolder, run: config.Run, longer: list[str]) -> 
     status, step = folder.summary.get("status"), folder.summary.get("step") or 0
     checkpoints = marked_checkpoints(folder.path)
     reached = max([step_of(path) for path in checkpoints[:1]], default=step if status == "finished" else 0)
-    if "max_steps" in longer and (run.max_steps or reached) < reached:
+    if "max_steps" in longer and run.max_steps is not None and run.max_steps < reached:
         raise UserError(f"max_steps={run.max_steps}: {folder.path} has trained {reached} steps already; ask for more.")
     if status == "stopped":
         raise UserError(

@@ -255,11 +255,9 @@ def print_jobs(folder: Path) -> bool:
 
 def _compare(folder: Path) -> None:
     """Writes the comparison of the sweep's runs into its folder, and shows it; a failure leaves the runs alone."""
-    try:
-        from selfdistill.comparison import report
-        from selfdistill.comparison.terminal import show
-    except ModuleNotFoundError:
-        return
+    from selfdistill.comparison import report
+    from selfdistill.comparison.terminal import show
+
     try:
         show(*report(folder))
     except Exception as error:  # noqa: BLE001 - the runs are done, whatever the report stumbles over

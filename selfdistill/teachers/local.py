@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from selfdistill.errors import UserError
 from selfdistill.losses.teacher_output import FullDistribution
+from selfdistill.models.agreement import can_be_asked, check_head
 from selfdistill.models.structure import completion_hidden, evaluating, head_of
 from selfdistill.teachers.context import Context, NoContext
 from selfdistill.teachers.interface import BaseTeacher, TeacherRequest
@@ -48,6 +49,9 @@ class Teacher(BaseTeacher):
             )
         self.weights.attach(student)
         self.weights.check_vocabulary(tokenizer)
+        for module in () if self.weights.keeps_copy else self.weights.views():
+            if module is not None and can_be_asked(module):  # a model of its own; the student has been asked before
+                check_head(module, tokenizer, "The teacher")
 
     def compare(self, student: Speaker) -> list[str]:
         return [*super().compare(student), *self.weights.compare(student)]

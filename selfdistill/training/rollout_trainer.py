@@ -58,6 +58,7 @@ class RolloutTrainer(GRPOTrainer):
     num_generations_eval: int
     max_completion_length: int
     shuffle_dataset: bool
+    aux_loss_enabled: bool
     chat_template_kwargs: dict[str, Any]
     tools: list[Any]
     reward_funcs: list[Any]

@@ -28,6 +28,7 @@ from selfdistill import losses
 from selfdistill.config.settings import Distillation, RolloutSource
 from selfdistill.errors import UserError
 from selfdistill.losses.head import entropy_sum
+from selfdistill.models.precision import adapter_weights, restore_adapter
 from selfdistill.models.reference import copy_weights, loadable
 from selfdistill.models.structure import (
     aligned,
@@ -45,6 +46,7 @@ from selfdistill.teachers.language import own_findings
 from selfdistill.training.metrics import Means
 from selfdistill.training.reporting import use_standard_names
 from selfdistill.training.rollout_trainer import RolloutTrainer, no_reward
+from selfdistill.training.student_checks import check_student
 from selfdistill.training.token_weights import (
     demonstration_weights,
     distillation_weights,
@@ -131,6 +133,7 @@ class SelfDistillTrainer(RolloutTrainer):
         self._means = {"train": Means(), "eval": Means()}
         self._check_rollout(kwargs)
         _check_columns(teacher, train_dataset)
+        adapter = adapter_weights(model)
         with loadable(model, needed=args is not None and args.beta != 0 and kwargs.get("peft_config") is None):
             super().__init__(
                 model=model, reward_funcs=self.rewards or [no_reward], args=args, train_dataset=train_dataset, **kwargs
@@ -153,8 +156,10 @@ class SelfDistillTrainer(RolloutTrainer):
             )
         self._check_size(train_dataset)
         student = self.accelerator.unwrap_model(self.model)
+        restore_adapter(student, adapter)
         if self.ref_model is not None and (self.accelerator.is_fsdp2 or not self.sharded):
             copy_weights(student, self.accelerator.unwrap_model(self.ref_model))
+        check_student(self, student)
         for reward in self.rewards:
             if isinstance(reward, AdaptedReward):
                 most = self.most_of_any_process if self.sharded else None
@@ -315,7 +320,7 @@ class SelfDistillTrainer(RolloutTrainer):
         """The student's hidden states: of the pass that the policy gradient made, or of the rows in `mask` alone."""
         prompt_ids, ids, attention = inputs["prompt_ids"], inputs["completion_ids"], inputs["completion_mask"]
         if captured:
-            hidden = aligned(captured[-1], prompt_ids.size(1), ids.size(1))
+            hidden = aligned(captured[-1], ids.size(1))
             return lambda tokens: hidden[tokens]
         rows = mask.any(dim=1)
         if not rows.any():
@@ -337,15 +342,11 @@ class SelfDistillTrainer(RolloutTrainer):
             weights = weights * losses.importance_weight(now, inputs["old_per_token_logps"][keep], settings.is_clip)
         temperature = said.temperature(settings.temperature or self.temperature)
         if settings.signal == "sampled_token":
-            ours = losses.token_logps(student, head.at(temperature), tokens, weights=weights)
-            theirs = said.token_logps(tokens, temperature)
-            per_token = losses.sampled_token_loss(ours, theirs)
-            # The value of this loss means nothing; what is shown is the divergence that it estimates.
-            divergence = torch.where(theirs.isfinite(), ours.detach() - theirs, 0.0)
+            per_token = said.sampled_divergence(student, head.at(temperature), tokens, weights=weights)
         else:
             kind = replace(settings, temperature=temperature)
-            per_token = divergence = said.divergence(student, head, kind, weights=weights)
-        self._note_divergence(divergence.detach(), keep)
+            per_token = said.divergence(student, head, kind, weights=weights)
+        self._note_divergence(per_token.detach(), keep)
         if not self.has_policy_term and len(student):  # the policy gradient logs the entropy where it runs
             some = spread_tokens(keep, ENTROPY_TOKENS_PER_ROW)
             self.note("entropy", entropy_sum(states(some), head.at(self.temperature)), int(some.sum()))

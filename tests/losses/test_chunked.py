@@ -14,6 +14,7 @@ from selfdistill.losses import (
     TopTokens,
     chunks,
     mix_logits,
+    sampled_token_loss,
     support_divergence,
     token_divergence,
     token_logps,
@@ -409,3 +410,23 @@ def test_a_teachers_log_probabilities():
         output = FullDistribution([(x.hidden, Head(x.head)) for x in sides], coef=0.3)
         expected = (mixed / 0.7).log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1)
         torch.testing.assert_close(output.token_logps(ids, 0.7), expected)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_sampled_tokens_estimate_in_one_sweep(temperature, monkeypatch):
+    """The gradient is that of `sampled_token_loss`, and the head's needs no second pass when weights are known."""
+    torch.manual_seed(3)
+    hidden, weight = torch.randn(N, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+    teacher, ids, weights = torch.randn(N, V), torch.randint(V, (N,)), torch.rand(N)
+    theirs = (teacher / temperature).log_softmax(-1).gather(1, ids[:, None]).squeeze(1)
+    theirs[2] = -torch.inf
+    said, swept = TopTokens(theirs, ids[:, None], theirs[:, None]), []
+    run = ChunkedPass.run
+    monkeypatch.setattr(ChunkedPass, "run", lambda *given, **options: swept.append(1) or run(*given, **options))
+    found = said.sampled_divergence(hidden, Head(weight, temperature=temperature), ids, weights=weights, chunk_tokens=4)
+    ours = gradients((found * weights).sum(), hidden, weight)
+    assert len(swept) == 1
+    logps = (hidden @ weight.T / temperature).log_softmax(-1).gather(1, ids[:, None]).squeeze(1)
+    torch.testing.assert_close(found, (logps - theirs).masked_fill(~theirs.isfinite(), 0.0))
+    expected = gradients((sampled_token_loss(logps, theirs) * weights).sum(), hidden, weight)
+    torch.testing.assert_close(ours, expected)

@@ -144,11 +144,18 @@ def test_a_model_with_a_sliding_window_shares_nothing():
     assert scorer._shares_prompts is False
 
 
-def test_a_learned_prompt_is_refused():
+@pytest.mark.parametrize("micro_batch_tokens", [1, 16384])
+def test_a_learned_prompt_counts(micro_batch_tokens):
+    torch.manual_seed(0)
     adapter = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    model = peft.get_peft_model(copy.deepcopy(tiny_model()), adapter)
-    with pytest.raises(ValueError, match="learned prompt"):
-        PolicyScorer(model, tiny_tokenizer()).token_logprobs(*rows())
+    model = peft.get_peft_model(copy.deepcopy(tiny_model()), adapter).eval()
+    prompts, completions = groups()
+    scorer = PolicyScorer(model, tiny_tokenizer(), micro_batch_tokens=micro_batch_tokens)
+    for row, prompt, completion in zip(scorer.token_logprobs(prompts, completions), prompts, completions, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([prompt + completion])).logits[0, -len(completion) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+        torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_no_gradient_is_recorded():

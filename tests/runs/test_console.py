@@ -22,6 +22,7 @@ from selfdistill.runs.console import (
 PLAN = Plan(
     model="tiny", device="cpu", parameters=860_000, trained=43_000, train_rows=400, eval_rows=100, max_steps=300,
     batch=Batch(8, 4, 2), num_generations=4, adapter="LoRA, rank 32",
+    weights="bfloat16, trained in float32",
     memory_gib={"weights": 0.25, "optimizer": 1.0},
 )  # fmt: skip
 
@@ -59,6 +60,7 @@ def test_the_tree_shows_every_key_and_no_secret():
 def test_the_plan_s_arithmetic():
     text = shown(plan_table(PLAN))
     assert "860 K, 43 K trained (5.0%; LoRA, rank 32)" in text
+    assert "bfloat16, trained in float32" in text
     assert "8 completions x 4 accumulated x 2 processes = 64: 16 prompts x 4" in text
     assert "300 steps = 19,200 completions = 12.00 passes over the data" in text
     assert "about 1.2 GiB and activations (weights 256 MiB, optimizer 1.0 GiB)" in text

@@ -127,6 +127,7 @@ def test_in_another_thread_nothing_is_set_up():
     assert problems == [False]
 
 
+@pytest.mark.long
 def test_sigterm_in_a_real_training_leaves_a_checkpoint_to_go_on_from(tmp_path):
     program = f"""
 import os, signal, sys

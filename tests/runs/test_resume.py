@@ -136,6 +136,7 @@ def unbroken(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("run", RUNS)
 def test_killed_and_resumed(run: str, unbroken: Any, data: Path, tmp_path: Path) -> None:
     reference = unbroken(run)
@@ -148,6 +149,7 @@ def test_killed_and_resumed(run: str, unbroken: Any, data: Path, tmp_path: Path)
     assert_same_end(broken, reference)
 
 
+@pytest.mark.long
 def test_terminated_and_resumed(unbroken: Any, data: Path, tmp_path: Path) -> None:
     """SIGTERM: the step ends, a checkpoint is saved, and the exit code is that of a terminated process."""
     reference = unbroken("grpo_with_kl")

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.long
 
 SWEEP = [
     "--multirun", "experiment=sdpo", "seed=1,2", "alpha=0,1", "hardware=cpu", "completions_per_step=8", "max_steps=2",
-    "num_generations=4", "logger=none", "eval.max_rows=8", "eval.max_rows_per_suite=4", "rollout.max_completion_tokens=8",
-    "training.checkpoint_every=1",
+    "logger=none", "num_generations=4", "eval.max_rows=8", "eval.max_rows_per_suite=4",
+    "rollout.max_completion_tokens=8", "training.checkpoint_every=1",
 ]  # fmt: skip
 # Values that a clock or the machine's memory gives.
 MEASURED = ("time/", "memory", "speed")

@@ -137,7 +137,7 @@ def make(folder: Path, model: Any = None, args: dict | None = None, **given: Any
 def completion_logps(model: nn.Module, prompt: list[int], completion: list[int], temperature: float) -> Tensor:
     """log-probabilities (T, V) in float64 of a single unpadded sequence, from materialised logits."""
     ids = torch.tensor([prompt + completion])
-    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
     return torch.log_softmax(logits[len(prompt) - 1 : -1].double() / temperature, dim=-1)
 
 
@@ -145,7 +145,7 @@ def divergence(p: Tensor, q: Tensor, s: Distillation, tokens: Tensor) -> Tensor:
     """Per token (T,), from full log-probabilities of student and teacher."""
     if s.signal == "sampled_token":
         p, q = (x.gather(1, tokens[:, None])[:, 0] for x in (p, q))
-        return (p - q).detach() * p
+        return (p - q).detach() * (1 + p - p.detach())  # the log-ratio, with the gradient of log-ratio times p
     if s.top_k is not None:
         support = p.detach().topk(s.top_k, dim=-1).indices
         p, q = p.gather(1, support), q.gather(1, support)

@@ -43,9 +43,9 @@ CALLED = {
 STATE = (
     "_buffered_inputs", "_step", "_metrics", "_tokenizer", "beta", "temperature", "num_iterations", "reward_weights",
     "max_completion_length", "current_gradient_accumulation_steps", "mask_truncated_completions", "ref_model",
-    "num_generations", "num_generations_eval", "shuffle_dataset", "eos_token_ids", "generation_config",
-    "generation_kwargs", "chat_template", "chat_template_kwargs", "tools", "environment_factories", "_is_vlm",
-    "reward_funcs", "reward_func_names", "reward_processing_classes",
+    "num_generations", "num_generations_eval", "shuffle_dataset", "aux_loss_enabled", "eos_token_ids",
+    "generation_config", "generation_kwargs", "chat_template", "chat_template_kwargs", "tools",
+    "environment_factories", "_is_vlm", "reward_funcs", "reward_func_names", "reward_processing_classes",
 )  # fmt: skip
 
 

@@ -38,7 +38,9 @@ SIGNALS = {
 }
 
 
-@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("forward", "advantage") else pytest.mark.long) for n in SIGNALS]
+)
 def test_follows_the_run_with_the_same_teacher_at_hand(name: str, stub: StubServer, tmp_path: Path) -> None:
     """Full support. The server's numbers are rounded to float32."""
     ends, losses = [], []
@@ -105,7 +107,9 @@ def train(stub: StubServer, data: Path, folder: Path) -> Outcome:
     return command([*COMMON, *paths], data.parent)
 
 
-@pytest.mark.parametrize("dies_after", [0, 11, 12])
+@pytest.mark.parametrize(
+    "dies_after", [pytest.param(0, marks=pytest.mark.long), 11, pytest.param(12, marks=pytest.mark.long)]
+)
 def test_a_run_whose_server_dies_is_interrupted_and_goes_on_where_it_was(
     dies_after: int, stub: StubServer, data: Path, tmp_path: Path
 ) -> None:

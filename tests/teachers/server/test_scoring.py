@@ -237,6 +237,7 @@ def test_a_server_that_only_sends_wrong_replies_ends_with_what_is_wrong() -> Non
         teacher.close()
 
 
+@pytest.mark.long
 def test_a_thousand_faulty_replies() -> None:
     """Faults drawn at random until a thousand have been sent: right values or a clear message, and always an end."""
     rng = random.Random(0)
