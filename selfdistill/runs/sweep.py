@@ -91,7 +91,7 @@ class CheckSweep(Callback):
         folder = Path(config.hydra.sweep.dir)
         went_well = print_jobs(folder)
         if any(job.run for job in SweepFolder(folder).jobs().values()):
-            _compare(folder)
+            _compare(folder, config.objective)
         if not went_well:
             raise SystemExit(1)
 
@@ -253,13 +253,13 @@ def print_jobs(folder: Path) -> bool:
     return not left
 
 
-def _compare(folder: Path) -> None:
+def _compare(folder: Path, metric: str) -> None:
     """Writes the comparison of the sweep's runs into its folder, and shows it; a failure leaves the runs alone."""
     from selfdistill.comparison import report
     from selfdistill.comparison.terminal import show
 
     try:
-        show(*report(folder))
+        show(*report(folder, metric=metric))
     except Exception as error:  # noqa: BLE001 - the runs are done, whatever the report stumbles over
         Screen().print(f"The runs could not be compared: {error}", markup=False)
 

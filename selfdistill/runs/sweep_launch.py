@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
@@ -36,6 +36,7 @@ OVER = 130  # exit code of an interrupted command
 Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
+@runtime_checkable
 class Handle(Protocol):
     """A job that was started."""
 
