@@ -8,6 +8,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from selfdistill.evaluation.evaluator import Evaluation, Evaluator
 from selfdistill.rollout import Rollouts
+from selfdistill.runs.callbacks import GeneratedTokens
 from selfdistill.runs.evaluations import Evaluations
 from selfdistill.runs.folder import RunFolder
 from selfdistill.runs.processes import EarlyEnd
@@ -78,7 +79,7 @@ def test_the_record_of_other_processes_writes_nothing(tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in run.path.iterdir()}
     record, parts = NoRecord(RunFolder.open(run.path, write=False)), object.__new__(Parts)
     record.begin(parts)
-    assert record.callbacks(parts) == []
+    assert record.callbacks(parts, GeneratedTokens()) == []
     with record.busy("evaluating"):
         record.evaluation(0, {"eval/accuracy": 1.0}, [])
     record.rollouts(parts, Rollouts([], [], []))
