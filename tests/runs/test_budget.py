@@ -1,6 +1,8 @@
 """A training that ends when its seconds or tokens are spent."""
 
+import json
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +11,7 @@ from transformers import TrainerControl, TrainerState
 from selfdistill.config import check
 from selfdistill.errors import UserError
 from selfdistill.runs.budget import Budget
-from tests.command import composed
+from tests.command import command, composed
 
 ARGS: object = SimpleNamespace(world_size=1)
 
@@ -72,3 +74,23 @@ def test_a_budget_may_decide_alone() -> None:
         check(composed(["max_steps=null"]))
     with pytest.raises(UserError, match="needs to know the number of steps"):
         check(composed(["max_steps=null", "budget_tokens=10", "training.lr_scheduler_type=cosine"]))
+
+
+@pytest.mark.long
+def test_a_run_ends_regularly_when_its_tokens_are_spent_also_after_an_interruption(tmp_path: Path) -> None:
+    short = ["max_steps=null", "completions_per_step=8", "rollout.max_completion_tokens=4", "hardware=cpu"]
+    short += ["logger=none", "eval.max_rows=4", "eval.max_rows_per_suite=2", "training.checkpoint_every=1"]
+    for tokens in (40, 90):
+        typed = [*short, f"budget_tokens={tokens}", f"hydra.run.dir=run-{tokens}"]
+        assert command(typed, tmp_path).code == 0
+    run, whole = tmp_path / "run-40", tmp_path / "run-90"
+    assert command(["resume=run-40", "budget_tokens=90"], tmp_path).code == 0
+    spent = {
+        path: [line["tokens/generated"] for line in map(json.loads, (path / "metrics.jsonl").read_text().splitlines())]
+        for path in (run, whole)
+    }
+    assert spent[run] == spent[whole]
+    assert spent[whole][-2] < 90 <= spent[whole][-1]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert "eval/accuracy" in summary["eval"]["after"]
