@@ -21,8 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from selfdistill.config import COMPOSITION_ERRORS, check, explain, fail
 from selfdistill.config.secrets import without_secrets
 from selfdistill.config.targets import check_targets
-from selfdistill.errors import UserError, without_passwords
-from selfdistill.files import write_atomically
+from selfdistill.errors import UserError
 from selfdistill.runs.folder import RunFolder
 from selfdistill.runs.preflight import look_for_files
 from selfdistill.runs.screen import Screen
@@ -41,13 +40,8 @@ class CheckSweep(Callback):
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         """Takes the secrets out of multirun.yaml, which Hydra's sweepers write before their first job."""
-        file = Path(config.hydra.sweep.dir) / "multirun.yaml"
-        overrides = overrides_of(config.hydra)
-        if config.hydra.mode == RunMode.MULTIRUN and file.is_file() and without_secrets(overrides) != overrides:
-            written = file.read_text(encoding="utf-8")
-            for override, mask in zip(overrides, without_secrets(overrides), strict=True):
-                written = written.replace(override, mask)
-            write_atomically(file, without_passwords(written))
+        if config.hydra.mode == RunMode.MULTIRUN:
+            SweepFolder(config.hydra.sweep.dir).mask(overrides_of(config.hydra))
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Composes and checks every job, so that a bad one stops the sweep at once; `check=true` ends it here.

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from selfdistill.config.permissions import GRANTS
 from selfdistill.config.secrets import without_secrets
-from selfdistill.errors import MASK, UserError, shortened
+from selfdistill.errors import MASK, UserError, shortened, without_passwords
 from selfdistill.files import write_atomically
 from selfdistill.runs.folder import RunFolder
 from selfdistill.runs.step_log import jsonable
@@ -98,6 +98,16 @@ class SweepFolder:
             raise UserError(
                 f"resume_sweep={shortened(str(self.path))}: {PLAN} of a sweep is not there, or cannot be read."
             ) from None
+
+    def mask(self, overrides: Sequence[str]) -> None:
+        """Takes the secrets of these overrides out of the multirun.yaml that Hydra's sweepers write."""
+        file, masked = self.path / "multirun.yaml", without_secrets(overrides)
+        if masked == list(overrides) or not file.is_file():
+            return
+        written = file.read_text(encoding="utf-8")
+        for override, mask in zip(overrides, masked, strict=True):
+            written = written.replace(override, mask)
+        write_atomically(file, without_passwords(written))
 
     def note(self, job: Job) -> None:
         """Enters what has become of a job."""

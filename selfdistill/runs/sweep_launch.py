@@ -85,6 +85,7 @@ def launch_forked(
     setup_globals()
     # Imported once, before the forks.
     from selfdistill.runs import cards, plan, session  # noqa: F401
+    from selfdistill.runs.sweep import overrides_of
     from selfdistill.training import build  # noqa: F401
 
     gpus = visible_gpus()
@@ -93,6 +94,7 @@ def launch_forked(
     forks = multiprocessing.get_context("fork")
     folder = SweepFolder(config.hydra.sweep.dir)
     (folder.path / LOGS).mkdir(parents=True, exist_ok=True)
+    folder.mask(overrides_of(config.hydra))
 
     def start(number: int, overrides: Sequence[str]) -> Forked | None:
         if not slots:
@@ -304,7 +306,13 @@ def launch_submitted(launcher: Any, executor: Any, job_overrides: Sequence[Seque
         launcher: what submitit calls in each job; a launcher of hydra-submitit-launcher.
         executor: of submitit, with the resources that a job asks for.
     """
+    from selfdistill.runs.sweep import overrides_of
+
     folder = SweepFolder(launcher.config.hydra.sweep.dir)
+    folder.mask(overrides_of(launcher.config.hydra))
+    pickles = Path(executor.folder).parent  # above the folders that are named by the jobs' ids
+    pickles.mkdir(parents=True, exist_ok=True)
+    pickles.chmod(0o700)
     handles: dict[int, Submitted] = {}
     state = Singleton.get_state()
 
@@ -322,4 +330,10 @@ def launch_submitted(launcher: Any, executor: Any, job_overrides: Sequence[Seque
             handles.update({n: Submitted(job) for n, job in jobs.items()})
         return handles[number]
 
-    return follow(folder, job_overrides, first, start, poll_s=0.5)
+    def ended(handle: Handle) -> None:
+        """Removes what submitit pickled for the job: it holds the secrets of the command line."""
+        assert isinstance(handle, Submitted)
+        for file in (handle.job.paths.submitted_pickle, handle.job.paths.result_pickle):
+            Path(file).unlink(missing_ok=True)
+
+    return follow(folder, job_overrides, first, start, ended, poll_s=0.5)

@@ -124,8 +124,8 @@ def _first_lines(message: str) -> str:
 class LiveTable:
     """Shows the jobs while they run: a table that is renewed on a terminal, a line for each change in a pipe."""
 
-    def __init__(self, title: str) -> None:
-        self.title, self.screen = title, Screen()
+    def __init__(self, title: str, screen: Screen | None = None) -> None:
+        self.title, self.screen = title, screen or Screen()
         # Without a thread of its own: this process forks.
         self._live = Live(console=self.screen, auto_refresh=False, transient=True) if self.screen.is_terminal else None
         self._said: dict[int, str] = {}

@@ -1,7 +1,9 @@
 """How the jobs of a sweep are started, followed and ended, with stand-ins for their processes."""
 
+import io
 import os
 import signal
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from selfdistill.runs.folder import RunFolder
 from selfdistill.runs.screen import Screen
 from selfdistill.runs.sweep_folder import Job, SweepFolder
 from selfdistill.runs.sweep_launch import follow, visible_gpus
-from selfdistill.runs.sweep_table import Progress, progress_of, table_of
+from selfdistill.runs.sweep_table import LiveTable, Progress, progress_of, table_of
 
 GRID = [[f"seed={seed}"] for seed in range(4)]
 
@@ -188,3 +190,31 @@ def test_the_table_shows_who_runs_first_where_there_are_too_many(tmp_path: Path)
     assert "three" in text
     assert "four" not in text
     assert "seed=1" not in text
+
+
+def test_on_a_terminal_the_table_is_renewed_and_in_a_pipe_changes_are_lines() -> None:
+    jobs = [Job(0, ["seed=0"], "running"), Job(1, ["seed=1"])]
+    after = [Job(0, ["seed=0"], "failed", message="broke"), Job(1, ["seed=1"], "running")]
+    for terminal in (True, False):
+        file = io.StringIO()
+        with LiveTable("title", Screen(file=file, force_terminal=terminal, width=80)) as table:
+            threads = threading.active_count()
+            for now in (jobs, jobs, after):
+                table.show(now)
+        assert threads == threading.active_count()  # a fork takes the lock of a thread that it doesn't have
+        printed = file.getvalue()
+        if terminal:
+            assert printed.count("title") == 3
+            assert "broke" in printed
+        else:
+            assert printed.splitlines() == [
+                "job 0 running  seed=0",
+                "job 0 failed  seed=0: broke",
+                "job 1 running  seed=1",
+            ]
+
+
+def test_secrets_that_are_swept_are_masked_in_what_hydra_wrote(folder: SweepFolder) -> None:
+    (folder.path / "multirun.yaml").write_text("task:\n- +reward.api_key=aaaaaaaaaa,bbbbbbbbbb\n- seed=0,1\n")
+    folder.mask(["+reward.api_key=aaaaaaaaaa,bbbbbbbbbb", "seed=0,1"])
+    assert (folder.path / "multirun.yaml").read_text() == "task:\n- +reward.api_key=***\n- seed=0,1\n"
