@@ -3,25 +3,24 @@
 import json
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from transformers import TrainerControl, TrainerState
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from selfdistill.config import check
 from selfdistill.errors import UserError
 from selfdistill.runs.budget import Budget
 from tests.command import command, composed
 
-ARGS: object = SimpleNamespace(world_size=1)
+ARGS = TrainingArguments(output_dir="unused", report_to=[], use_cpu=True)
 
 
 def step(budget: Budget, clock: list[float], seconds: float) -> bool:
     """Takes a step of so many seconds, and some that belong to none; returns whether the training ends."""
     control = TrainerControl()
-    budget.on_step_begin(ARGS, TrainerState(), control)  # type: ignore[arg-type]
+    budget.on_step_begin(ARGS, TrainerState(), control)
     clock[0] += seconds
-    budget.on_step_end(ARGS, TrainerState(), control)  # type: ignore[arg-type]
+    budget.on_step_end(ARGS, TrainerState(), control)
     clock[0] += 100  # an evaluation
     return control.should_training_stop
 
@@ -63,7 +62,7 @@ def test_what_was_spent_before_an_interruption_counts(clock: list[float]) -> Non
     step(first, clock, 8.0)
     kept = TrainerState(stateful_callbacks=[])
     kept.stateful_callbacks = {"Budget": first.state()}
-    second.on_train_begin(ARGS, kept, TrainerControl())  # type: ignore[arg-type]
+    second.on_train_begin(ARGS, kept, TrainerControl())
     assert step(second, clock, 3.0)
 
 

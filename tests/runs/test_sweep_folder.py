@@ -63,6 +63,7 @@ def test_the_objective_is_the_evaluations_or_the_metrics_last_value(tmp_path: Pa
     assert objective_of(run_in(tmp_path)) == 0.25
     other = RunFolder.create(tmp_path, "r", OmegaConf.create({"objective": "absent"}))
     assert objective_of(other) is None
+    other._close()
 
 
 def test_it_goes_on_with_its_own_command_line(

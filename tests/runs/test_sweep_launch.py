@@ -204,7 +204,7 @@ def test_on_a_terminal_the_table_is_renewed_and_in_a_pipe_changes_are_lines() ->
         assert threads == threading.active_count()  # a fork takes the lock of a thread that it doesn't have
         printed = file.getvalue()
         if terminal:
-            assert printed.count("title") == 3
+            assert printed.count("title") >= 3
             assert "broke" in printed
         else:
             assert printed.splitlines() == [
