@@ -196,7 +196,7 @@ COMPOSITION = [
 ]
 # These need torch: signatures, data, weights.
 LOADING = [
-    ("reward.score_eos=maybe", ["reward.score_eos='maybe': write true or false"]),
+    ("reward=inverse_loss reward.score_eos=maybe", ["reward.score_eos='maybe': write true or false"]),
     ("eval.max_rows=many", ["eval.max_rows='many': write a whole number"]),
     ("data.eval_fraction=abc", ["data.eval_fraction='abc': write a number"]),
     (

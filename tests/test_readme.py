@@ -161,6 +161,12 @@ def _script(line: str, place: Place) -> None:
     assert not [option for option in options if f'"{option}"' not in text]
 
 
+def _tests(line: str, place: Place) -> None:
+    """A file of tests, or a module beside them, is there; it is run as one of the tests or takes minutes."""
+    name = line.split()[-1]
+    assert (ROOT / name if "/" in name else ROOT / f"{name.replace('.', '/')}.py").exists()
+
+
 def _make(line: str, place: Place) -> None:
     assert re.search(rf"^{line.split()[1]}:", (ROOT / "Makefile").read_text(), re.M)
 
@@ -226,18 +232,19 @@ RULES: list[tuple[str, Callable[[str, Place], None]]] = [
     (r"python -m selfdistill\.generate_data( |$)", _generate),
     (r"python -m selfdistill\.compare( |$)", _compare),
     (r"([A-Z_]+=\S+ )*python \S+\.py( |$)", _script),
-    (r"make \w+$", _make),
+    (r"make [\w-]+$", _make),
     (r"pip install \S+$", _pip),
     (r"git clone \S+ && cd \S+$", _clone),
     (r"vllm serve |.*-m vllm\.entrypoints", _vllm),
     (r"([A-Z_]+=\S+ )*(accelerate launch|torchrun) ", _launch),
     (r"python -c ", _python),
+    (r"python -m (pytest )?tests\b", _tests),
     (r'eval "\$\(selfdistill ', _completion),
 ]
 
 
 def test_commands_are_found() -> None:
-    found = [line for page, line in COMMANDS if page.name in ("README.md", "CLUSTER.md")]
+    found = [line for page, line in COMMANDS if page.name in ("README.md", "CLUSTER.md", "ARCHITECTURES.md")]
     for _, rule in RULES:
         assert any(_rule(line) is rule for line in found), f"no command for {rule.__name__}: it is not needed any more"
 
