@@ -73,11 +73,13 @@ class CheckSweep(Callback):
             jobs = check_jobs(config) if issubclass(get_class(config.hydra.sweeper._target_), BasicSweeper) else None
         except (UserError, *COMPOSITION_ERRORS) as error:
             raise SystemExit(fail(explain(error))) from None
-        if config.check and jobs is not None:
-            rows = [Job(number, overrides, "checked") for number, overrides in enumerate(jobs)]
-            Screen().print(table_of(rows, f"{len(rows)} jobs checked: nothing was loaded or written"))
+        if config.check:
+            rows = [Job(number, overrides, "checked") for number, overrides in enumerate(jobs or ())]
+            searches = "a search chooses its jobs as it goes: each is checked when it starts"
+            done = table_of(rows, f"{len(rows)} jobs checked: nothing was loaded or written")
+            Screen().print(searches if jobs is None else done)
             raise SystemExit(0)
-        if not resumes and not config.check:
+        if not resumes:
             folder.begin(sys.argv[1:], jobs)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:

@@ -182,6 +182,13 @@ def test_keys_of_the_command_line_come_before_those_of_a_sweep(tmp_path: Path) -
     assert "2 jobs checked" in outcome.out
 
 
+def test_a_checked_search_leaves_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    outcome = command(["sweep=search", "--check"], tmp_path)
+    assert (outcome.code, outcome.err, outcome.left) == (0, "", set())
+    assert "each is checked when it starts" in outcome.out
+
+
 @pytest.mark.long
 def test_a_search_that_was_interrupted_proposes_the_same_and_goes_on(tmp_path: Path) -> None:
     """The learning rates of an unbroken search are those of one that goes on after half of its jobs."""
