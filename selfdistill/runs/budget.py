@@ -45,7 +45,8 @@ class Budget(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"spent_s": self.spent_s}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        kept: Any = (state.stateful_callbacks or {}).get(type(self).__name__)
+        callbacks: Any = state.stateful_callbacks or {}
+        kept = callbacks.get(type(self).__name__)
         self.spent_s = kept["attributes"]["spent_s"] if kept else 0.0
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -109,7 +109,7 @@ class RecordCallback(TrainerCallback):
 
     def enter(self, step: int, metrics: Metrics) -> None:
         """Metrics of a step, with how many tokens were generated and how many seconds had passed by then."""
-        spent = {GENERATED: self.tokens.count}
+        spent: dict[str, float] = {GENERATED: self.tokens.count}
         if self.budget is not None:
             spent["time/training_s"] = round(self.budget.spent_s, 3)
         self.run.log_metrics(step, {**metrics, **spent})

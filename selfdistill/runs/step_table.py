@@ -114,7 +114,7 @@ class StepTable(TrainerCallback):
             expand=True,
             transient=True,
         )
-        self._task = self._bar.add_task("", total=1.0, completed=self._done(state), left="", place=_place(state))
+        self._task = self._bar.add_task("", total=1000, completed=self._done(state), left="", place=_place(state))
         self._bar.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -149,9 +149,9 @@ class StepTable(TrainerCallback):
         """How much of the budget is spent."""
         return self.budget.share if self.budget is not None else 0.0
 
-    def _done(self, state: TrainerState) -> float:
-        """How much of the training is done, from 0 to 1."""
-        return max(state.global_step / state.max_steps, self._share())
+    def _done(self, state: TrainerState) -> int:
+        """How much of the training is done, in thousandths."""
+        return int(1000 * max(state.global_step / state.max_steps, self._share()))
 
     def _left(self, state: TrainerState) -> str:
         done, left = state.global_step - self._first, state.max_steps - state.global_step

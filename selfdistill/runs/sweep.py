@@ -153,7 +153,8 @@ class ThisJob:
     """
 
     def __init__(self, sweep: SweepFolder | None = None, job: Job | None = None) -> None:
-        self._sweep, self._job, self._run = sweep, job, None
+        self._sweep, self._job = sweep, job
+        self._run: RunFolder | None = None
         self.objective = job.objective if job is not None else None
         self.is_over = job is not None and job.is_done
 
@@ -203,7 +204,8 @@ def job(cfg: DictConfig) -> Iterator[ThisJob]:
     planned = folder.settled().get(number)
     if planned is None or (planned.status == "waiting" and planned.overrides != overrides):
         planned = Job(number, overrides)
-    this, status, message = ThisJob(folder, planned), "failed", None
+    this, message = ThisJob(folder, planned), None
+    status: JobStatus = "failed"
     try:
         if planned.overrides != overrides:
             raise UserError(
