@@ -221,7 +221,8 @@ def _check_teacher_model(run: Run, given: set[str]) -> None:
     """The embedded model, which a method's file may name so that it runs by itself, teaches no other student."""
     weights = (run.teacher or {}).get("weights") or {}
     unnamed = weights.get("name") == "embedded" and "teacher.weights.name" not in given
-    if unnamed and run.model.name != "embedded":
+    is_new = run.resume is None and run.repeat is None  # the command line of a stored run said it, if it had to
+    if unnamed and is_new and run.model.name != "embedded":
         raise UserError(
             f"teacher.weights.name is missing: name the model that teaches {run.model.name}, one with the same "
             "tokenizer: teacher.weights.name=FOLDER_OR_HUB_NAME."
