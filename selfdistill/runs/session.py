@@ -265,7 +265,8 @@ def recorded(cfg: DictConfig, run: config.Run, hydra_config: DictConfig) -> Iter
 
 def _open_record(cfg: DictConfig, run: config.Run, hydra_config: DictConfig, processes: Processes) -> NoRecord:
     if not processes.is_main:
-        return NoRecord(RunFolder.open(Path(processes.share("")), write=False))
+        folder = RunFolder.open(Path(processes.share("")), write=False)
+        return NoRecord(folder, resumed=run.resume is not None)
     logger = make(run.logger, "logger") or NoLogger()
     if run.resume:
         folder = RunFolder.open(Path(run.resume))
