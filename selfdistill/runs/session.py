@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from selfdistill import config
+from selfdistill.config.messages import fail
 from selfdistill.config.permissions import granted_again, resume_command
 from selfdistill.config.targets import make
 from selfdistill.errors import UserError
@@ -254,7 +255,10 @@ def recorded(cfg: DictConfig, run: config.Run, hydra_config: DictConfig) -> Iter
             processes.acknowledge(end)
             if end.process != processes.index:  # the other process says why
                 raise SystemExit(end.exit_code) from None
-            if (message := _message(error, record, end, run)) is not None:
+            message = _message(error, record, end, run) or error
+            if isinstance(message, UserError) and not processes.is_main:
+                raise SystemExit(fail(str(message), alone=True)) from error
+            if message is not error:
                 raise message from error
             raise
         record.close()
