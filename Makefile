@@ -1,8 +1,9 @@
 # make demo   own environment, then a model that learns: SDPO on the embedded one
 # make test   own environment, then the tests
-# make test-long   the tests marked long, and those against a real vLLM server where `make vllm` was run
+# make test-long   the tests marked long, and those against a real vLLM and llama.cpp where `make vllm` and `make gguf` were run
 # make torture   kills, signals, full disks, damage and hostile input; writes the tables of docs/ROBUSTNESS.md
 # make vllm   a real vLLM for the CPU, in an environment of its own
+# make gguf   llama.cpp in an environment of its own, for export=gguf
 # make lint   style and types
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-long torture lint vllm clean
+.PHONY: demo test test-long torture lint vllm gguf clean
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -23,12 +24,13 @@ demo: $(BIN)/.installed
 	$(BIN)/python -m selfdistill.train experiment=sdpo max_steps=30
 
 test: $(BIN)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" --ignore tests/vllm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" --ignore tests/vllm --ignore tests/gguf
 
 test-long: $(BIN)/.installed
 	# against a real vLLM where `make vllm` was run: in one process, which starts one server
 	$(BIN)/python -m pytest tests/vllm
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m long --ignore tests/vllm
+	$(BIN)/python -m pytest tests/gguf
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m long --ignore tests/vllm --ignore tests/gguf
 
 torture: $(BIN)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture
@@ -46,5 +48,13 @@ vllm: .venv-vllm/.installed
 	  && .venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec \
 	  && touch $@ ) || echo "vLLM could not be installed here: its tests will be skipped"
 
+# llama.cpp, compiled once (6 to 15 minutes), with its converter: export.llama_cpp=.venv-gguf
+gguf: .venv-gguf/.installed
+
+.venv-gguf/.installed:
+	-( $(PYTHON) -m venv .venv-gguf && .venv-gguf/bin/python -m pip install --quiet llama-cpp-python==0.3.36 \
+	  && PYTHONPATH=. .venv-gguf/bin/python selfdistill/models/export/llama_cpp.py && touch $@ ) \
+	  || echo "llama.cpp could not be built here: its tests will be skipped"
+
 clean:
-	rm -rf $(VENV) .venv-vllm build dist *.egg-info outputs
+	rm -rf $(VENV) .venv-vllm .venv-gguf build dist *.egg-info outputs

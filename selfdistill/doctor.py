@@ -38,8 +38,8 @@ def with_server(arguments: Sequence[str]) -> list[str]:
     return [*arguments, "teacher=server"] if implied else list(arguments)
 
 
-def diagnose(cfg: DictConfig) -> list[Line]:
-    """All findings for a composition that has passed its checks."""
+def diagnose(cfg: DictConfig, run: config.Run) -> list[Line]:
+    """All findings for a composition and what its checks have made of it."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     accelerator = hardware.look_at_accelerator()
     lines = [
@@ -52,7 +52,7 @@ def diagnose(cfg: DictConfig) -> list[Line]:
         hardware.check_wandb(cfg.logger is not None and issubclass(get_class(cfg.logger._target_), WandbLogger)),
     ]
     server = _check_server(cfg) if cfg.teacher is not None and "base_url" in cfg.teacher else []
-    language = _check_language(cfg, ask_server=all(line.state != "error" for line in server))
+    language = _check_language(run, ask_server=all(line.state != "error" for line in server))
     return [*lines, *server, *language, *_check_sandbox()]
 
 
@@ -69,12 +69,12 @@ def _check_sandbox() -> list[Line]:
     return [ok("sandbox for code", found.name)]
 
 
-def _check_language(cfg: DictConfig, *, ask_server: bool) -> list[Line]:
+def _check_language(run: config.Run, *, ask_server: bool) -> list[Line]:
     """Lines for how student and teacher are asked and end. Imported here, because it needs torch, as below."""
     try:
         from selfdistill.training.language import language_findings
 
-        found = language_findings(config.check(cfg), ask_server=ask_server)
+        found = language_findings(run, ask_server=ask_server)
     except ImportError:
         return []  # said by the lines of the packages
     except UserError as problem:
@@ -112,8 +112,8 @@ def _tokenizer(cfg: DictConfig) -> "PreTrainedTokenizerBase | str":
 
 def run(cfg: DictConfig) -> None:
     """Print the findings as a table."""
-    config.check(cfg, HydraConfig.get().overrides.task)
-    lines = diagnose(cfg)
+    checked = config.check(cfg, HydraConfig.get().overrides.task)
+    lines = diagnose(cfg, checked)
     console = Console(highlight=False, emoji=False)
     console.print(table(lines))
     errors, warnings = (sum(line.state == state for line in lines) for state in ("error", "warning"))

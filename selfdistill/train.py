@@ -12,6 +12,7 @@
 """
 
 import os
+from dataclasses import asdict
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -54,7 +55,7 @@ def run(cfg: DictConfig) -> float | None:
         with session.recorded(cfg, checked, hydra_config) as this:
             job.folder = this.folder
             parts = build(checked, this.folder.path, this.at_end)
-            parts.trainer.card = card = cards.card_of(checked, this.folder, parts.data)
+            parts.trainer.card = card = cards.card_of(asdict(checked), this.folder, len(parts.data.train))
             this.begin(parts)
             this.train(parts)
             this.end(parts)

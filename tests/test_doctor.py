@@ -10,7 +10,7 @@ import httpx
 import pytest
 from rich.console import Console
 
-from selfdistill import doctor
+from selfdistill import config, doctor
 from selfdistill.config import doors
 from selfdistill.machine import hardware
 from selfdistill.machine.findings import Line, table
@@ -287,7 +287,9 @@ def test_the_command_prints_the_table_and_says_by_its_code_whether_all_is_well(
 def test_a_logger_that_is_derived_from_the_one_of_wandb_needs_its_login(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_API_KEY", "secret")
-    lines = doctor.diagnose(composed(["logger._target_=tests.test_doctor.OwnLogger"]))
+    overrides = ["logger._target_=tests.test_doctor.OwnLogger", "trusted_prefixes=[tests]"]
+    cfg = composed(overrides)
+    lines = doctor.diagnose(cfg, config.check(cfg, overrides))
     assert next(line.found for line in lines if line.what == "W&B") == "an API key in WANDB_API_KEY"
 
 

@@ -73,7 +73,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
     for name, text in zip(("experiment/mine.yaml", "mytrain.yaml"), blocks(ROOT / "README.md", "yaml"), strict=True):
         (folder / "conf-of-mine" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "conf-of-mine" / name).write_text(text)
-    run = ["debug=fast", "eval=none", "logger=none", "hardware=cpu", "hydra.run.dir=outputs/run"]
+    run = [
+        "debug=fast",
+        "eval=none",
+        "logger=none",
+        "hardware=cpu",
+        "hydra.run.dir=outputs/run",
+        "training.checkpoint_every=2",
+    ]
     assert command(run, folder).code == 0
     model, tokenizer = load_model(name="embedded")
     with StubServer(name="glm-4.7") as server, pytest.MonkeyPatch.context() as patch:

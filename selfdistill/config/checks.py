@@ -221,7 +221,8 @@ def _check_teacher_model(run: Run, given: set[str]) -> None:
     """The embedded model, which a method's file may name so that it runs by itself, teaches no other student."""
     weights = (run.teacher or {}).get("weights") or {}
     unnamed = weights.get("name") == "embedded" and "teacher.weights.name" not in given
-    if unnamed and run.model.name != "embedded":
+    is_new = run.resume is None and run.repeat is None  # the command line of a stored run said it, if it had to
+    if unnamed and is_new and run.model.name != "embedded":
         raise UserError(
             f"teacher.weights.name is missing: name the model that teaches {run.model.name}, one with the same "
             "tokenizer: teacher.weights.name=FOLDER_OR_HUB_NAME."
@@ -308,11 +309,12 @@ def _check_machine(run: Run) -> None:
             f"rollout.from_teacher=true samples with transformers, not with hardware.vllm.mode={vllm.mode}: "
             "write hardware.vllm.mode=null."
         )
-    if model.tuning == "full" and declares("export", run.export, "needs_adapter"):
-        raise UserError(
-            "export=lora has no adapter to export with model.tuning=full: write export=merged_16bit "
-            "or model.tuning=lora."
-        )
+    for name, format_ in (run.export or {}).get("formats", {}).items():
+        if model.tuning == "full" and declares(f"export.formats.{name}", format_, "needs_adapter"):
+            raise UserError(
+                f"export={name} has no adapter to export with model.tuning=full: write export=merged_16bit "
+                "or model.tuning=lora."
+            )
 
 
 def _check_language(run: Run) -> None:

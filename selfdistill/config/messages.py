@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import ConfigKeyError, InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
+from selfdistill.config.conf import CONF
 from selfdistill.config.schema import Run
 from selfdistill.config.suggestions import closest
 from selfdistill.config.trl_names import OUR_KEYS, instead_of
@@ -67,8 +68,10 @@ def explain(error: BaseException) -> str:
     if isinstance(error, InterpolationKeyError):
         return f"{error.full_key} refers to a key that does not exist: {str(error).splitlines()[0]}."
     text = str(error)
-    if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+    # Of several options in brackets, Hydra doesn't list which there are.
+    if match := re.search(r"Could not (?:find|load) '([^']+)/([^'/]+)'", text):
         options = [option for option in re.findall(r"^\t(\S+)$", text, flags=re.M) if not option.startswith("_")]
+        options = options or [file.stem for file in (CONF / match[1]).glob("[!_]*.yaml")]
         if f"{match[1]}={match[2]}" in SWEEP_EXTRA:
             return f"{match[1]}={match[2]} is not installed: pip install 'selfdistill[sweep]' brings it."
         return f"{match[1]}={match[2]}: there is no such choice; {closest(match[2], options)}"

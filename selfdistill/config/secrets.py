@@ -148,5 +148,5 @@ def _each_text(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def is_secret_key(key: str) -> bool:
-    """Whether a value under this key is a secret."""
-    return bool(_SECRET_KEY.search(key.replace("-", "_")))
+    """Whether a value under this key is a secret; `api_key_env` names a variable, and is none."""
+    return not key.endswith("_env") and bool(_SECRET_KEY.search(key.replace("-", "_")))

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from selfdistill.files import write_atomically
+from selfdistill.models.location import HUB_NAME
 
 CARD = "README.md"
 ADAPTER = "adapter_config.json"
@@ -23,6 +24,9 @@ class Card:
         facts: what was chosen, for example {"method": "sdpo", "data": "my.jsonl, 400 rows", "reward": "exact_match"}.
         results: metrics before and after the training.
         notes: further sentences.
+        library: the package that loads it; found from the folder where empty, and so is the code that loads it.
+        configuration: the run's, as YAML.
+        usage: Markdown that says how it is loaded, in place of that code.
     """
 
     title: str
@@ -30,6 +34,9 @@ class Card:
     facts: Mapping[str, str] = field(default_factory=dict)
     results: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    library: str = ""
+    usage: str = ""
+    configuration: str = ""
 
 
 def base_of(name: str) -> str:
@@ -53,10 +60,11 @@ def write_card(folder: Path, card: Card) -> None:
     library, loader = ("peft", "AutoPeftModelForCausalLM") if adapter else ("transformers", "AutoModelForCausalLM")
     # A page on the hub links its base_model, so that a folder of this machine has no place there.
     local = Path(card.base).is_absolute()
-    header = ["---", *([] if local else [f"base_model: {card.base}"]), f"library_name: {library}"]
+    on_hub = HUB_NAME.fullmatch(card.base) is not None and not local
+    header = ["---", *([f"base_model: {card.base}"] if on_hub else []), f"library_name: {card.library or library}"]
     header += ["pipeline_tag: text-generation", "tags: [selfdistill]", "---", ""]
     kind = "LoRA adapter, which works on top of its base alone" if adapter else "whole model"
-    facts = {"base model": f"`{card.base}`", "what it is": kind, **card.facts, "versions": _versions()}
+    facts = {"base model": f"`{card.base}`", "what it is": kind, **card.facts, "versions": versions()}
     lines = [*header, f"# {card.title}", "", *(f"- {name}: {value}" for name, value in facts.items() if value)]
     lines += [f"- {note}" for note in card.notes]
     if adapter and local:
@@ -64,17 +72,26 @@ def write_card(folder: Path, card: Card) -> None:
     if card.results:
         lines += ["", "| metric | before | after |", "|---|---|---|"]
         lines += [f"| {name} | {_number(old)} | {_number(new)} |" for name, (old, new) in card.results.items()]
-    lines += ["", "```python", f"from {library} import {loader}", "from transformers import AutoTokenizer", ""]
-    lines += [f'model = {loader}.from_pretrained("THIS_FOLDER")']
-    lines += ['tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")', "```", ""]
+    lines += ["", "## How to load it", "", card.usage or python_usage(library, loader), ""]
+    if card.configuration:
+        lines += ["## The run's configuration", "", "<details>", "", "```yaml", card.configuration.strip(), "```", ""]
+        lines += ["</details>", ""]
     write_atomically(folder / CARD, "\n".join(lines))
+
+
+def python_usage(library: str, loader: str) -> str:
+    """The Markdown of a block of code that loads the folder with a class of this package."""
+    lines = ["```python", f"from {library} import {loader}", "from transformers import AutoTokenizer", ""]
+    lines += [f'model = {loader}.from_pretrained("THIS_FOLDER")']
+    return "\n".join([*lines, 'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")', "```"])
 
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _versions() -> str:
+def versions() -> str:
+    """The packages that made the model, as far as they are installed."""
     found = []
     for package in PACKAGES:
         try:

@@ -34,8 +34,9 @@ def show_plan(cfg: DictConfig, run: Run) -> None:
     # The processes that a launcher has started are not connected yet; RANK is the number that it gave to each.
     screen = console.make_console(quiet=int(os.environ.get("RANK", 0)) > 0)
     reward = make(run.reward, "reward")
-    for group in ("teacher", "eval", "monitors", "export"):
+    for group in ("teacher", "eval", "monitors"):
         make(getattr(run, group), group)
+    exporter = make(run.export, "export")
     arguments = trainer_arguments(_anywhere(run), Path())
     tokenizer, data = _tokenizer(run), None
     if tokenizer is not None and run.data.get("format") != "hub":
@@ -53,6 +54,8 @@ def show_plan(cfg: DictConfig, run: Run) -> None:
         screen.print(f"note: {note}", markup=False)
     for finding in language_findings(run, ask_server=False):
         screen.print(f"warning: {finding}", markup=False)
+    for line in exporter.missing() if exporter is not None else ():
+        screen.print(f"warning: {line}", markup=False)
     screen.print("checked: no weights were loaded, nothing was written")
 
 

@@ -77,6 +77,8 @@ def repeated_config(cfg: DictConfig, overrides: Sequence[str]) -> tuple[DictConf
             )
         if key in FREE:
             saved[key] = cfg[key]
+    if saved.get("export"):
+        saved.export.push_to = None  # where it went is not this run's to write to
     saved.repeat, saved.resume, saved.check = cfg.repeat, None, cfg.check
     if saved.name is None:  # a run's id is its time, its name and four letters
         saved.name = re.sub(r"^\d{8}-\d{6}-|-[0-9a-f]{4}$", "", folder.run_id)

@@ -18,10 +18,13 @@ from selfdistill.config.permissions import resume_command
 from selfdistill.errors import UserError
 from selfdistill.evaluation.evaluator import Item
 from selfdistill.files import replace_folder
+from selfdistill.models.export import Exported
 from selfdistill.rollout import Rollouts
 from selfdistill.runs import console
 from selfdistill.runs.callbacks import CompletionsCallback, GeneratedTokens, MonitorCallback, RecordCallback
+from selfdistill.runs.cards import card_for_export
 from selfdistill.runs.evaluated import EVALUATION, write_items
+from selfdistill.runs.exported import EXPORT, export_command, note_exports
 from selfdistill.runs.finished import load_policy, read_run
 from selfdistill.runs.folder import RunFolder, Status
 from selfdistill.runs.labels import defaults, labels_of
@@ -117,10 +120,11 @@ class Record(NoRecord):
         if evaluated := self.folder.summary.get("eval"):  # of a resumed run, whose end is evaluated again
             self.folder.update_summary(eval={"before": evaluated.get("before")})
         self.folder.write_bad_rows(parts.data.bad_rows)
-        self.folder.update_summary(findings=parts.trainer.findings)
+        self.folder.update_summary(findings=parts.trainer.findings, train_rows=len(parts.data.train))
         choices = labels_of(self.folder.path).choices
         said = console.differences(self.cfg, *defaults(choices), choices)
         console.print_all(self.screen, said, console.plan_table(plan_of(self.run, parts)))
+        self.say([f"warning: {line}" for line in (parts.exporter.missing() if parts.exporter is not None else ())])
         if parts.data.bad_rows:
             self.screen.print(
                 f"{len(parts.data.bad_rows)} bad rows skipped, listed in {self.folder.path / 'bad_rows.jsonl'}"
@@ -175,19 +179,30 @@ class Record(NoRecord):
             self.folder.update_summary(eval=evaluations)
         if any(evaluations.values()):
             self.screen.print(console.change_table(_short(evaluations["before"]), _short(evaluations["after"])))
+        exported: dict[str, Exported] = {}
         if parts.exporter is not None and status == "finished" and not self.run.dry_run:
-            places["export"] = parts.exporter.run(
+            # The model is saved and the evaluation written: whatever happens to an export, the run is whole.
+            exported = parts.exporter.run(
                 self._whole_model(parts),
                 parts.tokenizer,
-                self.folder.path / "export" / parts.exporter.name,
+                self.folder.path / EXPORT,
                 parts.data.eval[:8]["prompt"],
+                card=card_for_export(parts.trainer.card, self.folder) if parts.trainer.card else None,
+                chat_template_kwargs=self.run.model.chat_template_kwargs,
+                tell=lambda line: self.say([line]),
             )
+            places |= {name: one.url or one.folder for name, one in exported.items() if one.error is None}
+            note_exports(self.folder, exported)
         self.folder.finish(status, step=step, **self._recorder.totals())
         places |= {"status": status, "log": self.logger.location}
         if status == "interrupted":
             again = resume_command(self.run, self.folder.path)
             self.screen.print(f"interrupted at step {step}; continue with: {again}", markup=False)
         self.screen.print(console.where_table(places))
+        for name, one in exported.items():
+            if one.error is not None:
+                again = export_command(self.folder.path, name)
+                self.say([f"not exported: {one.error}", f"  again: {again}"])
         self._hand_over()
 
     def _whole_model(self, parts: Parts) -> Any:

@@ -19,6 +19,7 @@ from selfdistill.data import DataSplits
 from selfdistill.errors import UserError
 from selfdistill.evaluation.evaluator import EvalSettings, Evaluator, Scorer, load_retention
 from selfdistill.models.adapter_targets import check_target_modules
+from selfdistill.models.export import Exports
 from selfdistill.models.loading import load_configured, lora_config
 from selfdistill.rewards.adapter import name_of
 from selfdistill.rewards.base import AsksPolicy, is_verifiable
@@ -52,7 +53,7 @@ class Parts:
     evaluator: Evaluator | None
     judged_by: str
     monitors: Any
-    exporter: Any
+    exporter: Exports | None
 
 
 def build(run: Run, folder: Path, at_end: ExitStack) -> Parts:

@@ -125,7 +125,7 @@ def test_arguments_of_the_data_are_bound() -> None:
     ("line", "message"),
     [
         ("reward=none teacher=feedback teacher.context._target_=mine_for_tests.Told", "Told shows successes"),
-        ("export=lora export._target_=mine_for_tests.Adapter", "has no adapter to export"),
+        ("export=lora export.formats.lora._target_=mine_for_tests.Adapter", "has no adapter to export"),
         ("experiment=sdft_server teacher._target_=mine_for_tests.Remote rollout.temperature=0.9", "a served teacher"),
     ],
 )

@@ -44,7 +44,12 @@ def test_other_arguments_are_passed_on(tmp_path: Path) -> None:
 def test_every_argument_that_a_run_sets_has_a_key_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And every one that is said to have one exists, so that neither list goes stale."""
     written: dict[str, Any] = {}
-    monkeypatch.setattr(trl_arguments, "SelfDistillConfig", lambda **given: written.update(given))
+
+    def kept(**given: Any) -> SelfDistillConfig:
+        written.update(given)
+        return SelfDistillConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+
+    monkeypatch.setattr(trl_arguments, "SelfDistillConfig", kept)
     run, _ = arguments(tmp_path, "hardware.vllm.mode=server", "hardware.vllm.server_base_url=http://x", "hardware=auto")
     trainer_arguments(run, tmp_path)
     assert set(written) <= OUR_KEYS.keys() <= ARGUMENTS

@@ -100,6 +100,7 @@ def test_the_student_is_sharded_before_its_checkpoint_is_loaded() -> None:
 ORDER = [
     "_prepare_inputs",
     "_generate_and_score_completions",
+    "_tokenize_prompts",
     "_generate_single_turn",
     "_get_per_token_logps_and_entropies of the policy",
     "_get_per_token_logps_and_entropies of the reference",

@@ -214,7 +214,7 @@ def test_files_tell_before_weights_load(tmp_path: Path) -> None:
     assert "the chat template ends an answer with '<|system|>'" in own
     assert "teacher.weights.name=embedded is asked in the student's chat template" in asked
     assert "the teacher's with '<|end|>'" in ends
-    lines = doctor._check_language(composed(overrides), ask_server=False)
+    lines = doctor._check_language(run, ask_server=False)
     assert [(line.state, line.found) for line in lines] == [("warning", finding) for finding in (own, asked, ends)]
 
 

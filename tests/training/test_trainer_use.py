@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,13 @@ class Room:
         return float(self.answer)
 
 
+def with_tools() -> Any:
+    """The tokenizer with a template that can render tools, which TRL wants for environments."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (files("trl") / "chat_templates" / "qwen2_5.jinja").read_text()
+    return tokenizer
+
+
 @pytest.fixture
 def _environments_may_be_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     """TRL warns that they are experimental."""
@@ -145,7 +153,7 @@ def _environments_may_be_tried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_environments_may_be_tried")
 def test_an_environments_own_reward_is_a_reward(tmp_path: Path) -> None:
-    trainer, batches = make(tmp_path, args={"max_steps": 1}, environment_factory=Room)
+    trainer, batches = make(tmp_path, args={"max_steps": 1}, environment_factory=Room, processing_class=with_tools())
     assert trainer.has_policy_term
     trainer.train()
     assert set(batches[0].scores) <= {float(answer) for answer in trainer.train_dataset["answer"]}
@@ -160,4 +168,4 @@ class Silent(Room):
 @pytest.mark.usefixtures("_environments_may_be_tried")
 def test_an_environment_without_a_reward_leaves_nothing_to_learn(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="Nothing to learn from"):
-        make(tmp_path, environment_factory=Silent)
+        make(tmp_path, environment_factory=Silent, processing_class=with_tools())

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from selfdistill.errors import UserError
 from selfdistill.files import draft_of, replace_folder
+from selfdistill.models.card import base_of
 from selfdistill.models.export.verify import VERIFICATION, TransformersModel
 
 
@@ -41,15 +42,8 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def base_location(base: PreTrainedModel) -> str:
-    """Where the base can be loaded from: the absolute path of a local folder, otherwise its name on the hub.
-
-    Raises:
-        ValueError: the base was made in memory.
-    """
-    name = base.name_or_path
-    if not name:
-        raise ValueError("the base model was not loaded from a folder or a name, so nothing can refer to it")
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
+    """Where the base can be loaded from: the absolute path of a local folder, or its name on the hub; else empty."""
+    return base_of(base.name_or_path or "")
 
 
 def write_companions(trained: TransformersModel, folder: Path) -> None:
@@ -60,23 +54,3 @@ def write_companions(trained: TransformersModel, folder: Path) -> None:
     config.use_cache = True
     # Not through save_pretrained, which refuses settings that some published models come with.
     config.to_json_file(folder / "generation_config.json", use_diff=True)
-
-
-def write_card(folder: Path, *, title: str, base: str, loader: str, notes: list[str]) -> None:
-    """Write README.md: what the export is, the base it needs or was made of, and how to load it.
-
-    Args:
-        loader: the class that loads it, with its package, such as "transformers.AutoModelForCausalLM".
-    """
-    library, _, name = loader.rpartition(".")
-    # A model card's base_model must be a name on the hub; a local path would make the page invalid there.
-    header = [] if Path(base).is_absolute() else [f"base_model: {base}"]
-    lines = [
-        "---", *header, f"library_name: {library}", "pipeline_tag: text-generation", "tags: [selfdistill]", "---", "",
-        f"# {title}", "", f"Base model: `{base}`", "", *[f"- {note}" for note in notes],
-        f"- `{VERIFICATION}`: how this folder, loaded again, compared with the model that was trained.", "",
-        "```python", f"from {library} import {name}", "from transformers import AutoTokenizer", "",
-        f'model = {name}.from_pretrained("THIS_FOLDER")',
-        'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")', "```", "",
-    ]  # fmt: skip
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")

@@ -3,11 +3,12 @@
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from selfdistill.models.export import Format
+from selfdistill.models.card import Card, python_usage
+from selfdistill.models.export import ExportError, Format
 from selfdistill.rollout import Prompt
 
 if TYPE_CHECKING:
@@ -22,32 +23,35 @@ class Lora(Format):
     needs_adapter = True
 
     def write(self, trained: "TransformersModel", folder: Path) -> None:
-        from selfdistill.models.export.folder import base_location, write_card, write_companions
+        from selfdistill.models.card import ADAPTER
+        from selfdistill.models.export.folder import base_location, write_companions
 
         base, adapter = base_location(trained.base), str(trained.model.active_adapter)
+        if not base:
+            raise ExportError("the base model was made in memory, so that an adapter alone can refer to nothing")
         trained.model.save_pretrained(str(folder), selected_adapters=[adapter], save_embedding_layers=False)
         if (folder / adapter).is_dir():  # PEFT puts every adapter but "default" into a folder of its own
             for file in (folder / adapter).iterdir():
                 shutil.move(file, folder / file.name)
             (folder / adapter).rmdir()
-        config_file = folder / "adapter_config.json"
-        config = json.loads(config_file.read_text()) | {"base_model_name_or_path": base}
-        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        config = json.loads((folder / ADAPTER).read_text()) | {"base_model_name_or_path": base}
+        (folder / ADAPTER).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         write_companions(trained, folder)
-        notes = ["A LoRA adapter: it works on top of this base only, which is not part of this folder."]
-        if Path(base).is_absolute():
-            notes.append(
-                "The base is a folder of the machine that trained. Elsewhere, change `base_model_name_or_path` in "
-                "`adapter_config.json` to where the base lies there, or export with `export=merged_16bit`."
-            )
+
+    def described(self, card: Card, trained: "TransformersModel", folder: Path) -> Card:
+        notes = card.notes
         if trained.quantization is not None:
-            notes.append("Trained on the base quantised to 4 bit: load the base the same way for the same answers.")
-        write_card(folder, title="LoRA adapter", base=base, loader="peft.AutoPeftModelForCausalLM", notes=notes)
+            notes += ("Trained on the base quantised to 4 bit: load the base the same way for the same answers.",)
+        served = f"vllm serve {card.base} --enable-lora --lora-modules mine=THIS_FOLDER"
+        usage = f"{python_usage('peft', 'AutoPeftModelForCausalLM')}\n\nvLLM: `{served}`"
+        return replace(card, notes=notes, usage=usage)
 
     def verify(self, trained: "TransformersModel", folder: Path, prompts: Sequence[Prompt] = ()) -> "Verification":
+        import peft
         from peft import PeftModel, get_peft_model_state_dict
 
         from selfdistill.models.export.verify import compare, load, loaded, same_tensors
+        from selfdistill.models.export.vllm_check import check_with_vllm
 
         config = json.loads((folder / "adapter_config.json").read_text())
         base = load(
@@ -63,4 +67,19 @@ class Lora(Format):
         ours = get_peft_model_state_dict(trained.model, adapter_name=adapter, save_embedding_layers=False)
         theirs = get_peft_model_state_dict(written, save_embedding_layers=False)
         equal = same_tensors(ours.items(), theirs)
-        return compare(trained, loaded(written, folder), folder, prompts, weights_equal=equal)
+        where, rank = config["base_model_name_or_path"], int(config.get("r") or 16)
+        notes = (
+            []
+            if trained.quantization is not None
+            else check_with_vllm(trained, folder, prompts, base=where, rank=rank, limit=self.limit)
+        )
+        return compare(
+            trained,
+            loaded(written, folder, trained),
+            folder,
+            prompts,
+            weights_equal=equal,
+            consumer=f"PEFT {peft.__version__}",
+            limit=self.limit,
+            notes=notes,
+        )

@@ -2,7 +2,8 @@
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -13,7 +14,11 @@ from transformers import PreTrainedModel
 
 from selfdistill.errors import UserError
 from selfdistill.models.export import ExportError
+from selfdistill.models.export.folder import write_companions
 from selfdistill.models.structure import keep_unpacked
+
+if TYPE_CHECKING:
+    from selfdistill.models.export.verify import TransformersModel
 
 
 def merged_tensors(base: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -27,6 +32,35 @@ def merged_tensors(base: PreTrainedModel, dtype: torch.dtype) -> Iterator[tuple[
     with torch.no_grad():
         for name, tensor in _tensors(base, ""):
             yield name, tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+def write_merged(trained: "TransformersModel", folder: Path, dtype: torch.dtype) -> None:
+    """Writes one ordinary model with its tokenizer: adapters merged, 4-bit weights dequantised, all in `dtype`.
+
+    It takes the main memory of these weights beside the model.
+
+    Raises:
+        UserError: the adapter is of a kind that cannot be merged.
+        ExportError: a merged weight is not finite in `dtype`.
+    """
+    base, name = trained.base, str(dtype).removeprefix("torch.")
+    trained.tell(f"merging and writing {base.num_parameters() / 1e6:,.0f} million weights in {name}")
+    tensors = dict(merged_tensors(base, dtype))
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ExportError(f"the merged weight {key} is not finite in {name}; nothing was written")
+    config = copy.deepcopy(base.config)
+    if trained.quantization is not None:
+        del config.quantization_config
+    config.use_cache = True
+    config.tie_word_embeddings = getattr(config, "tie_word_embeddings", False) and head_is_tied(base, tensors)
+    config._attn_implementation = "eager"  # the skeleton never computes; this one needs no extra package
+    with torch.device("meta"):
+        skeleton = type(base)(config)
+    skeleton.load_state_dict(tensors, strict=True, assign=True)
+    skeleton.tie_weights()
+    skeleton.save_pretrained(folder)
+    write_companions(trained, folder)
 
 
 def _tensors(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:

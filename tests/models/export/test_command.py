@@ -10,8 +10,9 @@ from peft import PeftModel
 from selfdistill import export
 from selfdistill.errors import UserError
 from selfdistill.models import loading
-from selfdistill.runs.finished import read_run
+from selfdistill.runs.finished import load_policy, read_run
 from selfdistill.runs.folder import RunFolder
+from selfdistill.training.checkpoints import mark
 from tests.command import Outcome, command
 from tests.models.export.conftest import load_base
 from tests.tiny import tiny_tokenizer
@@ -38,7 +39,7 @@ def exported(run_folder: Path, *arguments: str, code: int = 0) -> Outcome:
 def save_adapter(adapted, folder):
     adapted.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    (folder / "complete").touch()
+    mark(folder)
 
 
 @pytest.fixture
@@ -84,14 +85,78 @@ def test_a_run_of_all_weights_is_exported_from_its_newest_whole_checkpoint(run_f
             base.model.norm.weight.fill_(float(step))
         base.save_pretrained(checkpoint)
         if step != 11:
-            (checkpoint / "complete").touch()
+            mark(checkpoint)
     exported(run_folder, "export=merged_16bit", "export.dtype=float16")
     newest = run_folder / "checkpoints" / "checkpoint-10"
     assert models == [{"name": str(newest), "tuning": "full", "lora": None, "adapter_path": None}]
     written = load_base(run_folder / "export" / "merged_16bit", dtype="auto")
     assert written.dtype == torch.float16
     assert written.model.norm.weight[0].item() == 10.0
-    assert "model.tuning=full" in exported(run_folder, "export=lora", code=2).err
+    assert "model.tuning=full" in exported(run_folder, "export=lora", code=1).err
+    exported(run_folder, "checkpoint=9", "export=merged_16bit")
+    earlier = run_folder / "export" / "checkpoint-9" / "merged_16bit"
+    assert load_base(earlier).model.norm.weight[0].item() == 9.0
+    assert "- weights: `checkpoint-9`" in (earlier / "README.md").read_text()
+    said = exported(run_folder, "checkpoint=12", "export=merged_16bit", code=2).err
+    assert "checkpoint=12: there are no weights of that name" in said
+    assert "checkpoint-10, checkpoint-11, checkpoint-9" in said
+
+
+def test_an_export_is_noted_and_its_page_tells_of_the_run(run_folder, adapted, models):
+    save_adapter(adapted, run_folder / "model")
+    summary = json.loads((run_folder / "summary.json").read_text())
+    results = {"before": {"eval/forgetting": 0.0}, "after": {"eval/forgetting": 0.125}}
+    (run_folder / "summary.json").write_text(json.dumps(summary | {"eval": results, "train_rows": 40}))
+    config = run_folder / "config.yaml"
+    config.write_text(config.read_text() + "data: {path: my.jsonl}\nseed: 3\nmax_steps: 7\n")
+    outcome = exported(run_folder, "export=[lora,merged_16bit]")
+    noted = json.loads((run_folder / "summary.json").read_text())["export"]
+    assert noted == {name: {"folder": str(run_folder / "export" / name)} for name in ("lora", "merged_16bit")}
+    assert "lora: loading it again and comparing" in outcome.err
+    for name in noted:
+        page = (run_folder / "export" / name / "README.md").read_text()
+        for part in ("- data: `my.jsonl`, 40 rows", "| eval/forgetting | 0.000 | 0.125 |", "max_steps: 7", "seed 3"):
+            assert part in page
+
+
+def test_weights_of_unsloth_are_loaded_without_it(run_folder, base, monkeypatch):
+    """Unsloth adds a fresh adapter to whatever it loads."""
+    config = run_folder / "config.yaml"
+    config.write_text(config.read_text().replace("tuning: lora", "tuning: full\n  loader: unsloth"))
+    base.save_pretrained(run_folder / "model")
+    tiny_tokenizer().save_pretrained(run_folder / "model")
+    asked = []
+    monkeypatch.setattr(loading, "load_configured", lambda group: asked.append(group) or (base, tiny_tokenizer()))
+    model, _ = load_policy(read_run(run_folder))
+    assert model is base
+    assert (asked[0]["loader"], asked[0]["name"]) == ("transformers", str(run_folder / "model"))
+
+
+def test_a_base_beside_the_run_is_found_from_any_folder(run_folder, base_folder, adapted, monkeypatch):
+    save_adapter(adapted, run_folder / "model")
+    config = run_folder / "config.yaml"
+    config.write_text(config.read_text().replace(str(base_folder), base_folder.name))
+    summary = {"run_id": "run", "status": "finished", "folder": str(base_folder.parent)}
+    (run_folder / "summary.json").write_text(json.dumps(summary))
+    monkeypatch.chdir("/")
+    assert read_run(run_folder).model["name"] == str(base_folder)
+
+
+@pytest.mark.long
+def test_a_failed_export_harms_no_run_and_says_what_to_install(tmp_path):
+    line = ["debug=fast", "eval=none", "hardware=cpu", "hydra.run.dir=run", f"export.llama_cpp={tmp_path}"]
+    line += ["training.checkpoint_every=2"]
+    outcome = command([*line, "export=[merged_16bit,gguf]"], tmp_path)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("run `make gguf`") == 2  # before the training and at the end
+    assert "again: python -m selfdistill.export" in outcome.out
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["export"]["merged_16bit"] == {"folder": str(tmp_path / "run" / "export" / "merged_16bit")}
+    assert "its converter" in summary["export"]["gguf"]["error"]
+    assert command(["resume=run", "max_steps=3"], tmp_path).code == 0
+    page = (tmp_path / "run" / "export" / "merged_16bit" / "README.md").read_text()
+    assert "max_steps: 3" in page
 
 
 def test_the_tokenizer_is_the_runs_own(run_folder, adapted, models):
@@ -173,8 +238,14 @@ def test_a_broken_summary_and_missing_weights_are_named(run_folder):
         (["run={tmp}/none", "export=lora"], "there is no such folder"),
         (["run={tmp}", "export=lora"], "is no run's folder: config.yaml and summary.json are missing"),
         (["run={tmp}", "export=merged_16"], "export=merged_16: there is no such choice; did you mean merged_16bit?"),
-        (["run={tmp}", "export=zip"], "export=zip: there is no such choice; known here: lora, merged_16bit"),
-        (["run={tmp}", "export=none"], "export= is missing: write export=FORMAT, FORMAT one of lora, merged_16bit."),
+        (
+            ["run={tmp}", "export=zip"],
+            "export=zip: there is no such choice; known here: gguf, lora, merged_16bit, merged_4bit",
+        ),
+        (
+            ["run={tmp}", "export=none"],
+            "export= is missing: write export=FORMAT, FORMAT one of gguf, lora, merged_16bit, merged_4bit.",
+        ),
         (["run={tmp}"], "export= is missing"),
         (["export=lora"], "run is missing"),
         (["run={tmp}", "export=lora", "exprot.dtype=float16"], "exprot.dtype is not a key"),
@@ -182,6 +253,9 @@ def test_a_broken_summary_and_missing_weights_are_named(run_folder):
         (["run={tmp}", "export=merged_16bit", "export.dtyp=float16"], "export.dtyp is not a key: did you mean dtype?"),
         (["run={tmp}", "export=lora", "force=maybe"], "force: Value 'maybe'"),
         (["run={tmp}", "export=lora", "--fast"], "--fast is not a flag"),
+        (["run={tmp}", "export=lora,gguf"], "for one list write export=[lora,gguf]"),
+        (["run={tmp}", "export=[lora,zip]"], "export=zip: there is no such choice"),
+        (["run={tmp}", "export=lora", "export.type=q8_0"], "export.type is not a key"),
         (["run={tmp}", "export=lora,merged_16bit", "-m"], "--multirun is for selfdistill.train alone"),
     ],
 )
@@ -194,7 +268,7 @@ def test_a_wrong_command_gets_one_message_and_code_2(tmp_path, arguments, messag
 
 def test_an_export_that_is_not_trusted_is_refused(run_folder, adapted, models):
     save_adapter(adapted, run_folder / "model")
-    outcome = exported(run_folder, "export=lora", "export._target_=os.system", code=2)
+    outcome = exported(run_folder, "export=lora", "export.formats.lora._target_=os.system", code=2)
     assert "trusted_prefixes=[os]" in outcome.err
     assert models == []
 

@@ -3,7 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -13,13 +13,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import selfdistill.models.export.folder
-from selfdistill.config.conf import CONF
+from selfdistill.config.targets import make
 from selfdistill.errors import UserError
 from selfdistill.models.export import ExportError, Format
+from selfdistill.models.export.gguf import Gguf
 from selfdistill.models.export.lora import Lora
 from selfdistill.models.export.merge import merged_tensors
+from selfdistill.models.export.merged_4bit import Merged4bit
 from selfdistill.models.export.merged_16bit import Merged16bit
-from selfdistill.models.export.verify import TransformersModel
+from selfdistill.models.export.verify import TransformersModel, compare
+from tests.command import composed
 from tests.models.export.conftest import four_bit, load_base, wide_model, with_adapter, written
 from tests.tiny import tiny_tokenizer
 
@@ -126,9 +129,6 @@ def test_the_adapter_finds_its_base_from_any_folder(base_folder, tmp_path, monke
     assert folder.is_absolute()
     monkeypatch.chdir("/")
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base_folder)
-    card = (folder / "README.md").read_text()
-    assert f"`{base_folder}`" in card
-    assert "base_model:" not in card
     loaded = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         torch.testing.assert_close(loaded(IDS).logits, model.eval()(IDS).logits)
@@ -313,22 +313,24 @@ def test_a_base_that_came_packed_is_exported_with_the_weights_it_computes_with(t
 
 def test_a_format_of_ones_own_is_named_once(adapted, tmp_path):
     @dataclass
-    class Card(Format):
-        name = "card"
+    class Page(Format):
+        name = "page"
         needs_adapter = True
 
         def write(self, trained, folder):
-            (folder / "README.md").write_text("A model.")
+            (folder / "model.txt").write_text("A model.")
 
         def verify(self, trained, folder, prompts=()):
-            if prompts != PROMPTS or (folder / "README.md").read_text() != "A model.":
+            if prompts != PROMPTS or (folder / "model.txt").read_text() != "A model.":
                 raise ExportError("not what was written")
+            loaded = replace(trained, model=trained.model)
+            return compare(trained, loaded, folder, prompts, weights_equal=None, consumer="an editor")
 
-    assert Card().run(adapted, tiny_tokenizer(), tmp_path / "out", PROMPTS) == tmp_path / "out"
+    assert Page().run(adapted, tiny_tokenizer(), tmp_path / "out", PROMPTS) == tmp_path / "out"
     with pytest.raises(ExportError, match="not what was written"):
-        Card().run(adapted, tiny_tokenizer(), tmp_path / "out", [])
-    with pytest.raises(UserError, match="export=card needs an adapter"):
-        Card().run(adapted.get_base_model(), tiny_tokenizer(), tmp_path / "none", PROMPTS)
+        Page().run(adapted, tiny_tokenizer(), tmp_path / "out", [])
+    with pytest.raises(UserError, match="export=page needs an adapter"):
+        Page().run(adapted.get_base_model(), tiny_tokenizer(), tmp_path / "none", PROMPTS)
     assert not (tmp_path / "none").exists()
 
 
@@ -336,17 +338,26 @@ def test_formats_are_known_without_torch():
     program = (
         "import sys\nfrom selfdistill.models.export.lora import Lora\n"
         "from selfdistill.models.export.merged_16bit import Merged16bit\n"
-        "print(*[(f.name, f.needs_adapter) for f in (Lora, Merged16bit)], 'torch' in sys.modules)"
+        "from selfdistill.models.export.merged_4bit import Merged4bit\n"
+        "from selfdistill.models.export.gguf import Gguf\n"
+        "print(*[f.name for f in (Lora, Merged16bit, Merged4bit, Gguf) if f.needs_adapter], 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout == "('lora', True) ('merged_16bit', False) False\n"
+    assert done.stdout == "lora False\n"
 
 
 def test_the_shipped_configurations_build():
-    from hydra.utils import instantiate
-
-    assert instantiate(OmegaConf.load(CONF / "export" / "lora.yaml")) == Lora()
-    assert instantiate(OmegaConf.load(CONF / "export" / "merged_16bit.yaml")) == Merged16bit(dtype="bfloat16")
-    assert OmegaConf.load(CONF / "export" / "none.yaml").export is None
+    line = ["export=[lora,merged_16bit,merged_4bit,gguf]", "export.type=q4_k_m", "export.limit=0.5"]
+    exports = make(OmegaConf.to_container(composed(line).export, resolve=True), "export")
+    assert exports.formats == {
+        "lora": Lora(limit=0.5),
+        "merged_16bit": Merged16bit(limit=0.5, dtype="bfloat16"),
+        "merged_4bit": Merged4bit(limit=0.5),
+        "gguf": Gguf(limit=0.5, type="q4_k_m"),
+    }
+    assert (exports.push_to, exports.private) == (None, True)
+    assert composed([]).export is None
+    with pytest.raises(UserError, match=r"export\.type=q9: write one of f32, f16"):
+        Gguf(type="q9")
     with pytest.raises(UserError, match=r"export\.dtype=int8"):
         Merged16bit(dtype="int8")

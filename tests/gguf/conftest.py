@@ -1,0 +1,34 @@
+"""Exports that a real llama.cpp writes and loads again.
+
+`make gguf` makes an environment with it; SELFDISTILL_GGUF names another folder. Without one these tests skip.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfdistill.models.export.llama_cpp import find
+
+ROOT = Path(__file__).parents[2]
+FOLDER = Path(os.environ.get("SELFDISTILL_GGUF", ROOT / ".venv-gguf"))
+LACKS = find(str(FOLDER)).lacks() if FOLDER.is_dir() else "there is no such folder"
+MISSING = (
+    f"NO llama.cpp IN {FOLDER}: {LACKS}. Nothing in tests/gguf ran. `make gguf` builds it, or set SELFDISTILL_GGUF "
+    "to a folder that has it."
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.long)
+            if LACKS:
+                item.add_marker(pytest.mark.skip(reason=MISSING))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if LACKS:
+        terminalreporter.section("llama.cpp", sep="!", red=True)
+        terminalreporter.line(MISSING, red=True)
