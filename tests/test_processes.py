@@ -159,6 +159,7 @@ def test_a_process_that_fails_ends_all(failing: int, launch: Launcher, tmp_path:
     assert summary(run)["status"] == "failed"
     assert "ValueError: out of luck" in (run / "error.txt").read_text()
     assert done.terminal.count("selfdistill: the run failed: ValueError: out of luck") == 1, done.terminal
+    assert "saving a checkpoint" not in done.terminal
 
 
 def test_a_process_that_is_killed_ends_all(launch: Launcher, tmp_path: Path) -> None:

@@ -244,14 +244,14 @@ def recorded(cfg: DictConfig, run: config.Run, hydra_config: DictConfig) -> Iter
     with Interruption(notice=processes.is_main) as interruption, processes:
         try:
             record = _open_record(cfg, run, hydra_config, processes)
-            processes.on_early_end = record.end_early
+            processes.on_early_end = partial(_end_early, record, interruption)
             session = Session(run, record, processes, interruption)
             with session.at_end:
                 yield session
         except BaseException as error:
-            end = processes.announce(_early_end(error, processes, interruption))
+            end = processes.announce(_reason(error, processes, interruption))
             if record is not None:
-                record.end_early(end)
+                _end_early(record, interruption, end)
             processes.acknowledge(end)
             if end.process != processes.index:  # the other process says why
                 raise SystemExit(end.exit_code) from None
@@ -281,7 +281,12 @@ def _open_record(cfg: DictConfig, run: config.Run, hydra_config: DictConfig, pro
     return Record(cfg, run, folder, logger)
 
 
-def _early_end(error: BaseException, processes: Processes, interruption: Interruption) -> EarlyEnd:
+def _end_early(record: NoRecord, interruption: Interruption, end: EarlyEnd) -> None:
+    interruption.notice = False  # a launcher signals the processes that are about to end by themselves
+    record.end_early(end)
+
+
+def _reason(error: BaseException, processes: Processes, interruption: Interruption) -> EarlyEnd:
     if not isinstance(error, Exception):
         return EarlyEnd("interrupted", interruption.exit_code, process=processes.index)
     return EarlyEnd(
