@@ -6,12 +6,15 @@
   python -m selfdistill.train --multirun experiment=sdpo beta=0,0.04 alpha=0,0.5,1
   python -m selfdistill.train resume=outputs/RUN            continue a run
   python -m selfdistill.train repeat=outputs/RUN            the same run once more
+  python -m selfdistill.train sweep=sdpo                    a sweep of conf/sweep, which is --multirun with its keys
+  python -m selfdistill.train resume_sweep=outputs/multirun/SWEEP    its jobs that are not finished
 
 --check          compose and check everything, show the plan, and stop
 --multirun, -m   one run for each combination of the values that are given with commas
 """
 
 import os
+import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -21,14 +24,18 @@ from omegaconf import DictConfig
 from selfdistill import config
 from selfdistill.config import doors
 from selfdistill.config.conf import CONF
+from selfdistill.config.messages import explain, fail
+from selfdistill.errors import UserError
 from selfdistill.runs import preflight, provenance, sweep
 
 
 def run(cfg: DictConfig) -> float | None:
-    """One run from its composed configuration; returns the final held-out accuracy, which a sweeper may maximise."""
+    """One run from its composed configuration; returns the value of its `objective`, which a sweeper may maximise."""
     hydra_config: Any = HydraConfig.get()  # a DictConfig, though Hydra declares a dataclass
     overrides = sweep.overrides_of(hydra_config)
     with sweep.job(cfg) as job:
+        if job.is_over:
+            return job.objective
         if cfg.resume:
             preflight.look_for_run(cfg.resume, hydra_config)
         elif cfg.repeat:
@@ -53,7 +60,7 @@ def run(cfg: DictConfig) -> float | None:
             plan.show_plan(cfg, checked)
             return None
         with session.recorded(cfg, checked, hydra_config) as this:
-            job.folder = this.folder
+            job.begin(this.folder)
             parts = build(checked, this.folder.path, this.at_end)
             parts.trainer.card = card = cards.card_of(asdict(checked), this.folder, len(parts.data.train))
             this.begin(parts)
@@ -61,12 +68,15 @@ def run(cfg: DictConfig) -> float | None:
             this.end(parts)
             if parts.trainer.is_world_process_zero():
                 cards.add_results(card, this.folder)
-        return this.final_accuracy
-    return None
+    return job.objective
 
 
 def main() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # of every process; read when torch is imported
+    try:
+        sys.argv[1:] = sweep.command_line(sys.argv[1:])
+    except UserError as error:
+        raise SystemExit(fail(explain(error))) from None
     doors.main(CONF / "train.yaml", run, __doc__, sweeps=True)
 
 

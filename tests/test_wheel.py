@@ -24,6 +24,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     "pattern",
     [
         "selfdistill/**/*.py",
+        "hydra_plugins/*.py",
         "selfdistill/**/*.jinja",
         "conf/**/*.yaml",
         "conf/**/*.sh",
@@ -43,4 +44,4 @@ def test_the_wheel_has_the_embedded_model(wheel: set[str], name: str) -> None:
 
 
 def test_the_wheel_has_the_package_alone(wheel: set[str]) -> None:
-    assert {name.split("/")[0] for name in wheel if ".dist-info/" not in name} == {"selfdistill"}
+    assert {name.split("/")[0] for name in wheel if ".dist-info/" not in name} == {"selfdistill", "hydra_plugins"}

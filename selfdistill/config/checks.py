@@ -266,7 +266,15 @@ def _check_signal(run: Run) -> None:
 def _check_batch(run: Run) -> None:
     batch_of(run)
     if run.max_steps is None and run.epochs is None:
-        raise UserError("max_steps=null leaves open when the run ends: write max_steps=100, or epochs=3.")
+        if run.budget_s is None and run.budget_tokens is None:
+            raise UserError(
+                "max_steps=null leaves open when the run ends: write max_steps=100, epochs=3 or budget_s=600."
+            )
+        if not run.training.lr_scheduler_type.startswith("constant"):
+            raise UserError(
+                f"training.lr_scheduler_type={run.training.lr_scheduler_type} needs to know the number of steps, and "
+                "max_steps=null leaves it open: write max_steps=1000, or training.lr_scheduler_type=constant."
+            )
     if run.keep_best is not None and run.keep_best.startswith("eval/") and not (run.eval or {}).get("every"):
         raise UserError(f"keep_best={run.keep_best} needs evaluations during the training: write eval.every=20, or so.")
     if run.reward is not None and run.num_generations == 1 and (run.teacher is None or run.distillation.policy_weight):

@@ -119,8 +119,11 @@ class Run:
     completions_per_step: int = field(metadata=number(1))
     max_steps: int | None = field(metadata=number(1))
     epochs: float | None = field(metadata=number(above=0))
+    budget_s: float | None = field(metadata=number(above=0))
+    budget_tokens: int | None = field(metadata=number(1))
     rates: Rates
     learning_rate: float = field(metadata=number(above=0))
+    objective: str
     keep_best: str | None
     policy_weight: float
     name: str | None
@@ -128,6 +131,7 @@ class Run:
     tags: list[str]
     output_dir: str
     resume: str | None
+    resume_sweep: str | None
     repeat: str | None
     check: bool
     dry_run: bool

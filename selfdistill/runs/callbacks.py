@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from selfdistill.errors import UserError
 from selfdistill.evaluation.monitors import Alarm, Monitors, standard_names
 from selfdistill.rollout import Rollouts
+from selfdistill.runs.budget import Budget
 from selfdistill.runs.console import differing, samples_table
 from selfdistill.runs.folder import RunFolder
 from selfdistill.runs.loggers.base import RunLogger
@@ -83,8 +84,10 @@ class RecordCallback(TrainerCallback):
     so on) belong to no step and go to the summary.
     """
 
-    def __init__(self, run: RunFolder, logger: RunLogger, tokens: GeneratedTokens) -> None:
-        self.run, self.logger, self.tokens = run, logger, tokens
+    def __init__(
+        self, run: RunFolder, logger: RunLogger, tokens: GeneratedTokens, budget: Budget | None = None
+    ) -> None:
+        self.run, self.logger, self.tokens, self.budget = run, logger, tokens, budget
         self._warned = False
         self._summarised = float("-inf")
 
@@ -106,8 +109,11 @@ class RecordCallback(TrainerCallback):
 
     def enter(self, step: int, metrics: Metrics) -> None:
         """Metrics of a step, with how many tokens were generated and how many seconds had passed by then."""
-        self.run.log_metrics(step, {**metrics, GENERATED: self.tokens.count})
-        line = {**metrics, GENERATED: self.tokens.count, "time/total_s": self.run.wall_s}
+        spent: dict[str, float] = {GENERATED: self.tokens.count}
+        if self.budget is not None:
+            spent["time/training_s"] = round(self.budget.spent_s, 3)
+        self.run.log_metrics(step, {**metrics, **spent})
+        line = {**metrics, **spent, "time/total_s": self.run.wall_s}
         self.show(lambda: self.logger.log(step, line))
 
     def totals(self) -> dict[str, Any]:

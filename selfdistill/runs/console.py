@@ -44,6 +44,8 @@ class Plan:
         memory_gib: estimate by part, for example {"weights": 1.2, "optimizer": 0.1}.
         available_gib: what the device has, where that is known.
         learning_rate: the highest of the run.
+        budget: what ends the run besides its steps, for example "600 s of steps".
+        endless: whether that alone ends it.
     """
 
     model: str
@@ -62,6 +64,8 @@ class Plan:
     memory_gib: Mapping[str, float] = field(default_factory=dict)
     available_gib: float | None = None
     learning_rate: float | None = None
+    budget: str = ""
+    endless: bool = False
 
 
 def make_console(**options: Any) -> Console:
@@ -129,6 +133,7 @@ def plan_table(plan: Plan) -> Group:
         arithmetic += f" x {batch.processes} processes"
     total = plan.max_steps * batch.completions
     passes = f" = {plan.max_steps * prompts / plan.train_rows:.2f} passes over the data" if plan.train_rows else ""
+    steps = "" if plan.endless else f"{plan.max_steps:,} steps = {total:,} completions{passes}"
     known = f"{count(plan.parameters)}, {count(plan.trained)} trained ({share:.1%}; {method})"
     facts: dict[str, str | Text] = {
         "model": plan.model,
@@ -140,7 +145,7 @@ def plan_table(plan: Plan) -> Group:
         "data": f"{plan.train_rows:,} rows to train on, {plan.eval_rows:,} held out" if plan.train_rows else "",
         "learning": f"rate {plan.learning_rate:g}" if plan.learning_rate else "",
         "a step": f"{arithmetic} = {batch.completions}: {prompts:g} prompts x {plan.num_generations} generations",
-        "the run": f"{plan.max_steps:,} steps = {total:,} completions{passes}",
+        "the run": ", at most ".join(filter(None, (steps, plan.budget))),
         "memory": memory_line(plan.memory_gib, plan.available_gib),
     }
     return _facts("plan", facts)

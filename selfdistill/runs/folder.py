@@ -233,6 +233,12 @@ class RunFolder:
             config.update(values)
             write_atomically(self.path / "config.yaml", OmegaConf.to_yaml(config))
 
+    @property
+    def overrides(self) -> list[str]:
+        """The keys of the command line that started the run, secrets masked; empty where they were not kept."""
+        file = self.path / ".hydra" / "overrides.yaml"
+        return [str(override) for override in OmegaConf.load(file)] if file.is_file() else []
+
     def hides(self, arguments: Sequence[str]) -> bool:
         """Whether a command line holds a secret of this run."""
         return [self._redactor.text(a) for a in self._redactor.arguments(arguments)] != list(arguments)

@@ -1,4 +1,4 @@
-"""Stopping in good order: Ctrl-C, SIGTERM, and SIGHUP, which comes when a terminal is closed."""
+"""Stopping in good order: Ctrl-C, SIGTERM, SIGHUP, which comes when a terminal is closed, and a scheduler's signals."""
 
 import os
 import signal
@@ -9,14 +9,17 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+SCHEDULERS = (signal.SIGUSR1, signal.SIGUSR2)
+
 
 class Interruption(TrainerCallback):
-    """Stops in good order on SIGINT (Ctrl-C), SIGTERM and SIGHUP: a context manager that is also a callback.
+    """Stops in good order on SIGINT (Ctrl-C), SIGTERM, SIGHUP, SIGUSR1, SIGUSR2: a context manager and a callback.
 
     While the trainer trains, the first signal lets it end its step, save a checkpoint and stop. Outside of the training
     there is nothing to save and the first signal raises KeyboardInterrupt. A second Ctrl-C raises KeyboardInterrupt at
     once, a third ends the process; further signals of the other kinds change nothing. Handlers that were there before
-    are put back.
+    are put back. SIGUSR1 and SIGUSR2 are what schedulers send before they take a machine away: a handler that was there
+    before, such as submitit's, which queues the job again, is called once the run is saved and closed.
 
     Where several processes train, one signalled process stops them all at the same step.
 
@@ -30,6 +33,7 @@ class Interruption(TrainerCallback):
         self._training = self._stopping = False
         self._interrupts = 0
         self._terminals: list[int] = []
+        self._of_scheduler: list[int] = []  # signals to pass on at the end
         self._restore_handlers = ExitStack()
 
     @property
@@ -46,7 +50,7 @@ class Interruption(TrainerCallback):
         # Python delivers signals to the main thread, and lets only that one set handlers.
         if threading.current_thread() is threading.main_thread():
             self._terminals = [number for number in (1, 2) if os.isatty(number)]
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *SCHEDULERS):
                 if signal.getsignal(number) == signal.SIG_IGN and number == signal.SIGHUP:
                     continue  # nohup
                 self._restore_handlers.callback(signal.signal, number, signal.signal(number, self._handle))
@@ -54,19 +58,22 @@ class Interruption(TrainerCallback):
 
     def __exit__(self, *_: object) -> None:
         self._restore_handlers.close()
+        for number in self._of_scheduler:
+            if callable(signal.getsignal(number)):
+                signal.raise_signal(number)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._training = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._number = _greatest_of_all_processes(self._number, args)
+        self._number = greatest_of_all_processes(self._number, args)
         if self.requested:
             self._stopping = control.should_save = True
             control.should_training_stop = True
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._training = False
-        self._number = _greatest_of_all_processes(self._number, args)
+        self._number = greatest_of_all_processes(self._number, args)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGHUP:  # the terminal is gone, and what is printed to it would raise an error
@@ -74,6 +81,8 @@ class Interruption(TrainerCallback):
             for terminal in self._terminals:
                 os.dup2(nowhere, terminal)
             os.close(nowhere)
+        if number in SCHEDULERS and number not in self._of_scheduler:
+            self._of_scheduler.append(number)
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 2:
             os._exit(130)
@@ -90,7 +99,7 @@ class Interruption(TrainerCallback):
             os.write(2, message.encode())
 
 
-def _greatest_of_all_processes(number: int, args: TrainingArguments) -> int:
+def greatest_of_all_processes(number: int, args: TrainingArguments) -> int:
     """The greatest number among the processes that train together."""
     if args.world_size < 2:
         return number

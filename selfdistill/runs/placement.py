@@ -1,7 +1,7 @@
 """Where a run goes, and what Hydra's users look for in its folder.
 
 `hydra.run.dir` is the run's own folder, and so is `hydra.sweep.dir`/`hydra.sweep.subdir` where a subdir is given;
-`hydra.sweep.dir` alone holds a sweep's runs. Otherwise `output_dir` holds them.
+`hydra.sweep.dir` holds a sweep's runs, and `output_dir` the others.
 """
 
 from pathlib import Path
@@ -11,7 +11,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from selfdistill.config import Run, run_name
-from selfdistill.config.conf import CONF
 from selfdistill.config.secrets import MASK, Redactor, is_secret_key
 from selfdistill.runs.cards import choices_of
 from selfdistill.runs.folder import RunFolder
@@ -63,8 +62,4 @@ def destination(cfg: DictConfig, hydra_config: DictConfig) -> tuple[Path, Path |
         folder = hydra_config.run.get("folder")
         return Path(cfg.output_dir), Path(folder) if folder else None
     sweep = hydra_config.sweep
-    if sweep.subdir != ".":
-        return Path(sweep.dir), Path(sweep.dir, str(sweep.subdir))
-    usual = OmegaConf.load(CONF / "train.yaml").hydra.sweep
-    chosen = OmegaConf.to_container(sweep, resolve=False) != OmegaConf.to_container(usual, resolve=False)
-    return Path(sweep.dir if chosen else cfg.output_dir), None
+    return Path(sweep.dir), None if sweep.subdir == "." else Path(sweep.dir, str(sweep.subdir))

@@ -104,7 +104,15 @@ def _planned(run: Run, data: DataSplits | None, max_steps: int) -> console.Plan:
         memory_gib=estimate(run),
         available_gib=run.hardware.memory_gib,
         learning_rate=run.learning_rate,
+        budget=_budget(run),
+        endless=run.max_steps is None and run.epochs is None and not run.dry_run,
     )
+
+
+def _budget(run: Run) -> str:
+    seconds = f"{run.budget_s:g} s of steps" if run.budget_s is not None else ""
+    tokens = f"{run.budget_tokens:,} generated tokens" if run.budget_tokens is not None else ""
+    return " or ".join(filter(None, (seconds, tokens)))
 
 
 def _notes(run: Run, tokenizer: PreTrainedTokenizerBase | None, data: DataSplits | None) -> list[str]:
@@ -146,4 +154,6 @@ def plan_of(run: Run, parts: Parts) -> console.Plan:
         judge=parts.judged_by,
         memory_gib=estimate(counted, trained=trained),
         learning_rate=run.learning_rate,
+        budget=_budget(run),
+        endless=run.max_steps is None and run.epochs is None and not run.dry_run,
     )

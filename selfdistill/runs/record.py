@@ -21,6 +21,7 @@ from selfdistill.files import replace_folder
 from selfdistill.models.export import Exported
 from selfdistill.rollout import Rollouts
 from selfdistill.runs import console
+from selfdistill.runs.budget import Budget
 from selfdistill.runs.callbacks import CompletionsCallback, GeneratedTokens, MonitorCallback, RecordCallback
 from selfdistill.runs.cards import card_for_export
 from selfdistill.runs.evaluated import EVALUATION, write_items
@@ -59,7 +60,7 @@ class NoRecord:
         """Shows the configuration and the plan, and lists the rows of the data that were skipped."""
         self.begun = True
 
-    def callbacks(self, parts: Parts, tokens: GeneratedTokens) -> list[TrainerCallback]:
+    def callbacks(self, parts: Parts, tokens: GeneratedTokens, budget: Budget) -> list[TrainerCallback]:
         """The callbacks that record the training."""
         return []
 
@@ -130,9 +131,9 @@ class Record(NoRecord):
                 f"{len(parts.data.bad_rows)} bad rows skipped, listed in {self.folder.path / 'bad_rows.jsonl'}"
             )
 
-    def callbacks(self, parts: Parts, tokens: GeneratedTokens) -> list[TrainerCallback]:
-        self._recorder.tokens, shown = tokens, self.run.show
-        table = StepTable(self.screen, lambda: tokens.count, shown.table_rows)
+    def callbacks(self, parts: Parts, tokens: GeneratedTokens, budget: Budget) -> list[TrainerCallback]:
+        self._recorder.tokens, self._recorder.budget, shown = tokens, budget, self.run.show
+        table = StepTable(self.screen, lambda: tokens.count, shown.table_rows, budget)
         self._at_end.callback(table.close)
         callbacks: list[TrainerCallback] = [self._recorder, table]
         if parts.monitors is not None:

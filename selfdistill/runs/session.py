@@ -15,11 +15,13 @@ from omegaconf import DictConfig
 from selfdistill import config
 from selfdistill.config.messages import fail
 from selfdistill.config.permissions import granted_again, resume_command
+from selfdistill.config.secrets import without_secrets
 from selfdistill.config.targets import make
 from selfdistill.errors import UserError
 from selfdistill.files import disk_space, draft_of
 from selfdistill.rollout import Rollouts
 from selfdistill.runs.best import KeepBest, load_best
+from selfdistill.runs.budget import Budget
 from selfdistill.runs.callbacks import GeneratedTokens, MainDecides, use_callbacks
 from selfdistill.runs.evaluations import Evaluations
 from selfdistill.runs.folder import RunFolder
@@ -36,7 +38,7 @@ from selfdistill.training.checkpoints import CompleteCallback, StepBegun, damage
 from selfdistill.training.trainer import SelfDistillTrainer
 
 # What a resumed run may be given anew: how long it is to train.
-LENGTH = ("max_steps", "epochs")
+LENGTH = ("max_steps", "epochs", "budget_s", "budget_tokens")
 
 
 def resumed_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, config.Run]:
@@ -51,9 +53,10 @@ def resumed_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, c
     folder = RunFolder.open(Path(cfg.resume), write=False)
     saved = folder.config
     again = granted_again(saved, cfg, overrides, f"resume={cfg.resume}")
-    for override in overrides:
+    started_with = folder.overrides
+    for override, mask in zip(overrides, without_secrets(overrides), strict=True):
         key = override.lstrip("+~").split("=")[0]
-        if key not in ("resume", "check", *LENGTH, *again):
+        if key not in ("resume", "check", *LENGTH, *again) and mask not in started_with:
             raise UserError(
                 f"{key} cannot be changed when a run is resumed: its configuration is in {cfg.resume}/config.yaml."
             )
@@ -61,8 +64,9 @@ def resumed_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, c
     longer = [override.split("=")[0] for override in overrides if override.split("=")[0] in LENGTH]
     if "max_steps" in longer:
         saved.max_steps, saved.epochs = cfg.max_steps, None
-    if "epochs" in longer:
-        saved.epochs = cfg.epochs
+    for key in set(LENGTH) - {"max_steps"}:
+        if key in longer:
+            saved[key] = cfg[key]
     try:
         checked = config.check(saved)
     except UserError as error:
@@ -125,23 +129,22 @@ class Session:
 
     Attributes:
         folder: the run's folder.
-        final_accuracy: on the held-out rows, after the training; None before, and without an evaluation.
         at_end: what is closed when the run is over, however it ends.
     """
 
     def __init__(self, run: config.Run, record: NoRecord, processes: Processes, interruption: Interruption) -> None:
         self.run, self.record, self.processes, self.interruption = run, record, processes, interruption
         self.folder = record.folder
-        self.final_accuracy: float | None = None
         self.at_end = ExitStack()
         self._evaluations: Evaluations | None = None
         self._tokens = GeneratedTokens()
+        self._budget = Budget(run.budget_s, run.budget_tokens, lambda: self._tokens.count)
 
     def begin(self, parts: Parts) -> None:
         """Shows the plan, evaluates the start, and puts the callbacks in place."""
         trainer = parts.trainer
         self.record.begin(parts)
-        callbacks = [self._tokens, *self.record.callbacks(parts, self._tokens)]
+        callbacks = [self._tokens, self._budget, *self.record.callbacks(parts, self._tokens, self._budget)]
         if parts.evaluator is not None and self.run.eval is not None:
             self._evaluations = Evaluations(
                 parts.evaluator,
@@ -222,7 +225,6 @@ class Session:
                 else self._evaluations.again(trainer.model)
             )
             evaluations = {"before": self._evaluations.before or after, "after": after}
-            self.final_accuracy = after.get("eval/accuracy")
         self.record.end(parts, evaluations, interrupted=interrupted)
 
 

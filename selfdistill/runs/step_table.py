@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Group
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from selfdistill.evaluation.monitors import standard_names
 from selfdistill.machine.memory import peak_memory_gib
+from selfdistill.runs.budget import Budget
 from selfdistill.runs.screen import Screen
+from selfdistill.training.arguments import ENDLESS
 from selfdistill.training.reporting import TOTALS
 
 GAP = "  "
@@ -77,10 +79,17 @@ class StepTable(TrainerCallback):
         screen: shared with everything else that prints meanwhile; after other tables the header comes again.
         generated: how many tokens the run has generated so far.
         rows: how many rows at most, without the first and the last.
+        budget: what ends the training where that is not its number of steps.
     """
 
-    def __init__(self, screen: Screen, generated: Callable[[], int] = lambda: 0, rows: int = 38) -> None:
-        self.screen, self.generated, self.rows = screen, generated, rows
+    def __init__(
+        self,
+        screen: Screen,
+        generated: Callable[[], int] = lambda: 0,
+        rows: int = 38,
+        budget: Budget | None = None,
+    ) -> None:
+        self.screen, self.generated, self.rows, self.budget = screen, generated, rows, budget
         self._bar: Progress | None = None
         self._seen: dict[str, None] = {}
         self._header: tuple[list[Column], int] = [], 0
@@ -91,6 +100,7 @@ class StepTable(TrainerCallback):
         self._every = max(1, math.ceil((state.max_steps - state.global_step) / max(self.rows, 1)))
         self._row_step, self._row_tokens, self._seconds = state.global_step, self.generated(), 0.0
         self._logged, self._pending = state.global_step, None
+        self._row_share = self._share()
         self.screen.print(Group(Text("training", style="bold"), Text(EXPLAINED, style="dim")))
         self._header = [], 0
         if not self.screen.is_terminal:
@@ -98,18 +108,18 @@ class StepTable(TrainerCallback):
         self._bar = Progress(
             TextColumn("training"),
             BarColumn(bar_width=None),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[place]}"),
             TextColumn("{task.fields[left]}"),
             console=self.screen,
             expand=True,
             transient=True,
         )
-        self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step, left="")
+        self._task = self._bar.add_task("", total=1000, completed=self._done(state), left="", place=_place(state))
         self._bar.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, completed=state.global_step, left=self._left(state))
+            self._bar.update(self._task, completed=self._done(state), left=self._left(state), place=_place(state))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **event: Any) -> None:
         logs: Values = event["logs"]
@@ -118,8 +128,9 @@ class StepTable(TrainerCallback):
         step, named = state.global_step, standard_names(logs)
         self._seconds += (named.get("time/step_s") or 0.0) * (step - self._logged)
         self._logged = step
-        self._pending = {**named, "place": f"{step}/{state.max_steps}", "left": self._left(state)}
+        self._pending = {**named, "place": _place(state), "left": self._left(state)}
         due = step // self._every > self._row_step // self._every or self._row_step == self._first
+        due = due or int(self._share() * self.rows) > int(self._row_share * self.rows)
         if due or step >= state.max_steps:
             self._print_row(step)
 
@@ -134,11 +145,21 @@ class StepTable(TrainerCallback):
             self._bar.stop()
             self._bar = None
 
+    def _share(self) -> float:
+        """How much of the budget is spent."""
+        return self.budget.share if self.budget is not None else 0.0
+
+    def _done(self, state: TrainerState) -> int:
+        """How much of the training is done, in thousandths."""
+        return int(1000 * max(state.global_step / state.max_steps, self._share()))
+
     def _left(self, state: TrainerState) -> str:
         done, left = state.global_step - self._first, state.max_steps - state.global_step
         if done < 1:
             return ""
-        return clock((time.monotonic() - self._began) / done * left)
+        seconds = (time.monotonic() - self._began) / done * left
+        by_budget = self.budget.left_s if self.budget is not None else None
+        return clock(seconds if by_budget is None else min(seconds, by_budget))
 
     def _print_row(self, step: int) -> None:
         assert self._pending is not None
@@ -155,6 +176,12 @@ class StepTable(TrainerCallback):
             self._header = shown, self.screen.blocks
         self.screen.print_line(GAP.join(texts.get(column.title, "-").rjust(column.width) for column in shown))
         self._pending, self._row_step, self._row_tokens, self._seconds = None, step, tokens, 0.0
+        self._row_share = self._share()
+
+
+def _place(state: TrainerState) -> str:
+    """The step and how many there are, where a budget does not decide that."""
+    return f"{state.global_step}/{state.max_steps}" if state.max_steps < ENDLESS else str(state.global_step)
 
 
 def fitting(columns: list[Column], width: int) -> list[Column]:

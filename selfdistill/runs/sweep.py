@@ -1,14 +1,14 @@
-"""Sweeps (--multirun): all jobs are checked before the first starts, one that fails stops no other, a table ends it.
+"""Sweeps (--multirun): all jobs are checked before the first starts, one that fails stops no other, a table ends it."""
 
-`jobs.jsonl` in the sweep's folder has a line for each job, whatever launched it: number, overrides, status, run and
-message.
-"""
-
-import json
+import multiprocessing
 import os
+import shlex
+import sys
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +21,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from selfdistill.config import COMPOSITION_ERRORS, check, explain, fail
 from selfdistill.config.secrets import without_secrets
 from selfdistill.config.targets import check_targets
-from selfdistill.errors import UserError, without_passwords
-from selfdistill.files import write_atomically
+from selfdistill.errors import UserError
 from selfdistill.runs.folder import RunFolder
 from selfdistill.runs.preflight import look_for_files
-
-JOBS = "jobs.jsonl"
-GOOD = ("finished", "stopped", "checked")
-
-
-class Job:
-    """One run of this process; `folder` is its RunFolder as soon as there is one."""
-
-    folder: RunFolder | None = None
+from selfdistill.runs.screen import Screen
+from selfdistill.runs.sweep_folder import Job, JobStatus, SweepFolder, objective_of, resumed_arguments
+from selfdistill.runs.sweep_table import table_of
 
 
 class CheckSweep(Callback):
@@ -47,13 +40,8 @@ class CheckSweep(Callback):
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         """Takes the secrets out of multirun.yaml, which Hydra's sweepers write before their first job."""
-        file = Path(config.hydra.sweep.dir) / "multirun.yaml"
-        overrides = overrides_of(config.hydra)
-        if config.hydra.mode == RunMode.MULTIRUN and file.is_file() and without_secrets(overrides) != overrides:
-            written = file.read_text(encoding="utf-8")
-            for override, mask in zip(overrides, without_secrets(overrides), strict=True):
-                written = written.replace(override, mask)
-            write_atomically(file, without_passwords(written))
+        if config.hydra.mode == RunMode.MULTIRUN:
+            SweepFolder(config.hydra.sweep.dir).mask(overrides_of(config.hydra))
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Composes and checks every job, so that a bad one stops the sweep at once; `check=true` ends it here.
@@ -69,24 +57,42 @@ class CheckSweep(Callback):
                     "--multirun is for one process: each of several would choose and number the jobs by itself. Start "
                     "it without torchrun or accelerate, or launch the runs one after the other."
                 )
-            if not config.check and (Path(config.hydra.sweep.dir) / JOBS).exists():
-                folder = config.hydra.sweep.dir
-                raise UserError(f"hydra.sweep.dir={folder} holds a sweep already: name another folder.")
+            folder, resumes = SweepFolder(config.hydra.sweep.dir), config.get("resume_sweep") is not None
+            if not config.check and folder.exists and not resumes:
+                raise UserError(f"hydra.sweep.dir={folder.path} holds a sweep already: name another folder.")
+            if resumes:
+                _only_this_process_resumes(config)
+                still = [number for number, job in folder.settled().items() if job.status == "running"]
+                if still:
+                    raise UserError(f"resume_sweep={folder.path}: job {still[0]} is still running. Stop it first.")
             _name_by_swept_keys(config)
+            # The jobs are forks of this process, which therefore must not take hold of a GPU.
+            os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
             jobs = check_jobs(config) if issubclass(get_class(config.hydra.sweeper._target_), BasicSweeper) else None
         except (UserError, *COMPOSITION_ERRORS) as error:
             raise SystemExit(fail(explain(error))) from None
-        if config.check and jobs is not None:
-            rows = [
-                {"job": number, "overrides": overrides, "status": "checked"} for number, overrides in enumerate(jobs)
-            ]
-            _print_table(rows, f"{len(rows)} jobs checked: nothing was loaded or written")
+        if config.check:
+            rows = [Job(number, overrides, "checked") for number, overrides in enumerate(jobs or ())]
+            searches = "a search chooses its jobs as it goes: each is checked when it starts"
+            done = table_of(rows, f"{len(rows)} jobs checked: nothing was loaded or written")
+            Screen().print(searches if jobs is None else done)
             raise SystemExit(0)
+        if not resumes:
+            folder.begin(sys.argv[1:], jobs)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Prints the table of the jobs; the exit code is 1 where one of them failed."""
-        if not print_jobs(Path(config.hydra.sweep.dir).absolute()):
+        """Prints the table of the jobs and compares the runs; the exit code is 1 where one of them failed."""
+        folder = Path(config.hydra.sweep.dir)
+        went_well = print_jobs(folder)
+        if any(job.run for job in SweepFolder(folder).jobs().values()):
+            _compare(folder, config.objective)
+        if not went_well:
             raise SystemExit(1)
+
+
+def _only_this_process_resumes(config: DictConfig) -> None:
+    """Takes `resume_sweep` out of what the sweeper hands to the jobs, which are those of the plan."""
+    config.hydra.overrides.task = [o for o in overrides_of(config.hydra) if not o.startswith("resume_sweep=")]
 
 
 def overrides_of(hydra_config: Any) -> list[str]:
@@ -123,7 +129,9 @@ def check_jobs(config: DictConfig) -> list[list[str]]:
     parser = OverridesParser.create(GlobalHydra.instance().config_loader())
     parsed = parser.parse_overrides([*given, *overrides_of(config.hydra)])
     (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    runs = [check(compose(config.hydra.job.config_name, list(job)), list(job)) for job in jobs]
+    known = SweepFolder(config.hydra.sweep.dir).jobs()
+    ahead = [job for number, job in enumerate(jobs) if number not in known or not known[number].is_done]
+    runs = [check(compose(config.hydra.job.config_name, list(job)), list(job)) for job in ahead]
     for run in runs:
         look_for_files(run)
 
@@ -134,23 +142,81 @@ def check_jobs(config: DictConfig) -> list[list[str]]:
     return [list(job) for job in jobs]
 
 
+class ThisJob:
+    """The job of a sweep that this process is at, or a run by itself.
+
+    Attributes:
+        objective: the value that a sweeper looks at; None before the end.
+        is_over: whether a sweep that goes on finished this job before.
+    """
+
+    def __init__(self, sweep: SweepFolder | None = None, job: Job | None = None) -> None:
+        self._sweep, self._job = sweep, job
+        self._run: RunFolder | None = None
+        self.objective = job.objective if job is not None else None
+        self.is_over = job is not None and job.is_done
+
+    def begin(self, run: RunFolder) -> None:
+        """Enters the run's folder."""
+        self._run = run
+        if self._job is not None:
+            self.note(replace(self._job, status="running", run=str(run.path), message=None))
+
+    def note(self, job: Job) -> None:
+        """Enters what has become of the job."""
+        self._job = job
+        if self._sweep is not None:
+            self._sweep.note(job)
+
+    def end(self, status: JobStatus, message: str | None) -> JobStatus:
+        """Enters how the job ended; returns its status, which is the run's where there is one."""
+        run = self._run
+        if run is not None and not run.path.exists():
+            status = "refused"  # before it began
+        elif run is not None:
+            status = run.summary["status"]
+            self.objective = objective_of(run)
+        if self._job is not None:
+            where = str(run.path) if run is not None and status != "refused" else None
+            self.note(replace(self._job, status=status, run=where, message=message, objective=self.objective))
+        return status
+
+
 @contextmanager
-def job(cfg: DictConfig) -> Iterator[Job]:
-    """The context of one run. Within a sweep a failure ends this job alone, and stands in the sweep's table."""
-    this = Job()
+def job(cfg: DictConfig) -> Iterator[ThisJob]:
+    """The context of one run. Within a sweep a failure ends this job alone, and stands in the sweep's table.
+
+    A job that was interrupted, or killed, continues its run: `resume` is set.
+    """
     hydra_config = HydraConfig.get()
     if hydra_config.mode != RunMode.MULTIRUN:
+        this = ThisJob()
         yield this
+        if not cfg.check:
+            this.end("finished", None)
         return
     if cfg.group is None:
         cfg.group = "-".join(Path(hydra_config.sweep.dir).parts[-2:])
-    status, message = "failed", None
+    folder, number = SweepFolder(hydra_config.sweep.dir), int(hydra_config.job.num)
+    overrides = without_secrets(overrides_of(hydra_config))
+    planned = folder.settled().get(number)
+    if planned is None or (planned.status == "waiting" and planned.overrides != overrides):
+        planned = Job(number, overrides)
+    this, message = ThisJob(folder, planned), None
+    status: JobStatus = "failed"
     try:
+        if planned.overrides != overrides:
+            raise UserError(
+                "the search proposes other values than before, so it cannot go on: give it a seed when it is started, "
+                "hydra.sweeper.sampler.seed=0."
+            )
+        if planned.continues:
+            cfg.resume = planned.run
         yield this
         status = "finished"
     except (UserError, *COMPOSITION_ERRORS) as error:
         message = explain(error)
-        fail(f"job {hydra_config.job.num}: {message}")
+        fail(f"job {number}: {message}")
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
         traceback.print_exc()
@@ -158,59 +224,49 @@ def job(cfg: DictConfig) -> Iterator[Job]:
         status = "interrupted"
         raise
     finally:
-        folder = Path(hydra_config.sweep.dir)
-        status = _write(this, folder, status, message)
+        if not this.is_over:
+            status = this.end(status, message)
         with suppress(OSError):
-            os.removedirs(folder / hydra_config.sweep.subdir)  # Hydra made it; a refused run has left it empty
-        if status == "interrupted":
-            print_jobs(folder.absolute())
+            os.removedirs(folder.path / hydra_config.sweep.subdir)  # Hydra made it; a refused run has left it empty
+        if status == "interrupted" and multiprocessing.parent_process() is None:
+            print_jobs(folder.path)
     if status == "interrupted":
         raise SystemExit(130)  # a signal is meant for the whole sweep
 
 
-def _write(this: Job, folder: Path, status: str, message: str | None) -> str:
-    hydra_config = HydraConfig.get()
-    overrides = without_secrets(overrides_of(hydra_config))
-    line: dict[str, Any] = {"job": hydra_config.job.num, "overrides": overrides}
-    if this.folder is not None and not this.folder.path.exists():
-        status = "refused"  # before it began
-    elif this.folder is not None:
-        status = this.folder.summary["status"]
-        after = this.folder.summary.get("eval", {}).get("after", {})
-        line |= {"run": str(this.folder.path), "accuracy": after.get("eval/accuracy")}
-    line |= {"status": status, "message": message}
-    with (folder / JOBS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    return status
-
-
 def print_jobs(folder: Path) -> bool:
-    """Prints the table of a sweep's jobs so far; returns whether all of them went well."""
-    file = folder / JOBS
-    if not file.exists():
+    """Prints the table of a sweep's jobs so far, and how to go on; returns whether all of them went well."""
+    jobs = list(SweepFolder(folder).settled().values())
+    if not jobs:
         return True
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    _print_table(sorted(rows, key=lambda row: row["job"]), f"{len(rows)} jobs, written to {folder}")
-    return all(row["status"] in GOOD for row in rows)
+    screen = Screen()
+    screen.print(table_of(jobs, f"{len(jobs)} jobs, written to {folder}"))
+    left = [job for job in jobs if not job.is_done]
+    if left:
+        counts = ", ".join(f"{count} {status}" for status, count in Counter(job.status for job in left).items())
+        again = f"python -m selfdistill.train resume_sweep={shlex.quote(str(folder))}"
+        screen.print(f"{counts}; go on with: {again}", markup=False, soft_wrap=True)
+    return not left
 
 
-def _print_table(rows: list[dict[str, Any]], title: str) -> None:
-    from rich.table import Table
-    from rich.text import Text
+def _compare(folder: Path, metric: str) -> None:
+    """Writes the comparison of the sweep's runs into its folder, and shows it; a failure leaves the runs alone."""
+    from selfdistill.comparison import report
+    from selfdistill.comparison.terminal import show
 
-    from selfdistill.runs import console
+    try:
+        show(*report(folder, metric=metric))
+    except Exception as error:  # noqa: BLE001 - the runs are done, whatever the report stumbles over
+        Screen().print(f"The runs could not be compared: {error}", markup=False)
 
-    same = set.intersection(*(set(row["overrides"]) for row in rows)) if len(rows) > 1 else set()
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("job", "overrides", "status", "accuracy", "run, or why not"):
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        accuracy = row.get("accuracy")
-        table.add_row(
-            str(row["job"]),
-            Text(" ".join(override for override in row["overrides"] if override not in same)),
-            row["status"],
-            "" if accuracy is None else f"{accuracy:.3f}",
-            Text(Path(row["run"]).name if row.get("run") else row.get("message") or ""),
-        )
-    console.make_console().print(table)
+
+def command_line(arguments: list[str]) -> list[str]:
+    """The arguments, where `sweep=NAME` and `resume_sweep=FOLDER` bring `--multirun` along.
+
+    Raises:
+        UserError: `resume_sweep` names no sweep, or another key stands beside it.
+    """
+    full = resumed_arguments(arguments)
+    sweeps = any(a.startswith(("sweep=", "resume_sweep=")) and not a.endswith("=null") for a in full)
+    flags = ("-m", "--multirun", "--help", "-h", "--cfg", "-c", "--info", "-i")
+    return ["--multirun", *full] if sweeps and not any(a.split("=")[0] in flags for a in full) else full

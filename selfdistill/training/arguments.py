@@ -31,6 +31,8 @@ class SelfDistillConfig(GRPOConfig):
 
 
 ARGUMENTS = frozenset(field.name for field in fields(SelfDistillConfig))
+# The number of steps of a run whose end a budget decides.
+ENDLESS = 10**9
 
 
 def use_cuda(hardware: Hardware) -> bool:
@@ -63,7 +65,7 @@ def trainer_arguments(run: Run, output_dir: Path) -> SelfDistillConfig:
     shared = asdict(run.training)  # what TRL calls by the same names, once ours are taken out
     # Old checkpoints are deleted by `checkpoints.rotate`, which keep_checkpoints is for.
     checkpoint_every, _, others = map(shared.pop, ("checkpoint_every", "keep_checkpoints", "arguments"))
-    steps, epochs = (1, 0.0) if run.dry_run else (-1 if run.epochs else run.max_steps, run.epochs or 0.0)
+    steps, epochs = (1, 0.0) if run.dry_run else (-1 if run.epochs else run.max_steps or ENDLESS, run.epochs or 0.0)
     arguments: dict[str, Any] = {
         "output_dir": str(output_dir),
         "seed": run.seed,

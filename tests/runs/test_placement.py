@@ -7,6 +7,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from selfdistill.comparison import charts
 from selfdistill.runs.sweep import CheckSweep
 from tests.command import Outcome, command
 
@@ -75,10 +76,12 @@ def test_nothing_empty_is_left(mistake: str, tmp_path: Path) -> None:
 
 
 def runs_of(sweep: Path) -> list[Path]:
-    return [Path(json.loads(line)["run"]) for line in (sweep / "jobs.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (sweep / "jobs.jsonl").read_text().splitlines()]
+    return [Path(line["run"]) for line in lines if line["status"] == "finished"]
 
 
-def test_the_runs_of_a_sweep_lie_below_its_folder(tmp_path: Path) -> None:
+def test_the_runs_of_a_sweep_lie_below_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(charts, "charts", lambda comparison: iter(()))  # pictures take seconds
     outcome = command(["--multirun", "seed=0,1", *FAST, "hydra.sweep.dir=mine"], tmp_path)
     assert outcome.code == 0, outcome.err
     assert {run.parent for run in runs_of(tmp_path / "mine")} == {Path("mine")}
@@ -89,7 +92,8 @@ def test_the_runs_of_a_sweep_lie_below_its_folder(tmp_path: Path) -> None:
     assert "hydra.sweep.dir=mine holds a sweep already" in outcome.err
 
 
-def test_a_subdir_names_the_runs_of_a_sweep(tmp_path: Path) -> None:
+def test_a_subdir_names_the_runs_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(charts, "charts", lambda comparison: iter(()))  # pictures take seconds
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"')
     paths = "data.path=embedded:half_known_train,bad.jsonl"
     where = ["hydra.sweep.dir=mine", "hydra.sweep.subdir=runs/${hydra.job.num}"]
@@ -135,12 +139,14 @@ class BasicSweeper:
 
 
 @pytest.mark.parametrize("name", ["tests.runs.test_placement.BasicSweeper", "tests.runs.test_placement.OwnGrid"])
-def test_a_sweeper_is_a_grid_by_what_it_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweeper_is_a_grid_by_what_it_is(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper as Grid  # Hydra loads its plugins anew at times
 
     checked: list[str] = []
     monkeypatch.setattr("tests.runs.test_placement.OwnGrid", type("OwnGrid", (Grid,), {}), raising=False)
     monkeypatch.setattr("selfdistill.runs.sweep.check_jobs", lambda config: checked.append(name))
-    hydra = {"sweep": {"dir": "nowhere"}, "sweeper": {"_target_": name}}
+    monkeypatch.chdir(tmp_path)
+    hydra = {"sweep": {"dir": "nowhere"}, "sweeper": {"_target_": name}, "overrides": {"task": [], "hydra": []}}
+    hydra["job"] = {"config": {"override_dirname": {"exclude_keys": []}}}
     CheckSweep().on_multirun_start(OmegaConf.create({"check": False, "hydra": hydra}))
     assert checked == ([name] if name.endswith("OwnGrid") else [])
