@@ -1,7 +1,9 @@
 """One message for the person who made the mistake: which key, what is wrong, what to write instead."""
 
+import os
 import re
 import sys
+import time
 
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
@@ -19,6 +21,9 @@ COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
 # How to do without a group; the others are always there.
 WITHOUT = {"reward": "none", "teacher": "none", "eval": "none", "export": "none", "logger": "none", "monitors": "off"}
 
+# How long the first of several processes has to say what all have to say.
+FIRST_SAYS_S = 10.0
+
 # C0 and C1 but tab and line feed, marks and overrides of direction, halves of surrogate pairs.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # Choices of Hydra's plugins, which come with the extra `sweep`.
@@ -27,8 +32,15 @@ SWEEP_EXTRA = (
 )  # fmt: skip
 
 
-def fail(message: str) -> int:
-    """Prints the message, which may quote a completion, and gives the exit code of a refused command."""
+def fail(message: str, *, alone: bool = False) -> int:
+    """Prints the message, which may quote a completion, and gives the exit code of a refused command.
+
+    Args:
+        alone: whether no other process of the command has this to say. Otherwise the first one says it, and the
+            launcher ends the others as soon as that one is gone; they speak if it has not.
+    """
+    if not alone and int(os.environ.get("RANK", 0)) > 0:
+        time.sleep(FIRST_SAYS_S)
     print(f"selfdistill: {printable(bounded(message))}", file=sys.stderr)
     return 2
 

@@ -23,6 +23,17 @@ def give_up_gathered(model: nn.Module) -> None:
             module.reshard()
 
 
+def share_tied(state: dict[str, Tensor], model: nn.Module) -> None:
+    """Lets every name of a tied parameter have one tensor in a gathered state, which has a copy for each name.
+
+    transformers saves a tensor once if several names share its memory, and reads the other names off the model.
+    """
+    first: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in state:
+            state[name] = state[first.setdefault(parameter, name)]
+
+
 def generate_in_step(model: nn.Module) -> None:
     """Lets each process generate for as long as one of them does, since every pass of a sharded model takes all.
 

@@ -24,8 +24,10 @@ from accelerate.utils import broadcast_object_list
 T = TypeVar("T")
 
 POLL_S = 0.3
-# How long a failed process stays for the main one to write down why: a launcher may kill all as soon as one is gone.
+# A launcher kills all processes as soon as one is gone with an exit code. So they stay until the main one has written
+# down why, and all but the one that failed stay a little longer, until that one has said why.
 ACKNOWLEDGE_S = 10.0
+SAY_S = 2.0
 _runs = itertools.count()  # a sweep trains several runs in the same processes, one after another
 
 
@@ -105,12 +107,19 @@ class Processes:
         return _read(self._store.compare_set("end", "", json.dumps(asdict(end))))
 
     def acknowledge(self, end: EarlyEnd) -> None:
-        """Called once the end is recorded: the main process says so, and the process that failed waits for that."""
-        if self.is_main and self.count > 1:
+        """Called once the end is recorded: the main process says so, and the others wait for that.
+
+        Returns in the process that left first, or else when that one should be gone.
+        """
+        if self.count == 1:
+            return
+        if self.is_main:
             self._store.set("written", "")
-        elif self.count > 1 and end.process == self.index:
+        else:
             with suppress(torch.distributed.DistError):
                 self._store.wait(["written"], timedelta(seconds=ACKNOWLEDGE_S))
+        if end.process != self.index:
+            time.sleep(SAY_S)
 
     def _stop_watching(self) -> None:
         self._over.set()

@@ -50,16 +50,15 @@ class NoRecord:
         begun: whether there is something to go on from, if the run ends early.
     """
 
-    begun = False
-
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder = folder
+    def __init__(self, folder: RunFolder, *, resumed: bool = False) -> None:
+        self.folder, self.begun = folder, resumed
 
     def say(self, notes: Sequence[str]) -> None:
         """Shows what someone should know who looks on."""
 
     def begin(self, parts: Parts) -> None:
         """Shows the configuration and the plan, and lists the rows of the data that were skipped."""
+        self.begun = True
 
     def callbacks(self, parts: Parts, tokens: GeneratedTokens, budget: Budget) -> list[TrainerCallback]:
         """The callbacks that record the training."""
@@ -99,7 +98,7 @@ class Record(NoRecord):
     """The record of the main process: run folder, logger and screen."""
 
     def __init__(self, cfg: DictConfig, run: Run, folder: RunFolder, logger: RunLogger) -> None:
-        super().__init__(folder)
+        super().__init__(folder, resumed=run.resume is not None)
         self.cfg, self.run, self.logger = cfg, run, logger
         self.screen = Screen()
         self.screen.keep(folder.path / LOG)
@@ -107,7 +106,6 @@ class Record(NoRecord):
         self._at_end.callback(self.screen.close)
         self._at_end.enter_context(heard(self.screen))
         self._recorder = RecordCallback(folder, logger, GeneratedTokens())
-        self.begun = run.resume is not None
         self._prompts_written = False
         self._monitor: MonitorCallback | None = None
         self._rows: list[dict[str, Any]] = []
@@ -118,7 +116,7 @@ class Record(NoRecord):
 
     def begin(self, parts: Parts) -> None:
         self._recorder.show(lambda: self.logger.start(self.folder, without_unread(self.cfg, self.run)))
-        self.begun = True
+        super().begin(parts)
         self._recorder.show(lambda: self.logger.files("config", self._there("config.yaml", ".hydra/overrides.yaml")))
         if evaluated := self.folder.summary.get("eval"):  # of a resumed run, whose end is evaluated again
             self.folder.update_summary(eval={"before": evaluated.get("before")})

@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from selfdistill import config
+from selfdistill.config.messages import fail
 from selfdistill.config.permissions import granted_again, resume_command
 from selfdistill.config.secrets import without_secrets
 from selfdistill.config.targets import make
@@ -245,18 +246,21 @@ def recorded(cfg: DictConfig, run: config.Run, hydra_config: DictConfig) -> Iter
     with Interruption(notice=processes.is_main) as interruption, processes:
         try:
             record = _open_record(cfg, run, hydra_config, processes)
-            processes.on_early_end = record.end_early
+            processes.on_early_end = partial(_end_early, record, interruption)
             session = Session(run, record, processes, interruption)
             with session.at_end:
                 yield session
         except BaseException as error:
-            end = processes.announce(_early_end(error, processes, interruption))
+            end = processes.announce(_reason(error, processes, interruption))
             if record is not None:
-                record.end_early(end)
+                _end_early(record, interruption, end)
             processes.acknowledge(end)
             if end.process != processes.index:  # the other process says why
                 raise SystemExit(end.exit_code) from None
-            if (message := _message(error, record, end, run)) is not None:
+            message = _message(error, record, end, run) or error
+            if isinstance(message, UserError) and not processes.is_main:
+                raise SystemExit(fail(str(message), alone=True)) from error
+            if message is not error:
                 raise message from error
             raise
         record.close()
@@ -267,7 +271,8 @@ def recorded(cfg: DictConfig, run: config.Run, hydra_config: DictConfig) -> Iter
 
 def _open_record(cfg: DictConfig, run: config.Run, hydra_config: DictConfig, processes: Processes) -> NoRecord:
     if not processes.is_main:
-        return NoRecord(RunFolder.open(Path(processes.share("")), write=False))
+        folder = RunFolder.open(Path(processes.share("")), write=False)
+        return NoRecord(folder, resumed=run.resume is not None)
     logger = make(run.logger, "logger") or NoLogger()
     if run.resume:
         folder = RunFolder.open(Path(run.resume))
@@ -278,7 +283,12 @@ def _open_record(cfg: DictConfig, run: config.Run, hydra_config: DictConfig, pro
     return Record(cfg, run, folder, logger)
 
 
-def _early_end(error: BaseException, processes: Processes, interruption: Interruption) -> EarlyEnd:
+def _end_early(record: NoRecord, interruption: Interruption, end: EarlyEnd) -> None:
+    interruption.notice = False  # a launcher signals the processes that are about to end by themselves
+    record.end_early(end)
+
+
+def _reason(error: BaseException, processes: Processes, interruption: Interruption) -> EarlyEnd:
     if not isinstance(error, Exception):
         return EarlyEnd("interrupted", interruption.exit_code, process=processes.index)
     return EarlyEnd(

@@ -52,8 +52,6 @@ class CheckSweep(Callback):
 
         # An ordinary exception would be turned into a warning by Hydra.
         try:
-            if int(os.environ.get("RANK", 0)) > 0:  # the first process says why
-                raise SystemExit(2)
             if int(os.environ.get("WORLD_SIZE", 1)) > 1:
                 raise UserError(
                     "--multirun is for one process: each of several would choose and number the jobs by itself. Start "

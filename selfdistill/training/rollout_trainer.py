@@ -21,7 +21,7 @@ from selfdistill.config.settings import RolloutSource
 from selfdistill.errors import UserError
 from selfdistill.files import disk_space
 from selfdistill.models.card import Card, base_of, finish_folder, write_card
-from selfdistill.models.sharding import generate_in_step
+from selfdistill.models.sharding import generate_in_step, share_tied
 from selfdistill.models.structure import has_dropout, inner_model, is_reference
 from selfdistill.rewards.adapter import ROLLOUTS
 from selfdistill.rollout import Prompt, Rollouts, shown_in, text_of
@@ -369,6 +369,8 @@ class RolloutTrainer(GRPOTrainer):
             raise UserError(f"{folder.name} could not be written: {error}{disk_space(folder.parent)}") from error
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if state_dict is not None:  # gathered from the processes
+            share_tied(state_dict, self.model)
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             finish_folder(Path(output_dir or self.args.output_dir or ""), self.card or self._own_card())

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -139,7 +139,8 @@ class SelfDistillTrainer(RolloutTrainer):
                 model=model, reward_funcs=self.rewards or [no_reward], args=args, train_dataset=train_dataset, **kwargs
             )
         use_standard_names(self)
-        if self.is_fsdp_enabled and self.accelerator.distributed_type != DistributedType.FSDP:
+        asked = parse_flag_from_env("ACCELERATE_USE_FSDP") or self.args.fsdp  # accelerate leaves it out on a CPU
+        if asked and self.accelerator.num_processes > 1 and self.accelerator.distributed_type != DistributedType.FSDP:
             raise UserError(
                 "FSDP needs GPUs: on a CPU accelerate does not shard. Start the processes with torchrun, without an "
                 "FSDP configuration."
