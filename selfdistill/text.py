@@ -1,6 +1,8 @@
 """Text from outside, made fit for tokenizers, files and terminals: feedback, completions, what a server writes."""
 
+import math
 import re
+from typing import Any
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 # Everything that steers a terminal or turns the direction of writing, apart from line breaks and tabs.
@@ -31,3 +33,23 @@ def _picture(character: str) -> str:
     if code < 0x20:
         return chr(0x2400 + code)
     return "\u2421" if code == 0x7F else f"\\u{code:04x}"
+
+
+def short(value: Any) -> str | None:
+    """A number in at most six characters (seven below zero): 0.412, 12.3, 1234, 4e-05."""
+    if not isinstance(value, int | float) or math.isnan(value):
+        return None
+    if value == 0 or 0.001 <= abs(value) < 10:
+        return f"{value:.3f}"
+    if abs(value) < 0.001 or abs(value) >= 100_000:
+        return f"{value:.0e}"
+    return f"{value:.1f}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def clock(seconds: float) -> str:
+    """A time in at most six characters: 8s, 4m05s, 2h03m, 3d04h."""
+    whole = round(seconds)
+    for unit, name, part, part_name in ((86_400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= unit:
+            return f"{whole // unit}{name}{whole % unit // part:02d}{part_name}"
+    return f"{whole}s"

@@ -15,6 +15,7 @@ from selfdistill.evaluation.monitors import standard_names
 from selfdistill.machine.memory import peak_memory_gib
 from selfdistill.runs.budget import Budget
 from selfdistill.runs.screen import Screen
+from selfdistill.text import clock, short
 from selfdistill.training.arguments import ENDLESS
 from selfdistill.training.reporting import TOTALS
 
@@ -193,23 +194,3 @@ def fitting(columns: list[Column], width: int) -> list[Column]:
             break
         columns.remove(least)
     return columns
-
-
-def short(value: Any) -> str | None:
-    """A number in at most six characters (seven below zero): 0.412, 12.3, 1234, 4e-05."""
-    if not isinstance(value, int | float) or math.isnan(value):
-        return None
-    if value == 0 or 0.001 <= abs(value) < 10:
-        return f"{value:.3f}"
-    if abs(value) < 0.001 or abs(value) >= 100_000:
-        return f"{value:.0e}"
-    return f"{value:.1f}" if abs(value) < 1000 else f"{value:.0f}"
-
-
-def clock(seconds: float) -> str:
-    """A time in at most six characters: 8s, 4m05s, 2h03m, 3d04h."""
-    whole = round(seconds)
-    for unit, name, part, part_name in ((86_400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
-        if whole >= unit:
-            return f"{whole // unit}{name}{whole % unit // part:02d}{part_name}"
-    return f"{whole}s"

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from selfdistill.runs.screen import Screen
-from selfdistill.runs.step_table import clock, short
 from selfdistill.runs.sweep_folder import Job
+from selfdistill.text import clock, short
 
 # What of metrics.jsonl is read for a job that runs.
 TAIL_BYTES = 65_536

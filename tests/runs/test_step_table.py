@@ -3,7 +3,8 @@ import io
 import pytest
 
 from selfdistill.runs.screen import Screen
-from selfdistill.runs.step_table import COLUMNS, StepTable, clock, fitting, short
+from selfdistill.runs.step_table import COLUMNS, StepTable, fitting
+from selfdistill.text import clock, short
 from tests.runs.test_callbacks import Loop
 
 FULL = {
