@@ -9,8 +9,8 @@ from tests.fuzz.forks import Row, counted, empty_folder
 from tests.torture.trials import RUNS, arguments, difference, fault, runs_in, summary, trained, unbroken
 
 POINTS = 12
-CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-UNCAUGHT = (signal.SIGQUIT, signal.SIGUSR1)
+CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+UNCAUGHT = (signal.SIGQUIT, signal.SIGALRM)
 
 
 def rows() -> list[Row]:

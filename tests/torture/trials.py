@@ -11,10 +11,11 @@ from tests.fuzz.forks import Trial, forked
 from tests.torture import faults
 
 LIMIT_S = 120.0
+GRANT = "trusted_prefixes=[tests]"  # a resumed run is granted its reward again
 RESUME = "resume=RUN"  # stands for the one run or the other
 TIMES = ("time/", "step_time", "eval_runtime", "num_tokens_per_s")
 COMMON = [
-    "reward=none", "+reward._target_=tests.saboteur.Saboteur", "trusted_prefixes=[tests]", "data=jsonl", "logger=none",
+    "reward=none", "+reward._target_=tests.saboteur.Saboteur", GRANT, "data=jsonl", "logger=none",
     "output_dir=outputs", "max_steps=5", "num_generations=2", "completions_per_step=4", "hardware=cpu",
     "hardware.per_device_batch_size=2", "hardware.threads=1", "rollout.max_completion_tokens=4", "learning_rate=0.003",
     "training.checkpoint_every=2", "training.keep_checkpoints=1",
@@ -103,6 +104,8 @@ def train(given: list[str]) -> None:
 
 def trained(given: list[str], folder: Path, fault: Callable[[Callable[[], None]], None] | None = None) -> Trial:
     """A command in a fork, in a folder, with a fault or without."""
+    if any(word.startswith("resume=") for word in given):
+        given = [*given, GRANT]
     _composed(tuple(RESUME if word.startswith("resume=") else word for word in given))  # here, for every fork to come
     work = partial(train, given)
     return forked(work if fault is None else partial(fault, work), folder, LIMIT_S)
@@ -159,7 +162,8 @@ def _content(run: Path) -> dict[str, Any]:
         {key: value for key, value in json.loads(line).items() if not key.startswith(TIMES)}
         for line in (run / "metrics.jsonl").read_text().splitlines()
     ]
-    content["completions.jsonl"] = (run / "completions.jsonl").read_text()
+    for name in ("completions.jsonl", "evaluation.jsonl"):
+        content[name] = (run / name).read_text() if (run / name).exists() else "none"
     end = summary(run)
     content["summary.json"] = {
         "step": end["step"],
