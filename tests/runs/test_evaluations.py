@@ -8,6 +8,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from selfdistill.evaluation.evaluator import Evaluation, Evaluator
 from selfdistill.rollout import Rollouts
+from selfdistill.runs.budget import Budget
 from selfdistill.runs.callbacks import GeneratedTokens
 from selfdistill.runs.evaluations import Evaluations
 from selfdistill.runs.folder import RunFolder
@@ -79,7 +80,7 @@ def test_the_record_of_other_processes_writes_nothing(tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in run.path.iterdir()}
     record, parts = NoRecord(RunFolder.open(run.path, write=False)), object.__new__(Parts)
     record.begin(parts)
-    assert record.callbacks(parts, GeneratedTokens()) == []
+    assert record.callbacks(parts, GeneratedTokens(), Budget(None, None, lambda: 0)) == []
     with record.busy("evaluating"):
         record.evaluation(0, {"eval/accuracy": 1.0}, [])
     record.rollouts(parts, Rollouts([], [], []))
