@@ -220,8 +220,6 @@ LOADING = [
         ["reward.tests_field=tests: the rows of embedded:half_known_train"],
     ),
     ("reward=multiple_choice", ["reward: embedded:half_known_train, row "]),
-    ("eval.scorer=null", ["eval.scorer=None: write something else than null"]),
-    ("eval.scorer=null --check", ["eval.scorer=None: write something else than null"]),
     ("model.tuning=lora model.lora.target_modules=[nope]", ["model.lora.target_modules: the model has no layer nope"]),
     ("data=jsonl data.path=empty.jsonl --check", ["empty.jsonl is empty"]),
     ("data=jsonl data.path=malformed.jsonl --check", ["malformed.jsonl, line 2: malformed JSON"]),

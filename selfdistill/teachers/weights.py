@@ -253,11 +253,10 @@ class Model(Weights):
 
     def compare(self, student: Speaker) -> list[str]:
         if self.module is None:  # not attached yet: its files say as much
+            tokenizer: PreTrainedTokenizerBase | None
             tokenizer, declared = files_of(self.name, local_files_only=self.loading["local_files_only"])
         else:
             settings = getattr(self.module, "generation_config", None)  # any module may teach
-            if self.tokenizer is None:  # a module of the user's own, given without one
-                return []
             tokenizer, declared = self.tokenizer, None if settings is None else settings.eos_token_id
         return compare_models(student, tokenizer, declared, f"teacher.weights.name={self.name}")
 

@@ -191,7 +191,7 @@ def test_initial_values_must_be_positive():
 
 def test_the_shipped_configurations():
     names = {"entropy", "repetition", "distinct_2", "length", "reward_spread", "grad_norm", "sampler_gap", "no_signal"}
-    names |= {"length_growth", "truncated", "divergence_ends"}
+    names |= {"length_growth", "truncated", "divergence_ends", "update_ratio", "updated_fraction", "unscored"}
     default, strict, off = (composed(name) for name in ("default", "strict", "off"))
     assert set(default.thresholds) == set(strict.thresholds) == names
     assert not default.can_stop

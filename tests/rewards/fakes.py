@@ -14,9 +14,14 @@ class CharTokenizer(PreTrainedTokenizerBase):
     """One id per letter; EOS follows the letters and never comes out of a text."""
 
     eos_token_id = EOS
+    chat_template = None
+    added_tokens_decoder: dict = {}
+    all_special_tokens: list = []
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [LETTERS.index(letter) for letter in text]}
+    def __call__(self, text: str | list[str], add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list]:
+        texts = [text] if isinstance(text, str) else text
+        ids = [[LETTERS.index(letter) for letter in one] for one in texts]
+        return {"input_ids": ids[0] if isinstance(text, str) else ids}
 
     def decode(self, ids: list[int]) -> str:
         return "".join(LETTERS[token] for token in ids if token < EOS)
