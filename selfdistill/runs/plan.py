@@ -19,7 +19,7 @@ from selfdistill.models.location import files_of, parameters
 from selfdistill.models.precision import precision_line
 from selfdistill.runs import console
 from selfdistill.training.arguments import precision, trainer_arguments, use_cuda
-from selfdistill.training.build import Parts, load_data
+from selfdistill.training.build import Parts, judge, load_data
 from selfdistill.training.language import language_findings
 from selfdistill.training.reward_trial import try_reward
 from selfdistill.training.row_checks import check_rows
@@ -34,7 +34,8 @@ def show_plan(cfg: DictConfig, run: Run) -> None:
     # The processes that a launcher has started are not connected yet; RANK is the number that it gave to each.
     screen = console.make_console(quiet=int(os.environ.get("RANK", 0)) > 0)
     reward = make(run.reward, "reward")
-    for group in ("teacher", "eval", "monitors"):
+    settings = make(run.eval, "eval")
+    for group in ("teacher", "monitors"):
         make(getattr(run, group), group)
     exporter = make(run.export, "export")
     arguments = trainer_arguments(_anywhere(run), Path())
@@ -43,11 +44,12 @@ def show_plan(cfg: DictConfig, run: Run) -> None:
         data = load_data(run, tokenizer)
         check_rows(reward, data.train, run.rollout, str(run.data.get("path", run.data["_target_"])), tokenizer)
         try_reward(reward, data.train, str(run.data.get("path", run.data["_target_"])))
+    judged_by = "nothing" if settings is None else judge(run, settings, reward)[1]
     counted = parameters(run.model.name)
     if counted is not None:
         run = replace(run, model=replace(run.model, parameters_billion=counted / 1e9))
     console.print_all(screen, console.config_tree(cfg))
-    console.print_all(screen, console.plan_table(_planned(run, data, arguments.max_steps)))
+    console.print_all(screen, console.plan_table(replace(_planned(run, data, arguments.max_steps), judge=judged_by)))
     if data is not None and data.bad_rows:
         screen.print(f"{len(data.bad_rows)} bad rows would be skipped, the first: {data.bad_rows[0]}", markup=False)
     for note in _notes(run, tokenizer, data):

@@ -240,6 +240,7 @@ def test_check_shows_the_plan_and_leaves_nothing(line: str, tmp_path: Path) -> N
         assert "note: model.name=Qwen/Qwen3-0.6B is not on this machine" in outcome.out
     else:
         assert "400 rows to train on, 200 held out" in outcome.out
+    assert re.search(r"^judge +exact_match", outcome.out, flags=re.M)
     assert "no weights were loaded, nothing was written" in outcome.out
 
 
