@@ -7,7 +7,6 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,9 +79,8 @@ def here(arguments: list[str]) -> None:
     with open_dict(cfg):
         del cfg["hydra"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            train.sweep, "job", lambda _: nullcontext(SimpleNamespace())
-        )  # which would print the error and exit
+        # The job of a sweep would print the error and exit.
+        patch.setattr(train.sweep, "job", lambda _: nullcontext(train.sweep.ThisJob()))
         train.run(cfg)
 
 
