@@ -62,12 +62,10 @@ def run(cfg: DictConfig) -> float | None:
         with session.recorded(cfg, checked, hydra_config) as this:
             job.begin(this.folder)
             parts = build(checked, this.folder.path, this.at_end)
-            parts.trainer.card = card = cards.card_of(asdict(checked), this.folder, len(parts.data.train))
+            parts.trainer.card = cards.card_of(asdict(checked), this.folder, len(parts.data.train))
             this.begin(parts)
             this.train(parts)
             this.end(parts)
-            if parts.trainer.is_world_process_zero():
-                cards.add_results(card, this.folder)
     return job.objective
 
 

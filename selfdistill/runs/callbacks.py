@@ -161,7 +161,12 @@ class CompletionsCallback(TrainerCallback):
         self._sampled_before: Rows = []  # by the process that a resumed run goes on from
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._kept = max((line["step"] for line in self.record.run.completions()), default=None)
+        steps = {line["step"] for line in self.record.run.completions()}
+        self._kept = max((step for step in steps if step < state.global_step), default=None)
+        if self._is_due(state.global_step):
+            self._kept = max(steps, default=None)
+        else:  # those of the end, which is not the end any more, or was not written whole
+            self.record.run.truncate_completions(state.global_step - 1)
         file = self._file(args, state)
         self._sampled_before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
 
@@ -177,9 +182,12 @@ class CompletionsCallback(TrainerCallback):
         return differing(self.rows(), self.keep) or self._sampled_before
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        step, kept = state.global_step, self._kept
-        if kept is None or (self.every_steps and step // self.every_steps > kept // self.every_steps):
-            self._keep(step)
+        if self._is_due(state.global_step):
+            self._keep(state.global_step)
+
+    def _is_due(self, step: int) -> bool:
+        kept = self._kept
+        return kept is None or bool(self.every_steps and step // self.every_steps > kept // self.every_steps)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step >= state.max_steps:  # an interrupted run is resumed, and then has what an unbroken one has

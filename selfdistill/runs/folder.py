@@ -278,6 +278,10 @@ class RunFolder:
         """Drop metrics and completions of steps after `step`, which a resumed run repeats; returns how many lines."""
         return self._metrics.truncate(step) + self._completions.truncate(step)
 
+    def truncate_completions(self, step: int) -> int:
+        """Drop completions of steps after `step`; returns how many lines."""
+        return self._completions.truncate(step)
+
     def write_prompts(self, samples: Sequence[PromptSample]) -> bool:
         """Write prompts.md; returns whether the teacher scored the very ids that the student sampled."""
         parts = ["# What student and teacher saw at step 0\n"]

@@ -23,7 +23,7 @@ from selfdistill.rollout import Rollouts
 from selfdistill.runs import console
 from selfdistill.runs.budget import Budget
 from selfdistill.runs.callbacks import CompletionsCallback, GeneratedTokens, MonitorCallback, RecordCallback
-from selfdistill.runs.cards import card_for_export
+from selfdistill.runs.cards import add_results, card_for_export
 from selfdistill.runs.evaluated import EVALUATION, write_items
 from selfdistill.runs.exported import EXPORT, export_command, note_exports
 from selfdistill.runs.finished import load_policy, read_run
@@ -178,6 +178,8 @@ class Record(NoRecord):
         places: dict[str, str | Path | None] = {"run": self.folder.path, "model": self.folder.path / MODEL}
         if evaluations:
             self.folder.update_summary(eval=evaluations)
+        if parts.trainer.card is not None:
+            add_results(parts.trainer.card, self.folder)
         if any(evaluations.values()):
             self.screen.print(console.change_table(_short(evaluations["before"]), _short(evaluations["after"])))
         exported: dict[str, Exported] = {}
