@@ -1,5 +1,6 @@
 """The trainer as people who come from TRL use it, and the mistakes that it refuses."""
 
+import copy
 import dataclasses
 import subprocess
 import sys
@@ -140,7 +141,7 @@ class Room:
 
 def with_tools() -> Any:
     """The tokenizer with a template that can render tools, which TRL wants for environments."""
-    tokenizer = tiny_tokenizer()
+    tokenizer = copy.deepcopy(tiny_tokenizer())
     tokenizer.chat_template = (files("trl") / "chat_templates" / "qwen2_5.jinja").read_text()
     return tokenizer
 
