@@ -78,6 +78,13 @@ def resumed_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, c
 def _check_unfinished(folder: RunFolder, run: config.Run, longer: list[str]) -> None:
     """A finished run is not trained any further, unless more steps are asked for."""
     status, step = folder.summary.get("status"), folder.summary.get("step") or 0
+    if run.tasks and longer:
+        raise UserError(f"{longer[0]} cannot be changed when a sequence of tasks goes on: it is that of every stage.")
+    if run.tasks and status == "finished":
+        raise UserError(
+            f"{folder.path} is finished: all of its tasks are trained. Start a new run from its model: "
+            f"model.name={folder.path / MODEL}"
+        )
     checkpoints = marked_checkpoints(folder.path)
     reached = max([step_of(path) for path in checkpoints[:1]], default=step if status == "finished" else 0)
     if "max_steps" in longer and run.max_steps is not None and run.max_steps < reached:
