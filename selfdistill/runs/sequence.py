@@ -133,12 +133,11 @@ class Sequence:
             cfg.resume, cfg.group = run.resume, cfg.group or self.folder.run_id
             if OmegaConf.select(cfg, "logger.group", default=...) is None:
                 cfg.logger.group = cfg.group
-        hydra_config = deepcopy(self.hydra_config)
-        OmegaConf.set_readonly(hydra_config, False)
-        with open_dict(hydra_config):
-            hydra_config.mode, hydra_config.run.folder = RunMode.RUN, str(path)
-            if option := hydra_config.runtime.choices.get(f"data@tasks.{task}"):
-                hydra_config.runtime.choices.data = option
+        # Without Hydra's types, which know no folder of a run.
+        hydra_config = OmegaConf.create({"hydra": OmegaConf.to_container(self.hydra_config, resolve=False)}).hydra
+        hydra_config.mode, hydra_config.run.folder = RunMode.RUN, str(path)
+        if option := hydra_config.runtime.choices.get(f"data@tasks.{task}"):
+            hydra_config.runtime.choices.data = option
         self.screen.print(f"\nstage {number + 1} of {len(self.tasks)}: {task}\n", markup=False)
         return cfg, run, hydra_config
 
