@@ -236,7 +236,7 @@ def test_settings_limit_rows_and_check_ranges(tmp_path):
     retention = load_retention(str(path), max_rows_per_suite=2)
     settings = EvalSettings(equals_answer, equals_answer, max_rows=3)
     evaluator = Evaluator(settings, iter(rows(*PROMPTS)), retention, seed=4)
-    assert [len(group[1]) for group in evaluator.groups] == [3, 2]
+    assert [len(group.rows) for group in evaluator.groups] == [3, 2]
     assert evaluator.seed == 4
     assert load_retention(None, max_rows_per_suite=2) == {}
     with pytest.raises(UserError, match=r"eval\.max_rows=0"):
