@@ -67,7 +67,9 @@ def run(cfg: DictConfig) -> float | None:
     return job.objective
 
 
-def _train(cfg: DictConfig, run: config.Run, hydra_config: Any, begun: Callable[[RunFolder], None] = lambda folder: None) -> None:
+def _train(
+    cfg: DictConfig, run: config.Run, hydra_config: Any, begun: Callable[[RunFolder], None] = lambda folder: None
+) -> None:
     """One run, from its folder to its export."""
     from selfdistill.runs import cards, session
     from selfdistill.training.build import build

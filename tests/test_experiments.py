@@ -21,6 +21,7 @@ from tests.teachers.server.stub_server import StubServer
 
 KEPT = Path(__file__).parent / "configs"
 EXPERIMENTS = options("experiment")
+SEQUENCES = ("continual",)  # of several runs, and so tried in tests/runs/test_sequence.py
 SHORT = [
     "debug=fast",
     "eval=none",
@@ -81,7 +82,7 @@ def served(experiment: str) -> Iterator[list[str]]:
         yield [f"teacher.base_url={stub.url}"]
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name not in SEQUENCES])
 def test_two_steps(experiment: str, served: list[str], tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

@@ -101,7 +101,8 @@ def _write(messages: list[dict[str, str]], sample: int) -> str:
 
 def _train(line: str, place: Place) -> None:
     # Another command writes the data; the jobs of one seed are those of the others.
-    words = place.words(line.replace("data/generated/", "written/").replace("seed=1,2,3", "seed=1"))
+    line = line.replace("data/generated/", "written/").replace("seed=1,2,3", "seed=1")
+    words = place.words(line.replace("--config-dir experiments/", f"--config-dir {ROOT}/experiments/"))
     door = "selfdistill.train" if "python" in words else "train"
     outcome = command([*words[words.index(door) + 1 :], "check=true"], place.folder)
     assert (outcome.code, outcome.left) == (0, set()), outcome.err

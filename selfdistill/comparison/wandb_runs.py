@@ -43,12 +43,16 @@ def load_wandb(path: str, *, group: str | None = None, api: Any = None) -> RunSe
     if not rows:
         raise UserError(f"W&B has no runs of {path[:QUOTED]}" + (f" in the group {group[:QUOTED]}." if group else "."))
     runs = pd.DataFrame.from_dict({name: row for name, (row, _, _) in rows.items()}, orient="index")
-    configs = pd.DataFrame.from_dict({name: config for name, (_, config, _) in rows.items()}, orient="index", dtype=object)
+    configs = pd.DataFrame.from_dict(
+        {name: config for name, (_, config, _) in rows.items()}, orient="index", dtype=object
+    )
     curves = pd.DataFrame.from_records([{"run": name, **line} for name, (*_, lines) in rows.items() for line in lines])
     curves = curves if len(curves) else pd.DataFrame(columns=["run", "step"])
     order = runs.sort_values("started", kind="stable").index
     swept = dict.fromkeys(key for run in found for key, _ in SWEPT.findall(run.name or ""))
-    return RunSet(runs.loc[order], configs.loc[order], list(swept), curves.astype({"run": "category"}), {n: {} for n in rows})
+    return RunSet(
+        runs.loc[order], configs.loc[order], list(swept), curves.astype({"run": "category"}), {n: {} for n in rows}
+    )
 
 
 def _row(run: Any) -> dict[str, Any]:
@@ -84,5 +88,8 @@ def _config(run: Any) -> dict[str, Any]:
 
 def _curve(run: Any) -> list[dict[str, Any]]:
     """The numbers of each logged step; tables and W&B's own columns are left out."""
-    lines = ({k: v for k, v in line.items() if isinstance(v, int | float) and not k.startswith("_")} for line in run.scan_history())
+    lines = (
+        {k: v for k, v in line.items() if isinstance(v, int | float) and not k.startswith("_")}
+        for line in run.scan_history()
+    )
     return [line for line in lines if "step" in line]

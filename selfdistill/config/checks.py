@@ -41,7 +41,12 @@ def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> Run:
     values = _resolved(typed, cfg)
     _check_sources(values)
     for group, kind in get_type_hints(Run).items():
-        if group not in SOURCES and not is_dataclass(kind) and isinstance(values[group], dict) and "_target_" not in values[group]:
+        if (
+            group not in SOURCES
+            and not is_dataclass(kind)
+            and isinstance(values[group], dict)
+            and "_target_" not in values[group]
+        ):
             raise UserError(
                 f"{group} has no _target_, so nothing can be built from it: choose one of its options, "
                 f"e.g. {group}=NAME."

@@ -219,9 +219,7 @@ class Evaluator:
         return Evaluation(metrics, items)
 
 
-def _judged(
-    judge: tuple[str, Scorer], rows: Iterable[Row], most: int | None = None
-) -> tuple[str, list[Row], Scorer]:
+def _judged(judge: tuple[str, Scorer], rows: Iterable[Row], most: int | None = None) -> tuple[str, list[Row], Scorer]:
     return judge[0], list(islice(rows, most)), judge[1]
 
 

@@ -60,7 +60,9 @@ class HarnessSettings(EvalSettings):
         if find_spec("lm_eval") is None:
             raise UserError(f"eval=lm_eval: lm-eval is not installed. {INSTALL} brings it.")
         if not self.tasks or isinstance(self.tasks, str):
-            raise UserError("eval.tasks: write a list of lm-eval's tasks or of YAML files, e.g. eval.tasks=[hellaswag].")
+            raise UserError(
+                "eval.tasks: write a list of lm-eval's tasks or of YAML files, e.g. eval.tasks=[hellaswag]."
+            )
         for name in self.tasks:
             if name.endswith(FILES):
                 _check_file(name, Path(name), trusted="lm_eval" in self.trusted_prefixes)
@@ -99,7 +101,9 @@ class HarnessSettings(EvalSettings):
             except UserError:
                 raise
             except Exception as error:  # whatever a task's data, its templates and its metrics stumble over
-                raise UserError(f"eval.tasks: lm-eval failed: {shortened(f'{type(error).__name__}: {error}')}") from error
+                raise UserError(
+                    f"eval.tasks: lm-eval failed: {shortened(f'{type(error).__name__}: {error}')}"
+                ) from error
         return self._read(found)
 
     @cached_property
@@ -150,8 +154,8 @@ class HarnessSettings(EvalSettings):
         good = [key for key in wanted if higher.get(key.split(",")[0], True)]
         if not good:
             raise UserError(
-                f"eval.tasks: of {suite}'s {wanted[0].split(',')[0]} less is better, and forgetting is what is lost of a "
-                "score. Leave the task out, or name another of its metrics with eval.metric."
+                f"eval.tasks: of {suite}'s {wanted[0].split(',')[0]} less is better, and forgetting is what is lost of "
+                "a score. Leave the task out, or name another of its metrics with eval.metric."
             )
         return good[0]
 
@@ -177,14 +181,15 @@ def _requests(arguments: Any) -> list[Sequence[Any]]:
 
 
 def _check_file(name: str, file: Path, *, trusted: bool) -> None:
-    """Raises UserError unless a file of a task, and those it includes, are there and run no code that is not trusted."""
+    """Raises UserError unless a file of a task and those it includes are there, and run no code that is not trusted."""
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"eval.tasks={name}: {file} cannot be read: {error.strerror}.") from None
     if "!function" in text and not trusted:
         raise UserError(
-            f"eval.tasks={name}: {file} calls Python functions (!function). If you know them: trusted_prefixes=[lm_eval]."
+            f"eval.tasks={name}: {file} calls Python functions (!function). If you know what they do: "
+            "trusted_prefixes=[lm_eval]."
         )
     for included in re.findall(r"^include:\s*['\"]?([^'\"\s]+)", text, flags=re.MULTILINE):
         _check_file(name, file.parent / included, trusted=trusted)

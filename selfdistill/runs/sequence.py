@@ -96,7 +96,11 @@ def stage_config(cfg: DictConfig, run: Run, number: int, start: Path | None) -> 
         stage.data = cfg.tasks[task]
         stage.probes = {**cfg.probes, **{name: cfg.tasks[name] for name in others}}
         stage.tasks, stage.resume, stage.repeat = {}, None, None
-        stage.model.name, stage.model.revision, stage.model.adapter_path = model.name, model.revision, model.adapter_path
+        stage.model.name, stage.model.revision, stage.model.adapter_path = (
+            model.name,
+            model.revision,
+            model.adapter_path,
+        )
         if export is None:
             stage.export = None
     probes = {**run.probes, **{name: run.tasks[name] for name in others}}

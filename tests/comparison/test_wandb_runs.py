@@ -14,7 +14,9 @@ from tests.comparison.wandb_stub import Api
 
 
 def test_the_comparison_is_that_of_the_folders(tmp_path: Path) -> None:
-    write_sweep(tmp_path / "sweep", [{"alpha": 0, "beta": 0}, {"alpha": 1, "beta": 0}, {"alpha": 1, "beta": 0.04}], (1, 2, 3))
+    write_sweep(
+        tmp_path / "sweep", [{"alpha": 0, "beta": 0}, {"alpha": 1, "beta": 0}, {"alpha": 1, "beta": 0.04}], (1, 2, 3)
+    )
     write_run(tmp_path / "sweep" / "lost", {"experiment": "sdpo", "alpha": 0, "seed": 4}, status="failed", minute=9)
     api = Api(tmp_path / "sweep")
     here, there = load_runs(tmp_path / "sweep"), load_wandb("me/selfdistill", group="sweep", api=api)

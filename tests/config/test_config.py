@@ -29,6 +29,7 @@ NEEDS = {
     "teacher/context=feedback": ["reward=exact_match"],
     "reward=none": ["teacher=demonstration"],
     "reward=function": ["reward._target_=selfdistill.rewards.ExactMatch", "reward._partial_=false"],
+    "eval=lm_eval": ["eval.tasks=[hellaswag]"],
     "export=lora": ["model.tuning=lora"],
 }
 OPTIONS = [f"{group}={option}" for group in groups() for option in options(group)]

@@ -13,8 +13,8 @@ from tests.reference import ROOT
 
 PYTHON = Path(os.environ.get("SELFDISTILL_LM_EVAL", ROOT / ".venv-lm-eval")) / "bin" / "python"
 MISSING = (
-    f"NO ENVIRONMENT WITH lm-eval: {PYTHON} is not there. Nothing in tests/lm_eval ran. `make lm_eval` makes it, or set "
-    "SELFDISTILL_LM_EVAL to the folder of one."
+    f"NO ENVIRONMENT WITH lm-eval: {PYTHON} is not there. Nothing in tests/lm_eval ran. `make lm_eval` makes it, or "
+    "set SELFDISTILL_LM_EVAL to the folder of one."
 )
 
 

@@ -90,7 +90,7 @@ def test_a_choice_is_the_one_that_the_model_holds_likelier(tasks: dict[str, str]
 
 
 def test_it_stands_in_the_tables_of_our_own_suites(tasks: dict[str, str], tmp_path: Path) -> None:
-    """Before and after; the same rows, asked by lm-eval and by us, are answered alike; each process of several knows."""
+    """Before and after; the same rows, asked by lm-eval and by us, are answered alike."""
     run = [
         "experiment=sdpo", "eval=lm_eval", f"eval.tasks=[{tasks['calls']},{tasks['choices']}]", "max_steps=2",
         "eval.apply_chat_template=true", f"eval.max_rows_per_suite={ROWS}", "eval.max_rows=4", "completions_per_step=8",

@@ -49,7 +49,8 @@ def test_compare_runs_from_folders_and_from_wandb(tmp_path: Path, monkeypatch: p
         ]  # fmt: skip
         (run / "evaluation.jsonl").write_text("\n".join(rows).replace("True", "1.0").replace("False", "0.0") + "\n")
     monkeypatch.setenv("WANDB_RUNS", "me/selfdistill")
-    stub = f"import wandb\nfrom pathlib import Path\nfrom tests.comparison.wandb_stub import Api\nwandb.Api = lambda: Api(Path({str(sweep)!r}))"
+    stub = "import wandb\nfrom pathlib import Path\nfrom tests.comparison.wandb_stub import Api\n"
+    stub += f"wandb.Api = lambda: Api(Path({str(sweep)!r}))"
     said = execute("compare_runs.ipynb", tmp_path, monkeypatch, stub)
     local, remote = said.split("•")[1:3], said.split("•")[3:5]
     assert len(local) == 2 and [line.strip() for line in local] == [line.strip() for line in remote]
