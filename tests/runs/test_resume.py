@@ -166,9 +166,8 @@ def test_terminated_and_resumed(unbroken: Any, data: Path, tmp_path: Path) -> No
     assert len(parts) == 2 and all(name.endswith(f"-{run.name}") for name in parts)
 
 
-@pytest.mark.parametrize(
-    ("name", "step"), [("grpo_with_kl", 6), pytest.param("teacher_average", 8, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "step"), [("grpo_with_kl", 6), ("teacher_average", 8)])
 def test_failed_and_resumed(
     name: str, step: int, unbroken: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +191,7 @@ def test_failed_and_resumed(
     assert not (run / "error.txt").exists()
 
 
+@pytest.mark.long
 def test_killed_before_the_first_checkpoint(
     unbroken: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +249,7 @@ def test_a_run_that_has_taken_all_its_steps_goes_straight_to_its_end(
     assert without_times[0] == without_times[1]
 
 
+@pytest.mark.long
 def test_a_finished_run_is_refused_or_given_more_steps(copied: Any) -> None:
     run = copied("adapter")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
