@@ -47,7 +47,7 @@ RUNS = {
         "training.num_iterations=2", "teacher=feedback", "policy_weight=1.0", "training.loss_type=dapo",
     ],
     "epochs_and_best": [
-        "epochs=2", "beta=0", "keep_best=eval/accuracy", "eval.every=2", "eval.max_rows=6",
+        "epochs=2.5", "beta=0", "keep_best=eval/accuracy", "eval.every=2", "eval.max_rows=6",
         "eval.max_new_tokens=8", "eval.max_rows_per_suite=2",
     ],
 }  # fmt: skip
