@@ -82,7 +82,10 @@ def served(experiment: str) -> Iterator[list[str]]:
         yield [f"teacher.base_url={stub.url}"]
 
 
-@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if name not in SEQUENCES])
+@pytest.mark.parametrize(
+    "experiment",
+    [e if e == "sdpo_feedback" else pytest.param(e, marks=pytest.mark.long) for e in EXPERIMENTS if e not in SEQUENCES],
+)
 def test_two_steps(experiment: str, served: list[str], tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
