@@ -114,6 +114,11 @@ class Sequence:
     def __init__(self, cfg: DictConfig, run: Run, hydra_config: DictConfig, folder: RunFolder) -> None:
         self.cfg, self.run, self.hydra_config, self.folder = cfg, run, hydra_config, folder
         self.tasks = list(run.tasks)
+        self.group = run.group or folder.run_id
+        # A logger that knows groups shows the stages together.
+        self.logger = run.logger
+        if run.logger is not None and "group" in run.logger:
+            self.logger = {**run.logger, "group": run.logger["group"] or self.group}
         self.screen = Screen()
         self.screen.keep(folder.path / LOG)
 
@@ -133,10 +138,8 @@ class Sequence:
         cfg, run = stage_config(self.cfg, self.run, number, self.path(number - 1) / MODEL if number else None)
         if self.status(number) is not None:
             run = replace(run, resume=str(path))
-        with open_dict(cfg):
-            cfg.resume, cfg.group = run.resume, cfg.group or self.folder.run_id
-            if OmegaConf.select(cfg, "logger.group", default=...) is None:
-                cfg.logger.group = cfg.group
+        run = replace(run, group=self.group, logger=self.logger)
+        cfg.resume, cfg.group = run.resume, self.group
         # Without Hydra's types, which know no folder of a run.
         hydra_config = OmegaConf.create({"hydra": OmegaConf.to_container(self.hydra_config, resolve=False)}).hydra
         hydra_config.mode, hydra_config.run.folder = RunMode.RUN, str(path)
@@ -201,7 +204,7 @@ class Sequence:
 
     def _log(self, before: Metrics, after: Metrics) -> None:
         """The sequence as a run of its own, beside those of its stages, once these are over."""
-        logger = make(self.run.logger, "logger") or NoLogger()
+        logger = make(self.logger, "logger") or NoLogger()
         try:
             logger.start(self.folder, self.cfg)
             logger.catch_up(self.folder.metrics(), [])
