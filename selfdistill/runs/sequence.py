@@ -169,8 +169,11 @@ class Sequence:
 
     def matrix(self) -> AccuracyMatrix:
         """The accuracies so far."""
-        rows = [{task: metrics[f"{PROBE}{task}"] for task in self.tasks} for metrics, _ in self.rows()]
-        return AccuracyMatrix(self.tasks, rows)
+        found = [metrics for metrics, _ in self.rows()]
+        for task in self.tasks:
+            if f"{PROBE}{task}" not in found[0]:
+                raise UserError(f"tasks.{task}: none of its evaluation rows can be judged, so it has no accuracy.")
+        return AccuracyMatrix(self.tasks, [{task: m[f"{PROBE}{task}"] for task in self.tasks} for m in found])
 
     def note(self, number: int) -> None:
         """Enters what is known after a stage: a line in metrics.jsonl, the report, the table on the screen."""
@@ -218,16 +221,16 @@ class Sequence:
     def end_early(self, error: BaseException) -> None:
         """Closes a sequence one of whose stages failed or was interrupted; one that never began leaves nothing."""
         began = [number for number in range(len(self.tasks)) if self.status(number) is not None]
+        interrupted = not isinstance(error, Exception) or (began and self.status(began[-1]) == "interrupted")
         with suppress(OSError, UserError):  # the error under way says more
-            if not began and not self.run.resume:
-                self.folder.discard()
-                return
-            interrupted = not isinstance(error, Exception) or (began and self.status(began[-1]) == "interrupted")
-            written = None if interrupted else "".join(traceback.format_exception(error))
-            self.folder.finish("interrupted" if interrupted else "failed", written)
-            again = resume_command(self.run, self.folder.path)
-            self.screen.print(f"the sequence goes on with: {again}", markup=False, soft_wrap=True)
+            if began or self.run.resume:
+                written = None if interrupted else "".join(traceback.format_exception(error))
+                self.folder.finish("interrupted" if interrupted else "failed", written)
+                again = resume_command(self.run, self.folder.path)
+                self.screen.print(f"the sequence goes on with: {again}", markup=False, soft_wrap=True)
         self.screen.close()
+        if not began and not self.run.resume:
+            self.folder.discard()
 
 
 def _forgotten(start: Metrics, metrics: Metrics) -> Metrics:

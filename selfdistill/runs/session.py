@@ -80,7 +80,7 @@ def _check_unfinished(folder: RunFolder, run: config.Run, longer: Set[str]) -> N
     """A finished run is not trained any further, unless more steps are asked for."""
     status, step = folder.summary.get("status"), folder.summary.get("step") or 0
     if run.tasks and longer:
-        raise UserError(f"{longer[0]} cannot be changed when a sequence of tasks goes on: it is that of every stage.")
+        raise UserError(f"{min(longer)} cannot be changed when a sequence of tasks goes on: it is that of every stage.")
     if run.tasks and status == "finished":
         raise UserError(
             f"{folder.path} is finished: all of its tasks are trained. Start a new run from its model: "

@@ -171,15 +171,29 @@ def test_a_kill_resumes_at_the_stage_it_was_in(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_a_stage_that_fails_ends_the_sequence_and_a_refused_one_leaves_nothing(tmp_path: Path) -> None:
+def test_a_stage_that_is_refused_is_mended_and_resumed(tmp_path: Path) -> None:
+    """Files that cannot be read are refused before anything is trained; rows that do not fit, at their own stage."""
     rows = [{"prompt": f"a{i}", "answer": "b", "golden_response": ["b"]} for i in range(40)]
-    (tmp_path / "good.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    (tmp_path / "bad.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows) + "{no json\n")
+    good, bad, bare = (tmp_path / f"{name}.jsonl" for name in ("good", "bad", "bare"))
+    good.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    bad.write_text(good.read_text() + "{no json\n")
+    bare.write_text("".join(f"{json.dumps({'prompt': row['prompt']})}\n" for row in rows))
     run = [*SHORT, "experiment=sft", "max_steps=1", "~data@tasks.first_word", "~data@tasks.long_sort"]
-    run += ["+data@tasks.mine=jsonl", "tasks.mine.path=good.jsonl", "hydra.run.dir=sequence"]
+    run += ["+data@tasks.mine=jsonl", "tasks.mine.eval_path=good.jsonl", "hydra.run.dir=sequence"]
     refused = command([*run, "tasks.mine.path=bad.jsonl"], tmp_path)
     assert refused.code == 2 and "bad.jsonl" in refused.err
-    assert refused.left == set(), "every task's data is read before the first stage"
-    checked = command([*run, "check=true"], tmp_path)
+    assert refused.left == set()
+    checked = command([*run, "tasks.mine.path=good.jsonl", "check=true"], tmp_path)
     assert checked.code == 0 and "half_known_train" in checked.out, checked.err
     assert checked.left == set()
+
+    stopped = command([*run, "tasks.mine.path=bare.jsonl"], tmp_path)
+    assert stopped.code == 2 and "bare.jsonl" in stopped.err
+    assert "the sequence goes on with: python -m selfdistill.train resume=sequence" in stopped.out
+    assert read(tmp_path / "sequence" / "summary.json")["status"] == "failed"
+    assert [folder.name for folder in folders(tmp_path / "sequence")] == ["sequence-1-half_known"]
+    bare.write_text(good.read_text())
+    outcome = command(["resume=sequence"], tmp_path)
+    assert outcome.code == 0, outcome.err
+    assert read(tmp_path / "sequence" / "summary.json")["status"] == "finished"
+    assert len(read(tmp_path / "sequence" / "sequence.json")["accuracy"]) == 3
