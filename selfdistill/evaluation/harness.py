@@ -135,7 +135,8 @@ class HarnessSettings(EvalSettings):
         for name, group in self._loaded["groups"].items():
             whole = any("," in key for key in found["results"].get(name) or {})
             suites |= {name: group} if whole else {task.task_name: task for task in group.get_all_tasks()}
-        metrics, items = {}, []
+        metrics: dict[str, float] = {}
+        items: list[Item] = []
         for suite in suites:
             key = self._metric(suite, found)
             metrics[f"{RETENTION}{suite}"] = float(found["results"][suite][key])

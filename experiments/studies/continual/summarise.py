@@ -64,11 +64,24 @@ def main() -> None:
     lines.append("")
     for metric in ("eval/task_forgetting", "eval/forgetting", "eval/accuracy"):
         claims = compare(found, metric=metric, baseline="experiment=study_grpo").fields[0].claims
-        lines += [f"- {sentence(claim)}" for claim in claims if claim.metric == metric]
+        lines += [f"- {_in_words(sentence(claim))}" for claim in claims if claim.metric == metric]
     page = (HERE / "README.md").read_text()
     written = re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n" + "\n".join(lines) + f"\n{END}", page, flags=re.S)
     (HERE / "README.md").write_text(written)
     print("\n".join(lines))
+
+
+def _in_words(text: str) -> str:
+    """A sentence with the names that the page uses."""
+    names = {
+        ", forgetting:": ", old skills lost:",
+        "eval/task_forgetting": "forgetting",
+        ", accuracy:": ", average accuracy:",
+    }
+    names |= {f"experiment={method}": name for method, name in METHODS.items()}
+    for theirs, ours in names.items():
+        text = text.replace(theirs, ours)
+    return text
 
 
 def _in_order(column: pd.Series) -> pd.Series:
