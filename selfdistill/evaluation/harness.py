@@ -87,7 +87,7 @@ class HarnessSettings(EvalSettings):
                 )
                 found: Any = lm_eval.simple_evaluate(
                     model=answering,
-                    tasks=[*self._loaded["groups"].values(), *self._alone.values()],
+                    tasks=[*self._groups.values(), *self._alone.values()],
                     task_manager=self._manager,
                     num_fewshot=self.num_fewshot,
                     limit=self.limit,
@@ -124,15 +124,22 @@ class HarnessSettings(EvalSettings):
         return self._manager.load(list(self.tasks))
 
     @property
+    def _groups(self) -> dict[str, Any]:
+        """The groups that belong to no other one."""
+        groups = self._loaded["groups"]
+        inner = {sub.name for name, group in groups.items() for sub in group.get_all_groups() if sub.name != name}
+        return {name: group for name, group in groups.items() if name not in inner}
+
+    @property
     def _alone(self) -> dict[str, Any]:
         """The tasks that belong to none of the groups."""
-        grouped = {task.task_name for group in self._loaded["groups"].values() for task in group.get_all_tasks()}
+        grouped = {task.task_name for group in self._groups.values() for task in group.get_all_tasks()}
         return {name: task for name, task in self._loaded["tasks"].items() if name not in grouped}
 
     def _read(self, found: Mapping[str, Any]) -> Evaluation:
         """A group that lm-eval puts together counts as one suite, and so does every task that is in none."""
         suites = dict(self._alone)
-        for name, group in self._loaded["groups"].items():
+        for name, group in self._groups.items():
             whole = any("," in key for key in found["results"].get(name) or {})
             suites |= {name: group} if whole else {task.task_name: task for task in group.get_all_tasks()}
         metrics: dict[str, float] = {}
