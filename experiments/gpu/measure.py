@@ -69,9 +69,14 @@ def _training(case: Case, device: Device, work: Path, meter: Meter) -> dict[str,
             trainer = trl_trainer(case, run, Path(folder))
         trainer.add_callback(meter.watch(trainer))
         trainer.train()
-        lengths = [line[LENGTH] for line in trainer.state.log_history if LENGTH in line]
+        log = trainer.state.log_history
+        lengths = [line[LENGTH] for line in log if LENGTH in line]
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    return {"parameters": parameters, "mean_completion_tokens": fmean(lengths) if lengths else None}
+    return {
+        "parameters": parameters,
+        "mean_completion_tokens": fmean(lengths) if lengths else None,
+        "losses": [line["loss"] for line in log if "loss" in line],
+    }
 
 
 def _loss(case: Case, device: Device, meter: Meter) -> dict[str, Any]:
@@ -96,13 +101,15 @@ def _loss(case: Case, device: Device, meter: Meter) -> dict[str, Any]:
         )[0]
 
     divergence = {"ours": ours, "trl": trls}[case.side]
+    losses = []
     for _ in range(device.work.steps):
         meter.begin()
         loss = divergence().mean()
         loss.backward()
         meter.end()
         student.grad = None
-    return {"tokens": tokens, "loss": loss.item()}
+        losses.append(loss.item())
+    return {"tokens": tokens, "losses": losses}
 
 
 def main() -> None:

@@ -1,12 +1,12 @@
 """Time and peak memory of each phase of training: ours beside TRL's trainers, with models of real sizes.
 
     python experiments/gpu/run.py                          what fits into ten minutes; again, and it goes on
-    python experiments/gpu/run.py --tiny                   the same in a tiny size on a CPU: does every script run?
+    python experiments/gpu/run.py --tiny --one-process     the same in a tiny size on a CPU: does every script run?
     python experiments/gpu/run.py --only sdpo --only gkd   cases whose names contain one of these
     python experiments/gpu/run.py --list                   the cases, and which of them are done
     python experiments/gpu/run.py --write                  RESULTS.md from what has been measured
 
-Each case has a process of its own and a time limit. Its record is a line of results.jsonl (results_tiny.jsonl), which is
+Each case has a process of its own and a time limit, except with --one-process, which saves their start. Its record is a line of results.jsonl (results_tiny.jsonl), which is
 what makes the next call go on after it; a case that fails leaves its error there, and the others go on.
 """
 
@@ -36,8 +36,11 @@ ERROR_CHARACTERS = 200
 
 def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     """The record of a case, which may be its error."""
+    if arguments.one_process:
+        return _measured_here(case, arguments)
     missing = [name for name in case.folders(arguments.tiny) if not (arguments.work / name).is_dir()]
     log = arguments.work / f"{case.name}.log"
+    log.unlink(missing_ok=True)
     if missing:
         error = _process(case, ["--prepare"], arguments, log, PREPARE_LIMIT_S)
         if error:
@@ -46,6 +49,17 @@ def run_case(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     out.unlink(missing_ok=True)
     error = _process(case, ["--out", str(out)], arguments, log, arguments.limit_s or case.limit_s)
     return _failed(case, error) if error else json.loads(out.read_text())
+
+
+def _measured_here(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
+    from experiments.gpu.device import this_device
+    from experiments.gpu.measure import measure
+
+    device = this_device(arguments.tiny, arguments.profile)
+    try:
+        return measure(case, device, arguments.work, time.time())
+    except Exception as error:
+        return _failed(case, f"{type(error).__name__}: {error}"[:ERROR_CHARACTERS])
 
 
 def _process(case: Case, more: list[str], arguments: argparse.Namespace, log: Path, limit_s: float) -> str | None:
@@ -60,7 +74,7 @@ def _process(case: Case, more: list[str], arguments: argparse.Namespace, log: Pa
         "TOKENIZERS_PARALLELISM": "false",
         "PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
     }
-    with log.open("w") as output:
+    with log.open("a") as output:
         process = subprocess.Popen(
             command, stdout=output, stderr=output, env=environment, cwd=ROOT, start_new_session=True
         )
@@ -109,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--list", action="store_true", help="the cases, and which are done")
     parser.add_argument("--again", action="store_true", help="also cases that are done; the last record counts")
     parser.add_argument("--write", action="store_true", help="write RESULTS.md from the records, and measure nothing")
+    parser.add_argument("--one-process", action="store_true", help="no process of its own for each case, and no limit")
     parser.add_argument("--profile", default="gpu_80gb", help="of conf/hardware, for the card at hand")
     parser.add_argument("--budget-s", type=float, default=570.0, help="no case is begun that might not end within it")
     parser.add_argument("--limit-s", type=float, help="of each case, instead of its own")

@@ -64,9 +64,7 @@ def peak_gib(record: Record, kind: str, phase: str | None = None) -> float | Non
     Args:
         kind: `peak_gib` or `used_gib`.
     """
-    found = [
-        value[kind] for step in record["steps"] for name, value in step.items() if phase is None or name == phase
-    ]
+    found = [value[kind] for step in record["steps"] for name, value in step.items() if phase is None or name == phase]
     return max(found, default=None)
 
 
@@ -110,7 +108,10 @@ def _most(record: Record) -> float:
 
 def opd_table(records: Mapping[str, Record]) -> str:
     """The fifteen updates beside what was published."""
-    lines = ["| trainer | GPUs | end to end s | trajectories/s | generated tokens/s | steady step s |", "|---|" * 1 + "---|" * 5]
+    lines = [
+        "| trainer | GPUs | end to end s | trajectories/s | generated tokens/s | steady step s |",
+        "|---|" * 1 + "---|" * 5,
+    ]
     for name, case in CASES.items():
         record = records.get(name)
         if case.work != OPD or record is None:
@@ -122,7 +123,9 @@ def opd_table(records: Mapping[str, Record]) -> str:
         trajectories = len(record["steps"]) * record["completions_per_step"]
         per_s = trajectories / record["end_to_end_s"]
         tokens = per_s * (record["mean_completion_tokens"] or record["completion_tokens"])
-        lines.append(f"| {who} | 1 | {record['end_to_end_s']:.0f} | {per_s:.2f} | {tokens:.1f} | {step_s(record):.2f} |")
+        lines.append(
+            f"| {who} | 1 | {record['end_to_end_s']:.0f} | {per_s:.2f} | {tokens:.1f} | {step_s(record):.2f} |"
+        )
     for who, (seconds, per_s, tokens, step) in PUBLISHED.items():
         lines.append(f"| {who} (published) | 2 × H100 80 GB | {seconds} | {per_s} | {tokens} | {step} |")
     return "\n".join(lines)
