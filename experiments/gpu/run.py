@@ -6,18 +6,21 @@
     python experiments/gpu/run.py --list                   the cases, and which of them are done
     python experiments/gpu/run.py --write                  RESULTS.md from what has been measured
 
-Each case has a process of its own and a time limit, except with --one-process, which saves their start. Its record is a line of results.jsonl (results_tiny.jsonl), which is
-what makes the next call go on after it; a case that fails leaves its error there, and the others go on.
+Each case has a process of its own and a time limit, except with --one-process, which saves their start. Its record is a
+line of results.jsonl (results_tiny.jsonl), which is what makes the next call go on after it; a case that fails leaves
+its error there, and the others go on.
 """
 
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -72,7 +75,8 @@ def _process(case: Case, more: list[str], arguments: argparse.Namespace, log: Pa
         "HF_HUB_OFFLINE": "1",
         "TRL_EXPERIMENTAL_SILENCE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "PYTORCH_CUDA_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
+        # One GPU, since the trainers would spread over all that they see; none for the tiny size.
+        "CUDA_VISIBLE_DEVICES": "" if arguments.tiny else os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
     }
     with log.open("a") as output:
         process = subprocess.Popen(
@@ -86,17 +90,21 @@ def _process(case: Case, more: list[str], arguments: argparse.Namespace, log: Pa
             _end(process)
     if code == 0:
         return None
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    said = lines[-1][:ERROR_CHARACTERS] if lines else "no message"
+    said = _error_in(log.read_text(errors="replace"))
     return f"killed by signal {-code}: {said}" if code < 0 else said
+
+
+def _error_in(output: str) -> str:
+    """The last line that names an error, for libraries may say goodbye after it; else the last line."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"(\[rank\d+\]: )?[\w.]*(Error|Exception|Exit)\b", line)]
+    return (errors or lines or ["no message"])[-1][:ERROR_CHARACTERS]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Ends the process and all that it started, such as a vLLM engine."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

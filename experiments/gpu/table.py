@@ -121,7 +121,8 @@ def opd_table(records: Mapping[str, Record]) -> str:
             lines.append(f"| {who} | 1 | failed: {record['error']} | | | |")
             continue
         trajectories = len(record["steps"]) * record["completions_per_step"]
-        per_s = trajectories / record["end_to_end_s"]
+        seconds = record["end_to_end_s"]
+        per_s = trajectories / seconds
         tokens = per_s * (record["mean_completion_tokens"] or record["completion_tokens"])
         lines.append(
             f"| {who} | 1 | {record['end_to_end_s']:.0f} | {per_s:.2f} | {tokens:.1f} | {step_s(record):.2f} |"
@@ -170,6 +171,7 @@ OPD_SAYS = (
     "number of trajectories. TRL's trainer has no sampled-token loss and minimises the whole reverse KL."
 )
 TINY_SAYS = (
-    "Models of 2 layers and hidden size 64 with 8 completions of at most 6 tokens a step, in float32; memory is that of "
-    "the whole process. Nothing follows from these numbers for a GPU."
+    "`run.py --tiny --one-process`: models of 2 layers and hidden size 64 with 8 completions of at most 6 tokens a "
+    "step, in float32, on a machine that did other work as well; memory is that of the whole process. Nothing follows "
+    "from these numbers for a GPU."
 )
