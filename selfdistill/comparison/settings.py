@@ -192,7 +192,11 @@ def _canonical(value: Any) -> Any:
 
 
 def _follows_seed(key: str, configs: pd.DataFrame) -> bool:
-    return "seed" in configs and bool((configs[key] == configs["seed"]).all())
+    """Also of a part that not all runs have: a teacher's seed, where others have no teacher."""
+    if "seed" not in configs:
+        return False
+    there = configs[key].notna() if key.endswith(".seed") else slice(None)
+    return bool((configs.loc[there, key] == configs.loc[there, "seed"]).all())
 
 
 def _below(key: str, parent: str) -> bool:
