@@ -369,7 +369,8 @@ def _check_unsloth(run: Run) -> None:
             raise UserError(f"{key}={quoted(value)}: unsloth does not read it. Write model.loader=transformers.")
     if vllm.mode == "server":
         raise UserError(
-            "hardware.vllm.mode=server: unsloth shares its weights with an engine of its own. Write colocate."
+            "hardware.vllm.mode=server: unsloth's engine has the weights of the trained model. Write "
+            "hardware.vllm.mode=colocate, or model.loader=transformers."
         )
 
 

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 # The environment of an engine in this process, read when vLLM is imported or started. Engine and trainer share the
-# process, so that weights are copied within it. The last two are for vLLM's build for a CPU: memory for keys and values,
-# in GiB, and threads that are pinned to no core, since the trainer computes on the same ones.
+# process, so that weights are copied within it. The last two are for vLLM's build for a CPU: memory for keys and
+# values, in GiB, and threads that are pinned to no core, since the trainer computes on the same ones.
 COLOCATED = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

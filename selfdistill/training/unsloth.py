@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from selfdistill.config.schema import Run
 from selfdistill.errors import UserError
 from selfdistill.machine.packages import CONFLICTS, Facts, installed
+from selfdistill.models.loading import resolve
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -75,7 +76,7 @@ def loading_arguments(run: Run) -> dict[str, Any]:
     """What `FastLanguageModel.from_pretrained` is called with."""
     model, hardware = run.model, run.hardware
     arguments = {
-        "model_name": model.name,
+        "model_name": resolve(model.name),
         "max_seq_length": model.max_seq_tokens,
         "load_in_4bit": model.load_in_4bit,
         "load_in_16bit": not model.load_in_4bit,

@@ -1,6 +1,7 @@
 """An installed unsloth for the tests, without a GPU: what we call is held against it, and nothing is loaded.
 
-`make unsloth` makes an environment with unsloth and this project, whose Python runs these tests. Any other one skips them.
+`make unsloth` makes an environment with unsloth and this project, whose Python runs these tests. Any other one skips
+them.
 """
 
 import os

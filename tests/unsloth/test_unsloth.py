@@ -59,27 +59,15 @@ def test_a_shared_engine_is_in_trls_generation(tmp_path: Path) -> None:
 def test_our_trainer_keeps_its_hooks_where_trl_was_rewritten(tmp_path: Path) -> None:
     """The contract's tests, in a process in which unsloth has done to TRL what it does beside a GPU."""
     contract = str(ROOT / "tests" / "training" / "test_contract.py")
-    how = [
-        "-m",
-        "pytest",
-        "-p",
-        "tests.unsloth.rewritten",
-        "-p",
-        "no:cacheprovider",
-        "-W",
-        "ignore",
-        "--rootdir",
-        str(ROOT),
-    ]
-    printed = done([*how, contract], tmp_path)
+    how = ["-p", "tests.unsloth.rewritten", "-p", "no:cacheprovider", "-W", "ignore", "--rootdir", str(ROOT)]
+    printed = done(["-m", "pytest", *how, contract], tmp_path)
     assert " passed" in printed and "skipped" not in printed, printed
 
 
 def done(words: list[str], folder: Path) -> str:
     """What a Python printed that ended well; unsloth writes the trainers that it compiles into the folder."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    words = [sys.executable, *words]
+    result = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout

@@ -80,9 +80,10 @@ class VllmServer:
             environment["VLLM_SERVER_DEV_MODE"] = "1"
         vocabulary = AutoConfig.from_pretrained(MODEL).vocab_size
         command = [
-            str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL, "--served-model-name", self._name,
-            "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--enforce-eager",
-            "--max-model-len", str(CONTEXT_TOKENS), "--max-logprobs", str(vocabulary), "--max-num-seqs", "16",
+            str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL,
+            "--served-model-name", self._name, "--host", "127.0.0.1", "--port", str(self.port),
+            "--dtype", "float32", "--enforce-eager", "--max-model-len", str(CONTEXT_TOKENS),
+            "--max-logprobs", str(vocabulary), "--max-num-seqs", "16",
             *self._options,
         ]  # fmt: skip
         with self._log.open("ab") as log:

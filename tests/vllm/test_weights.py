@@ -69,10 +69,12 @@ def scored(trainer: Any) -> Tensor:
 
 
 def asked(trainer: Any) -> list[list[int]]:
-    chats = [[{"role": "user", "content": text}] for text in QUESTIONS]
-    return [
-        trainer.processing_class.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for chat in chats
-    ]
+    return [ids_of(trainer, text) for text in QUESTIONS]
+
+
+def ids_of(trainer: Any, text: str) -> list[int]:
+    chat = [{"role": "user", "content": text}]
+    return trainer.processing_class.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
 
 
 @torch.no_grad()
@@ -108,9 +110,7 @@ def test_the_weights_make_up_for_a_sampler_that_differs(temperature: float, tmp_
     trainer = make(tmp_path, ["sort: d a c b", "sort: d a c b"], on_rollouts=keep, learning_rate=0.0, **size)
     trainer.vllm_generation.temperature = temperature
     with torch.no_grad():
-        ids = trainer.processing_class.apply_chat_template(
-            [{"role": "user", "content": "sort: d a c b"}], add_generation_prompt=True
-        )["input_ids"]
+        ids = ids_of(trainer, "sort: d a c b")
         wanted = trainer.model(torch.tensor([ids])).logits[0, -1].float().softmax(-1)
     trainer.train()
     ((weights, tokens, asked_with),) = kept
