@@ -193,9 +193,16 @@ def _clone(line: str, place: Place) -> None:
 
 
 def _vllm(line: str, place: Place) -> None:
-    """Its options are those that the tests start a real server with."""
+    """Its options are those that the tests start a real server with, or that TRL starts one for a trainer with."""
+    from trl.scripts.vllm_serve import ScriptArguments, build_command
+
     started = (ROOT / "tests" / "vllm" / "conftest.py").read_text()
-    assert not [word for word in place.words(line) if word.startswith("--") and f'"{word}"' not in started]
+    of_trl = build_command(ScriptArguments(model="student"))
+    given = place.words(line)
+    assert not [w for w in given if w.startswith("--") and f'"{w}"' not in started and w not in of_trl]
+    if "VLLM_SERVER_DEV_MODE=1" in given:
+        needed = of_trl[of_trl.index("--weight-transfer-config") :]
+        assert given[-len(needed) :] == needed
 
 
 def _launch(line: str, place: Place) -> None:
@@ -242,7 +249,7 @@ RULES: list[tuple[str, Callable[[str, Place], None]]] = [
     (r"make [\w-]+$", _make),
     (r"pip install \S+$", _pip),
     (r"git clone \S+ && cd \S+$", _clone),
-    (r"vllm serve |.*-m vllm\.entrypoints", _vllm),
+    (r"(VLLM_SERVER_DEV_MODE=1 )?vllm serve |.*-m vllm\.entrypoints", _vllm),
     (r"([A-Z_]+=\S+ )*(accelerate launch|torchrun) ", _launch),
     (r"python -c ", _python),
     (r"python -m (pytest )?tests\b", _tests),

@@ -26,8 +26,8 @@ ROOT = Path(__file__).parents[2]
 HERE = find_spec("vllm") is not None
 ENVIRONMENT = ROOT / ".venv-vllm" / "bin" / "python"
 PYTHON = Path(os.environ.get("SELFDISTILL_VLLM_PYTHON", sys.executable if HERE else ENVIRONMENT))
-# The tests whose engine is in their own process.
-COLOCATED = ("test_colocate.py", "test_weights.py")
+# The tests that need vLLM in their own process.
+COLOCATED = ("test_colocate.py", "test_weights.py", "test_server_mode.py")
 MODEL = resolve("embedded")
 NAME = "embedded"
 CONTEXT_TOKENS = 512
@@ -122,6 +122,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     server.wait()
     yield server
     server.kill()
+
+
+@pytest.fixture(scope="session")
+def eager() -> None:
+    """Engines of this process start in a second or two."""
+    from tests.vllm.eager import make_engines_eager
+
+    make_engines_eager()
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from tests.command import Outcome, command, options
 from tests.saboteur import VARIABLE
 from tests.vllm.conftest import NAME, ROOT, VllmServer
 
-pytestmark = [pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("eager")]
 COMMON = [
     "eval=none", "logger=none", "hardware=cpu", "hardware.threads=1", "training.checkpoint_every=0",
 ]  # fmt: skip
@@ -88,7 +88,7 @@ def test_a_killed_run_goes_on_with_the_numbers_of_an_unbroken_one(tmp_path: Path
     folder = tmp_path / "killed"
     folder.mkdir()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", VARIABLE: "kill:4"}
-    words = [sys.executable, "-m", "selfdistill.train", *six]
+    words = [sys.executable, "-m", "tests.vllm.eager", *six]
     killed = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert killed.returncode == -9, killed.stderr[-3000:]
     (broken,) = (folder / "outputs").iterdir()

@@ -1,6 +1,6 @@
 """What reaches a vLLM engine in the training process, and how its samples are weighed."""
 
-from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,10 @@ from selfdistill import SelfDistillTrainer
 from selfdistill.config.schema import Vllm
 from selfdistill.models.loading import load_model
 from selfdistill.training.arguments import SelfDistillConfig
-from selfdistill.training.engine import COLOCATED, starting_vllm
+from selfdistill.training.engine import starting_vllm
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("eager")]
 QUESTIONS = ["shout: lamp", "reverse: abc", "add: 3 4", "last of: a b c"]
-
-
-@pytest.fixture(autouse=True)
-def _environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name, value in COLOCATED.items():
-        monkeypatch.setenv(name, value)
-    yield
 
 
 def by_length(completions: list, **_: Any) -> list[float]:
@@ -42,7 +35,7 @@ def make(folder: Path, questions: list[str], **given: Any) -> Any:
         "remove_unused_columns": False, "lr_scheduler_type": "constant", "max_steps": 2,
     }  # fmt: skip
     vllm = Vllm("colocate", 0.3, standby=False, server_base_url=None, tensor_parallel_size=1, max_model_tokens=256)
-    with starting_vllm(vllm, cuda=False):
+    with starting_vllm(vllm, cuda=False) if given.get("vllm_mode") != "server" else nullcontext():
         return SelfDistillTrainer(
             model=model,
             reward_funcs=by_length,
