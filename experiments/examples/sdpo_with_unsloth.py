@@ -3,8 +3,8 @@
     pip install selfdistill[unsloth]
     python experiments/examples/sdpo_with_unsloth.py --model Qwen/Qwen2.5-7B-Instruct --data my.jsonl
 
-Unsloth changes TRL when it is imported, so it comes before everything that imports TRL; selfdistill comes next, and puts
-TRL's own trainer back beneath its own. The data has one {"prompt": …, "answer": …} a line.
+Unsloth changes TRL when it is imported, so it comes before everything that imports TRL; selfdistill, which comes next,
+puts TRL's trainer back beneath its own. The data has one {"prompt": …, "answer": …} a line.
 """
 
 import argparse
