@@ -46,6 +46,7 @@ def commands(page: Path) -> list[str]:
 
 
 COMMANDS = [(page, line) for page in PAGES for line in dict.fromkeys(commands(page))]
+SWEEPS = re.compile(r"--multirun|train -m |sweep=")  # each job of one is checked, which takes long
 
 
 @dataclass
@@ -264,7 +265,9 @@ def test_commands_are_found() -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "line"), COMMANDS, ids=[f"{page.relative_to(ROOT)}-{line}"[:80] for page, line in COMMANDS]
+    ("page", "line"),
+    [pytest.param(*case, marks=[pytest.mark.long] if SWEEPS.search(case[1]) else []) for case in COMMANDS],
+    ids=[f"{page.relative_to(ROOT)}-{line}"[:80] for page, line in COMMANDS],
 )
 def test_a_command_of_the_pages_runs(page: Path, line: str, place: Place) -> None:
     rule = _rule(line)

@@ -4,7 +4,7 @@ What the main process alone does is in `record`; how the end of one process ends
 """
 
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from selfdistill import config
 from selfdistill.config.messages import fail
+from selfdistill.config.overrides import key_of
 from selfdistill.config.permissions import granted_again, resume_command
 from selfdistill.config.secrets import without_secrets
 from selfdistill.config.targets import make
@@ -55,13 +56,13 @@ def resumed_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, c
     again = granted_again(saved, cfg, overrides, f"resume={cfg.resume}")
     started_with = folder.overrides
     for override, mask in zip(overrides, without_secrets(overrides), strict=True):
-        key = override.lstrip("+~").split("=")[0]
+        key = key_of(override)
         if key not in ("resume", "check", *LENGTH, *again) and mask not in started_with:
             raise UserError(
                 f"{key} cannot be changed when a run is resumed: its configuration is in {cfg.resume}/config.yaml."
             )
     saved.resume, saved.check = cfg.resume, cfg.check
-    longer = [override.split("=")[0] for override in overrides if override.split("=")[0] in LENGTH]
+    longer = {key_of(override) for override in overrides}.intersection(LENGTH)
     if "max_steps" in longer:
         saved.max_steps, saved.epochs = cfg.max_steps, None
     for key in set(LENGTH) - {"max_steps"}:
@@ -75,7 +76,7 @@ def resumed_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, c
     return saved, checked
 
 
-def _check_unfinished(folder: RunFolder, run: config.Run, longer: list[str]) -> None:
+def _check_unfinished(folder: RunFolder, run: config.Run, longer: Set[str]) -> None:
     """A finished run is not trained any further, unless more steps are asked for."""
     status, step = folder.summary.get("status"), folder.summary.get("step") or 0
     checkpoints = marked_checkpoints(folder.path)
@@ -238,7 +239,7 @@ def recorded(cfg: DictConfig, run: config.Run, hydra_config: DictConfig) -> Iter
     """
     arguments = run.training.arguments
     processes = Processes(
-        cpu=arguments.get("use_cpu", not use_cuda(run.hardware)),
+        cpu=not use_cuda(run.hardware),
         backend=arguments.get("ddp_backend"),
         timeout_s=arguments.get("ddp_timeout", 1800),
     )
