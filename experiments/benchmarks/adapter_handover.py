@@ -14,6 +14,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -77,11 +78,12 @@ def main() -> None:
 def compare(folder: Path, options: argparse.Namespace) -> None:
     model = student(folder / "model", options.hidden, options.layers, options.vocabulary)
     common = {"max_model_length": HERE.max_model_tokens, "max_num_seqs": PROMPTS, "gpu_memory_utilization": 0.3}
+    vllm_generation.LLM = partial(LLM, enforce_eager=True)  # neither engine is compiled
     merging = vllm_generation.VLLMGeneration(model, Accelerator(cpu=True), None, mode="colocate", **common)
     taking = LLM(
         model=str(folder / "model"), enable_lora=True, max_lora_rank=RANK, max_model_len=HERE.max_model_tokens,
         max_num_seqs=PROMPTS, max_num_batched_tokens=4096, logprobs_mode="processed_logprobs",
-        distributed_executor_backend="external_launcher",
+        distributed_executor_backend="external_launcher", enforce_eager=True,
     )  # fmt: skip
     request = LoRARequest("student", 1, str(folder / "adapter"), load_inplace=True)
 
