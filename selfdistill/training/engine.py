@@ -77,9 +77,8 @@ def starting_vllm(vllm: Vllm, *, cuda: bool) -> Iterator[None]:
     except (ConnectionError, NotImplementedError, RuntimeError, ValueError) as error:
         if isinstance(error, UserError) or not _came_from(error, "vllm", "trl.generation"):
             raise
-        raise UserError(
-            f"hardware.vllm.mode={vllm.mode}: vLLM says: {shortened(' '.join(str(error).split()))}"
-        ) from error
+        said = shortened(" ".join(str(error).split()))
+        raise UserError(f"hardware.vllm.mode={vllm.mode}: vLLM says: {said} Mend that, {_OTHERWISE}") from error
     finally:
         if packing is not None:
             utils.dispatch_cpu_unquantized_gemm = packing
