@@ -5,6 +5,7 @@ them.
 """
 
 import os
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 os.environ["UNSLOTH_ALLOW_CPU"] = "1"
+os.environ["UNSLOTH_COMPILE_LOCATION"] = tempfile.mkdtemp(prefix="unsloth-")  # what it writes is not for this folder
 HERE = find_spec("unsloth") is not None
 MISSING = (
     "NO unsloth IN THIS PYTHON: nothing in tests/unsloth ran. `make unsloth`, then "

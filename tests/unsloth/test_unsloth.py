@@ -47,11 +47,11 @@ def test_the_variable_for_standby_is_the_one_that_it_reads() -> None:
 def test_a_shared_engine_is_in_trls_generation(tmp_path: Path) -> None:
     """It takes the engine of the model, pushes no weights and hands the adapter over, whoever the trainer is."""
     program = (
-        "import inspect, tests.unsloth.rewritten\n"
+        "import tests.unsloth.rewritten, inspect\n"
         "from trl.generation.vllm_generation import VLLMGeneration as generation\n"
         "assert 'model.vllm_engine' in inspect.getsource(generation._init_vllm)\n"
         "assert 'shared_weights' in inspect.getsource(generation.sync_weights)\n"
-        "assert 'lora_request' in inspect.getsource(generation.generate)\n"
+        "assert generation.generate._unsloth_vllm_generation_lora_wrapped\n"
     )
     done(["-c", program], tmp_path)
 

@@ -1,5 +1,6 @@
 """Runs whose completions a vLLM engine samples in the training process, from their first line to their last."""
 
+import io
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import tests.command
 from tests.command import Outcome, command, options
 from tests.saboteur import VARIABLE
 from tests.vllm.conftest import NAME, ROOT, VllmServer
@@ -24,6 +26,18 @@ COMMON = [
 COLOCATED = [*COMMON, "hardware.vllm.mode=colocate"]
 # Student and sampler differ in precision alone: vLLM takes a model of 32 bits in 16.
 ROUNDING = 0.05  # nats
+
+
+class Terminal(io.StringIO):
+    """What is printed, with the descriptor that vLLM turns off for a while."""
+
+    def fileno(self) -> int:
+        return 2
+
+
+@pytest.fixture(autouse=True)
+def _terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tests.command.io, "StringIO", Terminal)
 
 
 def run(folder: Path, *overrides: str) -> tuple[list[dict[str, Any]], Outcome]:
@@ -81,7 +95,7 @@ def test_a_sampler_that_is_left_behind_raises_the_alarm(tmp_path: Path, monkeypa
 
 def test_a_killed_run_goes_on_with_the_numbers_of_an_unbroken_one(tmp_path: Path) -> None:
     six = [
-        *COLOCATED, "training.checkpoint_every=3", "max_steps=6", "reward=none", "beta=0.04",
+        *COLOCATED, "num_generations=2", "training.checkpoint_every=3", "max_steps=6", "reward=none", "beta=0.04",
         "+reward._target_=tests.saboteur.Saboteur", "trusted_prefixes=[tests]", "model.tuning=lora", "model.lora.r=4",
     ]  # fmt: skip
     unbroken, _ = run(tmp_path / "unbroken", *six)
