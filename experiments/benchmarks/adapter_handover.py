@@ -19,22 +19,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from selfdistill.training.engine import COLOCATED
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-for name, value in COLOCATED.items():
-    os.environ.setdefault(name, value)
-
-import torch  # noqa: E402
-from accelerate import Accelerator  # noqa: E402
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM  # noqa: E402
-from trl.generation import vllm_generation  # noqa: E402
-from vllm import LLM, SamplingParams  # noqa: E402
-from vllm.lora.request import LoRARequest  # noqa: E402
-
-from selfdistill.config.schema import Vllm  # noqa: E402
-from selfdistill.models.loading import resolve  # noqa: E402
-from selfdistill.training.engine import starting_vllm  # noqa: E402
+from selfdistill.config.schema import Vllm
+from selfdistill.models.loading import resolve
+from selfdistill.training.engine import COLOCATED, starting_vllm
 
 TOKENS, PROMPTS, RANK = 32, 16, 32
 HERE = Vllm("colocate", 0.3, standby=False, server_base_url=None, tensor_parallel_size=1, max_model_tokens=256)
@@ -71,11 +63,16 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    os.environ.update(COLOCATED)
     with tempfile.TemporaryDirectory() as folder, starting_vllm(HERE, cuda=False):
         compare(Path(folder), options)
 
 
 def compare(folder: Path, options: argparse.Namespace) -> None:
+    from trl.generation import vllm_generation
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
     model = student(folder / "model", options.hidden, options.layers, options.vocabulary)
     common = {"max_model_length": HERE.max_model_tokens, "max_num_seqs": PROMPTS, "gpu_memory_utilization": 0.3}
     vllm_generation.LLM = partial(LLM, enforce_eager=True)  # neither engine is compiled
@@ -94,7 +91,7 @@ def compare(folder: Path, options: argparse.Namespace) -> None:
     prompts = [{"prompt_token_ids": [5 + row, *range(5, 25)]} for row in range(PROMPTS)]
     how = SamplingParams(max_tokens=TOKENS, ignore_eos=True, temperature=0.0, logprobs=0)
 
-    def generate(engine: LLM, **adapter: Any) -> Any:
+    def generate(engine: Any, **adapter: Any) -> Any:
         return engine.generate(prompts, how, use_tqdm=False, **adapter)
 
     ways = {
