@@ -1,6 +1,7 @@
 # make demo   own environment, then a model that learns: SDPO on the embedded one
 # make test   own environment, then the tests
-# make test-long   the tests marked long, and those against a real vLLM and llama.cpp where `make vllm` and `make gguf` were run
+# make test-long   the tests marked long, and those against a real llama.cpp where `make gguf` was run
+# make test-engines   those against a real vLLM and unsloth, where `make vllm` and `make unsloth` were run
 # make torture   kills, signals, full disks, damage and hostile input; writes the tables of docs/ROBUSTNESS.md
 # make vllm   a real vLLM for the CPU, in an environment of its own with this project
 # make unsloth   unsloth in an environment of its own with this project, to hold our calls against it
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-long torture lint vllm unsloth gguf clean
+.PHONY: demo test test-long test-engines torture lint vllm unsloth gguf clean
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,11 +29,13 @@ test: $(BIN)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" --ignore tests/vllm --ignore tests/unsloth --ignore tests/gguf
 
 test-long: $(BIN)/.installed
-	# against a real vLLM and unsloth where `make vllm` and `make unsloth` were run, each by its environment's Python
-	OMP_NUM_THREADS=1 $$(test -f .venv-vllm/.installed && echo .venv-vllm/bin || echo $(BIN))/python -m pytest tests/vllm
-	OMP_NUM_THREADS=1 $$(test -f .venv-unsloth/.installed && echo .venv-unsloth/bin || echo $(BIN))/python -m pytest tests/unsloth
 	$(BIN)/python -m pytest tests/gguf
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m long --ignore tests/vllm --ignore tests/unsloth --ignore tests/gguf
+
+# Each by the Python of its environment; without that they are skipped loudly.
+test-engines: $(BIN)/.installed
+	OMP_NUM_THREADS=1 $$(test -f .venv-vllm/.installed && echo .venv-vllm/bin || echo $(BIN))/python -m pytest tests/vllm
+	OMP_NUM_THREADS=1 $$(test -f .venv-unsloth/.installed && echo .venv-unsloth/bin || echo $(BIN))/python -m pytest tests/unsloth
 
 torture: $(BIN)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture
