@@ -112,7 +112,6 @@ def load_policy(run: FinishedRun) -> "tuple[PreTrainedModel | PeftModel, PreTrai
 
     from selfdistill.models.loading import load_configured
 
-    # With transformers, whatever loaded it: unsloth would add an adapter of its own.
     arguments = dict(run.model)
     if (run.weights / "adapter_config.json").is_file():
         arguments["adapter_path"] = str(run.weights)
