@@ -4,13 +4,10 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import Any
 
 from selfdistill.config.schema import Vllm
 from selfdistill.errors import UserError, shortened
-
-if TYPE_CHECKING:
-    from torch.nn import Module
 
 # The environment of an engine in this process, read when vLLM is imported or started. Engine and trainer share the
 # process, so that weights are copied within it. The last two are for vLLM's build for a CPU: memory for keys and
@@ -84,7 +81,7 @@ def starting_vllm(vllm: Vllm, *, cuda: bool) -> Iterator[None]:
             utils.dispatch_cpu_unquantized_gemm = packing
 
 
-def _unpacked(layer: "Module", remove_weight: bool) -> None:
+def _unpacked(layer: Any, remove_weight: bool) -> None:
     from torch.nn.functional import linear
 
     layer.cpu_linear = linear
