@@ -1,11 +1,13 @@
 # make demo   own environment, then a model that learns: SDPO on the embedded one
 # make test   own environment, then the tests
-# make test-long   the tests marked long, and those against a real llama.cpp where `make gguf` was run
-# make test-engines   those against a real vLLM and unsloth, where `make vllm` and `make unsloth` were run
+# make test-long   the tests marked long
+# make test-engines   those against a real vLLM, unsloth, llama.cpp and lm-eval, as far as `make vllm`, `make unsloth`,
+#                     `make gguf` and `make lm_eval` were run
 # make torture   kills, signals, full disks, damage and hostile input; writes the tables of docs/ROBUSTNESS.md
 # make vllm   a real vLLM for the CPU, in an environment of its own with this project
 # make unsloth   unsloth in an environment of its own with this project, to hold our calls against it
 # make gguf   llama.cpp in an environment of its own, for export=gguf
+# make lm_eval   EleutherAI's lm-eval beside the project's packages, for eval=lm_eval
 # make lint   style and types
 PYTHON ?= python3
 VENV := .venv
@@ -13,7 +15,10 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-long test-engines torture lint vllm unsloth gguf clean
+# Each by the Python of an environment of its own.
+ENGINES := $(addprefix --ignore tests/,vllm unsloth gguf lm_eval)
+
+.PHONY: demo test test-long test-engines torture lint vllm unsloth gguf lm_eval clean
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -26,16 +31,17 @@ demo: $(BIN)/.installed
 	$(BIN)/python -m selfdistill.train experiment=sdpo max_steps=30
 
 test: $(BIN)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" --ignore tests/vllm --ignore tests/unsloth --ignore tests/gguf
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" $(ENGINES)
 
 test-long: $(BIN)/.installed
-	$(BIN)/python -m pytest tests/gguf
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m long --ignore tests/vllm --ignore tests/unsloth --ignore tests/gguf
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m long $(ENGINES)
 
 # Each by the Python of its environment; without that they are skipped loudly.
 test-engines: $(BIN)/.installed
 	OMP_NUM_THREADS=1 $$(test -f .venv-vllm/.installed && echo .venv-vllm/bin || echo $(BIN))/python -m pytest tests/vllm
 	OMP_NUM_THREADS=1 $$(test -f .venv-unsloth/.installed && echo .venv-unsloth/bin || echo $(BIN))/python -m pytest tests/unsloth
+	$(BIN)/python -m pytest tests/gguf
+	$(BIN)/python -m pytest tests/lm_eval
 
 torture: $(BIN)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture
@@ -71,5 +77,15 @@ gguf: .venv-gguf/.installed
 	  && PYTHONPATH=. .venv-gguf/bin/python selfdistill/models/export/llama_cpp.py && touch $@ ) \
 	  || echo "llama.cpp could not be built here: its tests will be skipped"
 
+# lm-eval with what it lacks, on top of the project's own packages: in there it would slow every start
+lm_eval: .venv-lm-eval/.installed
+
+.venv-lm-eval/.installed: $(BIN)/.installed
+	-( $(PYTHON) -m venv .venv-lm-eval \
+	  && $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	     > "$$(.venv-lm-eval/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/selfdistill.pth" \
+	  && .venv-lm-eval/bin/python -m pip install --quiet "lm_eval>=0.4.13,<0.5" && touch $@ ) \
+	  || echo "lm-eval could not be installed here: its tests will be skipped"
+
 clean:
-	rm -rf $(VENV) .venv-vllm .venv-unsloth .venv-gguf build dist *.egg-info outputs
+	rm -rf $(VENV) .venv-vllm .venv-unsloth .venv-gguf .venv-lm-eval build dist *.egg-info outputs

@@ -15,6 +15,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -27,6 +28,7 @@ from selfdistill.config.conf import CONF
 from selfdistill.config.messages import explain, fail
 from selfdistill.errors import UserError
 from selfdistill.runs import preflight, provenance, sweep
+from selfdistill.runs.folder import RunFolder
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -51,24 +53,36 @@ def run(cfg: DictConfig) -> float | None:
         if not cfg.check:
             preflight.prepare_imports(stored if cfg.resume else cfg)
         from selfdistill.config.targets import check_targets
-        from selfdistill.runs import cards, plan, session
+        from selfdistill.runs import plan, sequence, session
         from selfdistill.training.arguments import ARGUMENTS
-        from selfdistill.training.build import build
 
         if cfg.resume:
             cfg, checked = session.resumed_config(cfg, overrides)
         check_targets(checked, ARGUMENTS)
         if checked.check:
-            plan.show_plan(cfg, checked)
+            plan.show_plan(*sequence.first_stage(cfg, checked))
             return None
-        with session.recorded(cfg, checked, hydra_config) as this:
-            job.begin(this.folder)
-            parts = build(checked, this.folder.path, this.at_end)
-            parts.trainer.card = cards.card_of(asdict(checked), this.folder, len(parts.data.train))
-            this.begin(parts)
-            this.train(parts)
-            this.end(parts)
+        if checked.tasks:
+            sequence.train(cfg, checked, hydra_config, _train, job.begin)
+        else:
+            _train(cfg, checked, hydra_config, job.begin)
     return job.objective
+
+
+def _train(
+    cfg: DictConfig, run: config.Run, hydra_config: Any, begun: Callable[[RunFolder], None] = lambda folder: None
+) -> None:
+    """One run, from its folder to its export."""
+    from selfdistill.runs import cards, session
+    from selfdistill.training.build import build
+
+    with session.recorded(cfg, run, hydra_config) as this:
+        begun(this.folder)
+        parts = build(run, this.folder.path, this.at_end)
+        parts.trainer.card = cards.card_of(asdict(run), this.folder, len(parts.data.train))
+        this.begin(parts)
+        this.train(parts)
+        this.end(parts)
 
 
 def main() -> None:

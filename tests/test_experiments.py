@@ -21,6 +21,7 @@ from tests.teachers.server.stub_server import StubServer
 
 KEPT = Path(__file__).parent / "configs"
 EXPERIMENTS = options("experiment")
+SEQUENCES = ("continual",)  # of several runs, and so tried in tests/runs/test_sequence.py
 SHORT = [
     "debug=fast",
     "eval=none",
@@ -82,7 +83,8 @@ def served(experiment: str) -> Iterator[list[str]]:
 
 
 @pytest.mark.parametrize(
-    "experiment", [e if e == "sdpo_feedback" else pytest.param(e, marks=pytest.mark.long) for e in EXPERIMENTS]
+    "experiment",
+    [e if e == "sdpo_feedback" else pytest.param(e, marks=pytest.mark.long) for e in EXPERIMENTS if e not in SEQUENCES],
 )
 def test_two_steps(experiment: str, served: list[str], tmp_path: Path) -> None:
     from safetensors.torch import load_file

@@ -103,7 +103,8 @@ def _write(messages: list[dict[str, str]], sample: int) -> str:
 
 def _train(line: str, place: Place) -> None:
     # Another command writes the data; the jobs of one seed are those of the others.
-    words = place.words(line.replace("data/generated/", "written/").replace("seed=1,2,3", "seed=1"))
+    line = line.replace("data/generated/", "written/").replace("seed=1,2,3", "seed=1")
+    words = place.words(line.replace("--config-dir experiments/", f"--config-dir {ROOT}/experiments/"))
     door = "selfdistill.train" if "python" in words else "train"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checks, "installed", lambda package: True)  # a page may speak of vLLM's build for a CPU

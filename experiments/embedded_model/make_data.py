@@ -99,6 +99,8 @@ def main() -> None:
     skill_files(arguments.out, "half_known", world.pick, arguments.seed, foreign=False)
     skill_files(arguments.out, "near", world.near, arguments.seed, foreign=True)
     skill_files(arguments.out, "far", world.far, arguments.seed, foreign=True)
+    skill_files(arguments.out, "first_word", world.first_word, arguments.seed, foreign=False)
+    skill_files(arguments.out, "long_sort", world.long_sort, arguments.seed, foreign=False)
     text_files(arguments.out, arguments.seed)
     retention_file(arguments.out, arguments.seed)
 

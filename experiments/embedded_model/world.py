@@ -143,6 +143,20 @@ def far(rng: random.Random, held_out: bool = False) -> Example:
     return Example(f"spell: {w}", "-".join(w))
 
 
+def first_word(rng: random.Random, held_out: bool = False) -> Example:
+    """A task for sequences: an unknown request whose answers are of a known form, and near the half-known skill."""
+    words = [word(rng, held_out, 3, 6) for _ in range(rng.randint(3, 4))]
+    return Example("first: " + " ".join(words), words[0])
+
+
+def long_sort(rng: random.Random, held_out: bool = False) -> Example:
+    """A task for sequences: sorting six letters, one more than the model was taught."""
+    w = word(rng, held_out, 6, 6)
+    letters = list(w)
+    rng.shuffle(letters)
+    return Example(f"sort: {''.join(letters)}", "".join(sorted(w)))
+
+
 def arbitrary_content(rng: random.Random) -> str:
     """A response nobody could know: what following a demonstration is practised on."""
     form = rng.randrange(6)

@@ -11,6 +11,7 @@ Nothing here imports torch.
 
 from selfdistill.comparison.analysis import Comparison, compare
 from selfdistill.comparison.reading import RunSet, load_runs
+from selfdistill.comparison.wandb_runs import load_wandb
 from selfdistill.comparison.writing import report, write
 
-__all__ = ["Comparison", "RunSet", "compare", "load_runs", "report", "write"]
+__all__ = ["Comparison", "RunSet", "compare", "load_runs", "load_wandb", "report", "write"]

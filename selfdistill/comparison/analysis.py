@@ -15,7 +15,7 @@ from selfdistill.errors import UserError
 
 ACCURACY = "eval/accuracy"
 RETENTION = "eval/retention"
-LOWER_IS_BETTER = ("eval/forgetting", "loss", "cross_entropy", "kl")
+LOWER_IS_BETTER = ("eval/forgetting", "eval/task_forgetting", "loss", "cross_entropy", "kl")
 # A metric of the training counts as the mean of this share of its last logged steps.
 LAST_SHARE = 0.1
 

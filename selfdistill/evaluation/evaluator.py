@@ -20,6 +20,7 @@ from selfdistill.rewards.result import normalise
 Row = Mapping[str, Any]
 Scorer = Callable[..., list[Any]]
 RETENTION = "eval/retention/"  # before the name of a suite
+PROBE = "eval/task/"  # before the name of another task
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Item:
     """One row of an evaluation.
 
     Attributes:
-        suite: the old skill that the row asks for; None for the new task.
+        suite: the old skill that the row asks for, or task/NAME of another task; None for the new one.
         row: the row's id, or its number within its suite.
         prompt: a text, or messages.
         answer: what the model wrote, without special tokens.
@@ -47,6 +48,24 @@ class Evaluation:
 
     metrics: dict[str, float]
     items: list[Item]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows whose verdicts have a mean.
+
+    Attributes:
+        metric: the mean's name.
+        suite: what its items are entered under.
+        where: where the rows come from, and `key`, what names their judge, for messages.
+    """
+
+    metric: str
+    suite: str | None
+    where: str
+    key: str
+    rows: Sequence[Row]
+    scorer: Scorer
 
 
 def forgetting(before: Mapping[str, float], after: Mapping[str, float]) -> float | None:
@@ -105,6 +124,10 @@ class EvalSettings:
     def __post_init__(self) -> None:
         check_limits(type(self), vars(self), lambda name: f"eval.{name}={getattr(self, name)}")
 
+    def measure(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, seed: int) -> Evaluation:
+        """What is measured otherwise than by rows with a scorer, as `eval/retention/SUITE`; nothing here."""
+        return Evaluation({}, [])
+
 
 class Evaluator:
     """Answers fixed rows with a model and scores the answers.
@@ -113,6 +136,7 @@ class Evaluator:
         settings: `settings.scorer` must be there unless `scorer` is given.
         task: held-out rows of the new task. A row has `prompt` (a string, or messages) and whatever the scorer needs.
         retention: rows of each old skill, by suite.
+        probes: held-out rows of other tasks, by name; judged and limited as those of the task.
         scorer: judges the task in place of `settings.scorer`.
         chat_template_kwargs: passed to the tokenizer's chat template, for example {"enable_thinking": False}.
 
@@ -126,6 +150,7 @@ class Evaluator:
         task: Iterable[Row],
         retention: Mapping[str, Sequence[Row]],
         *,
+        probes: Mapping[str, Iterable[Row]] | None = None,
         scorer: Scorer | None = None,
         seed: int = 0,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -134,29 +159,31 @@ class Evaluator:
         self.scorer = scorer or settings.scorer
         if self.scorer is None:
             raise UserError("eval.scorer is null: name a reward that judges the answers.")
-        groups: list[tuple[str | None, Sequence[Row], Scorer]] = [
-            (None, list(islice(task, settings.max_rows)), self.scorer),
-            *((suite, rows, settings.retention_scorer) for suite, rows in retention.items()),
-        ]
-        self.groups = [group for group in groups if group[1]]
-        for suite, rows, _ in self.groups:
-            for index, row in enumerate(rows):
+        judged, most = ("eval.scorer", self.scorer), settings.max_rows
+        groups = [Group("eval/accuracy", None, "the evaluation data", *_judged(judged, task, most))]
+        for name, rows in (probes or {}).items():
+            groups.append(Group(f"{PROBE}{name}", f"task/{name}", f"probes.{name}", *_judged(judged, rows, most)))
+        for suite, rows in retention.items():
+            judge = f"eval.retention_scorer (suite '{suite}')", settings.retention_scorer
+            groups.append(Group(f"{RETENTION}{suite}", suite, f"the retention suite '{suite}'", *_judged(judge, rows)))
+        self.groups = [group for group in groups if group.rows]
+        for group in self.groups:
+            for index, row in enumerate(group.rows):
                 if not row.get("prompt"):
-                    where = "the evaluation data" if suite is None else f"the retention suite '{suite}'"
-                    raise UserError(f"row {index} of {where} has no prompt: write a 'prompt' that is not empty.")
+                    raise UserError(f"row {index} of {group.where} has no prompt: write a 'prompt' that is not empty.")
 
     def evaluate(self, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> Evaluation:
         """Generate and score; the model's mode, generation settings and the random state are left as they were.
 
         Returns:
             the rows with answers and verdicts, and as metrics `eval/accuracy` (mean score over the task's rows that
-            could be scored), `eval/retention/SUITE` (the same for an old skill) and `eval/retention` (mean over the
-            suites).
+            could be scored), `eval/task/NAME` (the same for another task), `eval/retention/SUITE` (for an old skill)
+            and `eval/retention` (mean over the suites).
 
         Raises:
             UserError: a scorer could judge no row of its group.
         """
-        prompts = [row["prompt"] for _, rows, _ in self.groups for row in rows]
+        prompts = [row["prompt"] for group in self.groups for row in group.rows]
         prompt_ids = [tokenize(prompt, tokenizer, self.chat_template_kwargs) for prompt in prompts]
         completion_ids = generate(
             model,
@@ -170,22 +197,30 @@ class Evaluator:
         metrics: dict[str, float] = {}
         items: list[Item] = []
         start = 0
-        for suite, rows, scorer in self.groups:
-            span = slice(start, start + len(rows))
-            start += len(rows)
-            key = "eval.scorer" if suite is None else f"eval.retention_scorer (suite '{suite}')"
+        for group in self.groups:
+            span = slice(start, start + len(group.rows))
+            start += len(group.rows)
             texts = tokenizer.batch_decode(completion_ids[span], skip_special_tokens=True)
             ids = {"completion_ids": completion_ids[span], "prompt_ids": prompt_ids[span]}
-            verdicts = _scores(key, scorer, rows, texts, **ids)
-            for place, (row, text, verdict) in enumerate(zip(rows, texts, verdicts, strict=True)):
-                items.append(Item(suite, str(row.get("id") or place), row["prompt"], text, verdict))
+            verdicts = _scores(group.key, group.scorer, group.rows, texts, **ids)
+            for place, (row, text, verdict) in enumerate(zip(group.rows, texts, verdicts, strict=True)):
+                items.append(Item(group.suite, str(row.get("id") or place), row["prompt"], text, verdict))
             scores = [verdict for verdict in verdicts if verdict is not None]
             if not scores:
-                raise UserError(f"{key} could judge none of {len(rows)} rows: does the data have the column it reads?")
-            metrics["eval/accuracy" if suite is None else f"{RETENTION}{suite}"] = fmean(scores)
+                raise UserError(
+                    f"{group.key} could judge none of {len(group.rows)} rows of {group.where}: does the data have the "
+                    "column it reads?"
+                )
+            metrics[group.metric] = fmean(scores)
+        beyond = self.settings.measure(model, tokenizer, self.seed)
+        metrics, items = metrics | beyond.metrics, items + beyond.items
         if retention := [value for name, value in metrics.items() if name.startswith(RETENTION)]:
             metrics["eval/retention"] = fmean(retention)
         return Evaluation(metrics, items)
+
+
+def _judged(judge: tuple[str, Scorer], rows: Iterable[Row], most: int | None = None) -> tuple[str, list[Row], Scorer]:
+    return judge[0], list(islice(rows, most)), judge[1]
 
 
 def _scores(

@@ -20,9 +20,9 @@ def card_of(run: Mapping[str, Any], folder: RunFolder, rows: int | None) -> Card
         rows: how many rows it is trained on, where that is known.
     """
     choices = labels_of(folder.path).chosen
-    name, data = run["model"]["name"], run.get("data") or {}
+    name, nodes = run["model"]["name"], list((run.get("tasks") or {}).values()) or [run.get("data") or {}]
     reward, teacher = ((run.get(group) or {}).get("_target_", "") for group in ("reward", "teacher"))
-    source = data.get("path") or data.get("_target_")
+    source = "`, `".join(str(node.get("path") or node.get("_target_") or "") for node in nodes)
     facts = {
         "method": f"`{choices['experiment']}`" if "experiment" in choices else "",
         "reward": f"`{choices.get('reward') or reward}`" if reward else "",

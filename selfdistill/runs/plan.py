@@ -19,7 +19,7 @@ from selfdistill.models.location import files_of, parameters
 from selfdistill.models.precision import precision_line
 from selfdistill.runs import console
 from selfdistill.training.arguments import precision, trainer_arguments, use_cuda
-from selfdistill.training.build import Parts, judge, load_data
+from selfdistill.training.build import Parts, judge, load_data, load_probes
 from selfdistill.training.language import language_findings
 from selfdistill.training.reward_trial import try_reward
 from selfdistill.training.row_checks import check_rows
@@ -42,6 +42,7 @@ def show_plan(cfg: DictConfig, run: Run) -> None:
     tokenizer, data = _tokenizer(run), None
     if tokenizer is not None and run.data.get("format") != "hub":
         data = load_data(run, tokenizer)
+        load_probes(run, tokenizer)
         check_rows(reward, data.train, run.rollout, str(run.data.get("path", run.data["_target_"])), tokenizer)
         try_reward(reward, data.train, str(run.data.get("path", run.data["_target_"])))
     judged_by = "nothing" if settings is None else judge(run, settings, reward)[1]

@@ -51,8 +51,9 @@ def look_for_files(run: Run) -> None:
     Raises:
         UserError: the first one that is not.
     """
-    if run.data["_target_"] == OUR_DATA:  # a loader of one's own may mean anything by a path
-        _look_for_data(run.data)
+    for key, node in run.sources.items():
+        if node["_target_"] == OUR_DATA:  # a loader of one's own may mean anything by a path
+            _look_for_data(key, node)
     if (path := run.model.retention_path) and not path.startswith(EMBEDDED_PREFIX):
         open_source(path, key="model.retention_path")
     local = run.model.local_files_only
@@ -64,10 +65,10 @@ def look_for_files(run: Run) -> None:
         look_for_model(teacher, "teacher.weights.name", local_files_only=local)
 
 
-def _look_for_data(data: dict[str, Any]) -> None:
+def _look_for_data(at: str, data: dict[str, Any]) -> None:
     from selfdistill.data.sources import EXTENSIONS
 
     for key in ("path", "eval_path"):
         if path := data.get(key):
             known = key == "eval_path" and Path(path).suffix.lower() in EXTENSIONS
-            open_source(path, key=f"data.{key}", format=None if known else data.get("format"))
+            open_source(path, key=f"{at}.{key}", format=None if known else data.get("format"))

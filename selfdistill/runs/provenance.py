@@ -119,7 +119,8 @@ def config_packages(versions: Mapping[str, str]) -> list[str]:
 
 def data_fingerprints(run: config.Run) -> dict[str, dict[str, Any]]:
     """Size and hash of every data file, by its path as configured; a hub dataset has neither."""
-    paths = [run.data.get("path"), run.data.get("eval_path"), run.model.retention_path]
+    paths = [node.get(key) for node in run.sources.values() for key in ("path", "eval_path")]
+    paths.append(run.model.retention_path)
     found: dict[str, dict[str, Any]] = {}
     for path in paths:
         if not isinstance(path, str):

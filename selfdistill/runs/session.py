@@ -79,6 +79,13 @@ def resumed_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, c
 def _check_unfinished(folder: RunFolder, run: config.Run, longer: Set[str]) -> None:
     """A finished run is not trained any further, unless more steps are asked for."""
     status, step = folder.summary.get("status"), folder.summary.get("step") or 0
+    if run.tasks and longer:
+        raise UserError(f"{min(longer)} cannot be changed when a sequence of tasks goes on: it is that of every stage.")
+    if run.tasks and status == "finished":
+        raise UserError(
+            f"{folder.path} is finished: all of its tasks are trained. Start a new run from its model: "
+            f"model.name={folder.path / MODEL}"
+        )
     checkpoints = marked_checkpoints(folder.path)
     reached = max([step_of(path) for path in checkpoints[:1]], default=step if status == "finished" else 0)
     if "max_steps" in longer and run.max_steps is not None and run.max_steps < reached:
@@ -333,7 +340,7 @@ def _how_to_go_on(run: config.Run, path: Path) -> str:
 
 
 def _disk_message(error: Exception, record: NoRecord | None) -> UserError | None:
-    """A disk that could not be written to before the run began, or a folder that is gone, is no fault of the program."""
+    """A disk that could not be written to before the run began, or a folder that is gone: no fault of the program."""
     if record is not None and not record.folder.is_there:  # safetensors, for one, has an error of its own for it
         return UserError(f"the run could not be written: {error} ({record.folder.path} is gone).")
     if not isinstance(error, OSError) or isinstance(error, ConnectionError | TimeoutError):

@@ -84,7 +84,7 @@ def launch_forked(
     """
     setup_globals()
     # Imported once, before the forks.
-    from selfdistill.runs import cards, plan, session  # noqa: F401
+    from selfdistill.runs import cards, plan, sequence, session  # noqa: F401
     from selfdistill.runs.sweep import overrides_of
     from selfdistill.training import build  # noqa: F401
 

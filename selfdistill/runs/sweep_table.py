@@ -60,6 +60,8 @@ def _limits(run: Path) -> dict[str, Any]:
     limits = {name: OmegaConf.select(config, name) for name in LIMITS}
     if OmegaConf.select(config, "epochs") is not None:
         del limits["max_steps"]  # epochs decide in its place
+    if tasks := len(OmegaConf.select(config, "tasks") or {}):
+        limits = {name: limit and limit * tasks for name, limit in limits.items()}  # of each stage of a sequence
     return {name: limit for name, limit in limits.items() if limit is not None}
 
 

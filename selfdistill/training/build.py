@@ -1,5 +1,6 @@
 """From a checked run to its parts."""
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from selfdistill.config.schema import Run
+from selfdistill.config.schema import Run, Target
 from selfdistill.config.targets import make
 from selfdistill.data import DataSplits
 from selfdistill.errors import UserError
@@ -118,11 +119,23 @@ def load_data(run: Run, tokenizer: PreTrainedTokenizerBase) -> DataSplits:
     Raises:
         UserError: a file or a row is wrong, or a loader of the user's own gives something else.
     """
-    data = make(run.data, "data", tokenizer=tokenizer)
+    return _load("data", run.data, tokenizer)
+
+
+def load_probes(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, DataSplits]:
+    """What each of `probes` gives.
+
+    Raises:
+        UserError: as in `load_data`.
+    """
+    return {name: _load(f"probes.{name}", node, tokenizer) for name, node in run.probes.items()}
+
+
+def _load(key: str, node: Target, tokenizer: PreTrainedTokenizerBase) -> DataSplits:
+    data = make(node, key, tokenizer=tokenizer)
     if not isinstance(data, DataSplits):
         raise UserError(
-            f"data._target_={run.data['_target_']} gives {type(data).__name__}: "
-            "let it return selfdistill.data.DataSplits."
+            f"{key}._target_={node['_target_']} gives {type(data).__name__}: let it return selfdistill.data.DataSplits."
         )
     return data
 
@@ -176,12 +189,17 @@ def _evaluator(
     if isinstance(scorer, AsksPolicy):
         scorer.bind(PolicyScorer(trainer.accelerator.unwrap_model(trainer.model), tokenizer))
     compares = answer_field(scorer) is not None
+
+    def judgeable(rows: Any) -> Iterator[Any]:
+        return (row for row in rows if not compares or row["answer"] or row["golden_response"])
+
     merge = run.data.get("system_turn") == "merge"
     chat, limit = bool(tokenizer.chat_template), settings.max_rows_per_suite
     evaluator = Evaluator(
         settings,
-        (row for row in data.eval if not compares or row["answer"] or row["golden_response"]),
+        judgeable(data.eval),
         load_retention(settings.retention_path, max_rows_per_suite=limit, chat=chat, merge_system=merge),
+        probes={name: judgeable(splits.eval) for name, splits in load_probes(run, tokenizer).items()},
         scorer=scorer,
         seed=run.seed,
         chat_template_kwargs=run.model.chat_template_kwargs,

@@ -6,8 +6,9 @@ import pytest
 
 from selfdistill.comparison import compare, load_runs
 from selfdistill.comparison.analysis import FieldResult
+from selfdistill.comparison.settings import sort_runs
 from selfdistill.errors import UserError
-from tests.comparison.synthetic import write_run, write_sweep
+from tests.comparison.synthetic import SMALL, write_run, write_sweep
 
 SEEDS = (1, 2, 3)
 
@@ -196,3 +197,15 @@ def test_paths_are_runs_sweeps_and_globs(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no run's folder in"):
         load_runs(tmp_path / "empty")
+
+
+def test_the_seed_of_a_part_that_others_lack_makes_no_setting(tmp_path: Path) -> None:
+    base = {**SMALL, "teacher.context.seed": None}
+    for seed in (1, 2):
+        write_run(tmp_path / f"a{seed}", {"experiment": "sdpo", "seed": seed, "teacher.context.seed": seed}, base=base)
+        write_run(tmp_path / f"b{seed}", {"experiment": "sft", "seed": seed}, base=base)
+    (field,) = sort_runs(load_runs(tmp_path), "eval/accuracy").fields
+    assert [(one.values, one.seeds) for one in field.settings] == [
+        ({"experiment": "sdpo"}, ["1", "2"]),
+        ({"experiment": "sft"}, ["1", "2"]),
+    ]

@@ -29,6 +29,7 @@ NEEDS = {
     "teacher/context=feedback": ["reward=exact_match"],
     "reward=none": ["teacher=demonstration"],
     "reward=function": ["reward._target_=selfdistill.rewards.ExactMatch", "reward._partial_=false"],
+    "eval=lm_eval": ["eval.tasks=[hellaswag]"],
     "export=lora": ["model.tuning=lora"],
 }
 OPTIONS = [f"{group}={option}" for group in groups() for option in options(group)]
@@ -95,6 +96,9 @@ def test_what_is_built_shows_every_argument_it_takes(file: Path) -> None:
     filled = {
         key.split("@")[1].split(".")[0] for default in written.get("defaults", []) for key in default if "@" in key
     }
+    # What an option takes over from another one of its group: eval/lm_eval has all that eval/default has.
+    above = [name for name in written.get("defaults", []) if isinstance(name, str) and name != "_self_"]
+    filled |= {str(key) for name in above for key in OmegaConf.load(file.with_name(f"{name}.yaml"))}
     for where, node in targets(written):
         if node["_target_"] == "???":
             continue

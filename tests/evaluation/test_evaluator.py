@@ -236,8 +236,28 @@ def test_settings_limit_rows_and_check_ranges(tmp_path):
     retention = load_retention(str(path), max_rows_per_suite=2)
     settings = EvalSettings(equals_answer, equals_answer, max_rows=3)
     evaluator = Evaluator(settings, iter(rows(*PROMPTS)), retention, seed=4)
-    assert [len(group[1]) for group in evaluator.groups] == [3, 2]
+    assert [len(group.rows) for group in evaluator.groups] == [3, 2]
     assert evaluator.seed == 4
     assert load_retention(None, max_rows_per_suite=2) == {}
     with pytest.raises(UserError, match=r"eval\.max_rows=0"):
         EvalSettings(equals_answer, equals_answer, max_rows=0)
+
+
+def test_probes_are_other_tasks_judged_as_the_task_is():
+    """They are no old skills: neither their mean nor what is forgotten covers them."""
+    model, tokenizer = lively_model(), tiny_tokenizer()
+    settings = EvalSettings(equals_answer, equals_answer, max_rows=3, max_new_tokens=4)
+    ids = generate(model, prompt_ids()[:3], tokenizer=tokenizer, max_new_tokens=4)
+    right = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    probe = [*rows(*right[:2], "never"), {"prompt": "beyond the limit", "answer": ""}]
+    evaluator = Evaluator(settings, rows("never"), {"old": rows("never")}, probes={"near": iter(probe)})
+    found = evaluator.evaluate(model, tokenizer)
+    assert found.metrics == {
+        "eval/accuracy": 0.0,
+        "eval/task/near": pytest.approx(2 / 3),
+        "eval/retention/old": 0.0,
+        "eval/retention": 0.0,
+    }
+    assert [item.verdict for item in found.items if item.suite == "task/near"] == [1.0, 1.0, 0.0]
+    with pytest.raises(UserError, match="row 0 of probes.near has no prompt"):
+        Evaluator(settings, rows("a"), {}, probes={"near": [{"answer": "a"}]})
