@@ -239,7 +239,8 @@ def test_every_second_counts_for_the_innermost_phase(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.long
-def test_what_is_measured_is_there() -> None:
+def test_what_is_measured_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     import trl
     from trl.experimental.sdft import SDFTTrainer
     from trl.experimental.sdpo import SDPOTrainer
