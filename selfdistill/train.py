@@ -39,7 +39,7 @@ def run(cfg: DictConfig) -> float | None:
         if job.is_over:
             return job.objective
         if cfg.resume:
-            preflight.look_for_run(cfg.resume, hydra_config)
+            stored = preflight.look_for_run(cfg.resume, hydra_config)
         elif cfg.repeat:
             cfg, checked, notes = provenance.repeated_config(cfg, overrides)
             preflight.look_for_files(checked)
@@ -50,6 +50,8 @@ def run(cfg: DictConfig) -> float | None:
             preflight.look_for_files(checked)
 
         # Nothing heavy is imported before the configuration has passed.
+        if not cfg.check:
+            preflight.prepare_imports(stored if cfg.resume else cfg)
         from selfdistill.config.targets import check_targets
         from selfdistill.runs import plan, sequence, session
         from selfdistill.training.arguments import ARGUMENTS

@@ -183,7 +183,8 @@ COMPOSITION = [
     ("reward=none teacher=feedback", ["teacher", "reward=exact_match"]),
     ("model.load_in_4bit=true", ["model.load_in_4bit=true", "model.tuning=lora"]),
     ("export=lora", ["export=lora", "export=merged_16bit"]),
-    ("hardware=cpu hardware.vllm.mode=colocate", ["hardware.vllm.mode=colocate needs a GPU"]),
+    ("hardware=cpu hardware.vllm.mode=server", ["hardware.vllm.mode=server needs a GPU"]),
+    ("hardware=cpu model.loader=unsloth", ["model.loader=unsloth needs a GPU"]),
     ("hardware=gpu_80gb hardware.vllm.mode=server", ["hardware.vllm.server_base_url"]),
     (f"{TAUGHT} hardware=gpu_24gb rollout.from_teacher=true", ["rollout.from_teacher=true", "hardware.vllm.mode=null"]),
     # sweeps: all jobs are checked before the first starts

@@ -53,10 +53,9 @@ def test_without_unsloth_it_says_so(run, tmp_path: Path) -> None:
 @pytest.mark.skipif(not unsloth_is_here(), reason="unsloth is not installed")
 def test_calls_of_unsloth(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNSLOTH_ALLOW_CPU", "1")
-    from unsloth import FastLanguageModel, PatchFastRL
+    from unsloth import FastLanguageModel
 
     from experiments.examples import sdpo_with_unsloth as example
 
     inspect.signature(FastLanguageModel.from_pretrained).bind("name", **example.LOADING)
     inspect.signature(FastLanguageModel.get_peft_model).bind(object(), **example.ADAPTER)
-    inspect.signature(PatchFastRL).bind("GRPO", FastLanguageModel)

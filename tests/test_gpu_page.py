@@ -70,6 +70,7 @@ def test_the_dockerfile_is_clean() -> None:
 # ---- the guide ----
 
 
+@pytest.mark.long
 def test_the_guides_memory_is_that_of_its_command() -> None:
     (command,) = re.findall(r"^python -m selfdistill\.train (.*) --check$", GUIDE, re.M)
     weights, vllm, most = (
@@ -237,7 +238,9 @@ def test_every_second_counts_for_the_innermost_phase(monkeypatch: pytest.MonkeyP
     }
 
 
-def test_what_is_measured_is_there() -> None:
+@pytest.mark.long
+def test_what_is_measured_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     import trl
     from trl.experimental.sdft import SDFTTrainer
     from trl.experimental.sdpo import SDPOTrainer

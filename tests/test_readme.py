@@ -19,6 +19,7 @@ import pytest
 
 from selfdistill import compare, doctor, export, generate_data, workspace
 from selfdistill.comparison import charts
+from selfdistill.config import checks
 from selfdistill.models.loading import load_model, resolve
 from tests.command import command
 from tests.comparison.synthetic import write_sweep
@@ -105,7 +106,9 @@ def _train(line: str, place: Place) -> None:
     line = line.replace("data/generated/", "written/").replace("seed=1,2,3", "seed=1")
     words = place.words(line.replace("--config-dir experiments/", f"--config-dir {ROOT}/experiments/"))
     door = "selfdistill.train" if "python" in words else "train"
-    outcome = command([*words[words.index(door) + 1 :], "check=true"], place.folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks, "installed", lambda package: True)  # a page may speak of vLLM's build for a CPU
+        outcome = command([*words[words.index(door) + 1 :], "check=true"], place.folder)
     assert (outcome.code, outcome.left) == (0, set()), outcome.err
 
 
@@ -198,9 +201,16 @@ def _clone(line: str, place: Place) -> None:
 
 
 def _vllm(line: str, place: Place) -> None:
-    """Its options are those that the tests start a real server with."""
+    """Its options are those that the tests start a real server with, or that TRL starts one for a trainer with."""
+    from trl.scripts.vllm_serve import ScriptArguments, build_command
+
     started = (ROOT / "tests" / "vllm" / "conftest.py").read_text()
-    assert not [word for word in place.words(line) if word.startswith("--") and f'"{word}"' not in started]
+    of_trl = build_command(ScriptArguments(model="student"))
+    given = place.words(line)
+    assert not [w for w in given if w.startswith("--") and f'"{w}"' not in started and w not in of_trl]
+    if "VLLM_SERVER_DEV_MODE=1" in given:
+        needed = of_trl[of_trl.index("--weight-transfer-config") :]
+        assert given[-len(needed) :] == needed
 
 
 def _launch(line: str, place: Place) -> None:
@@ -267,7 +277,7 @@ RULES: list[tuple[str, Callable[[str, Place], None]]] = [
     (r"make [\w-]+$", _make),
     (r"pip install \S+$", _pip),
     (r"git clone \S+ && cd \S+$", _clone),
-    (r"vllm serve |.*-m vllm\.entrypoints", _vllm),
+    (r"(VLLM_SERVER_DEV_MODE=1 )?vllm serve |.*-m vllm\.entrypoints", _vllm),
     (r"([A-Z_]+=\S+ )*(accelerate launch|torchrun) ", _launch),
     (r"python -c ", _python),
     (r"python -m (pytest )?tests\b", _tests),

@@ -3,8 +3,8 @@
     pip install selfdistill[unsloth]
     python experiments/examples/sdpo_with_unsloth.py --model Qwen/Qwen2.5-7B-Instruct --data my.jsonl
 
-Unsloth changes TRL when it is imported, so it comes before everything that imports TRL. The data has one
-{"prompt": …, "answer": …} a line.
+Unsloth changes TRL when it is imported, so it comes before everything that imports TRL; selfdistill, which comes next,
+puts TRL's trainer back beneath its own. The data has one {"prompt": …, "answer": …} a line.
 """
 
 import argparse
@@ -25,21 +25,19 @@ def main() -> None:
     parser.add_argument("--output", default="outputs/sdpo_with_unsloth")
     options = parser.parse_args()
     try:
-        from unsloth import FastLanguageModel, PatchFastRL
+        from unsloth import FastLanguageModel
     except (ImportError, NotImplementedError) as error:
         sys.exit(
             f"unsloth cannot be used here ({error}). It needs a GPU and the extra: pip install selfdistill[unsloth]. "
             "Without it, run basic_sdpo.py."
         )
-    PatchFastRL("GRPO", FastLanguageModel)
-
     from datasets import Dataset
-    from trl import GRPOConfig
 
     from selfdistill import Distillation, SelfDistillTrainer, Teacher
     from selfdistill.rewards import ExactMatch
     from selfdistill.teachers.context import Feedback
     from selfdistill.teachers.weights import Ema
+    from selfdistill.training.trl_trainer import GRPOConfig
 
     with open(options.data, encoding="utf-8") as file:
         lines = [json.loads(line) for line in file]

@@ -165,7 +165,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             records.write(json.dumps(record) + "\n")
         print(f"  {table.state(record)}", flush=True)
     records = table.read(file)
-    print(table.table([records[case.name] for case in cases if case.name in records]))
+    measured = [records[case.name] for case in cases if case.name in records]
+    print(table.table(measured, compared=not arguments.tiny))
     if left:
         print(f"{left} cases are left: run the same command again")
 

@@ -72,13 +72,17 @@ def _number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def table(records: Iterable[Record]) -> str:
-    """One line for each case; in ours the ratio to TRL's time and peak memory, where both were measured."""
+def table(records: Iterable[Record], compared: bool = True) -> str:
+    """One line for each case; in ours the ratio to TRL's time and peak memory, where both were measured.
+
+    Args:
+        compared: whether the ratios mean anything.
+    """
     by_name = {record["case"]: record for record in records}
     lines = [f"| {' | '.join(HEADS)} |", "|" + "---|" * len(HEADS)]
     for name, case in CASES.items():
         if name in by_name:
-            peer = by_name.get(Case(case.work, case.shape, case.sampler, "trl").name)
+            peer = by_name.get(Case(case.work, case.shape, case.sampler, "trl").name) if compared else None
             lines.append(f"| {' | '.join(_cells(case, by_name[name], peer))} |")
     return "\n".join(lines)
 
@@ -158,7 +162,8 @@ def page(real: Mapping[str, Record], tiny: Mapping[str, Record]) -> str:
     parts += ["## Fifteen updates of 128 trajectories", OPD_SAYS]
     parts.append(opd_table(real))
     if tiny:
-        parts += ["## In a tiny size on a CPU: every script runs", TINY_SAYS, _where(tiny), table(tiny.values())]
+        said = ["## In a tiny size on a CPU: every script runs", TINY_SAYS, _where(tiny)]
+        parts += [*said, table(tiny.values(), compared=False)]
     return "\n\n".join(parts) + "\n"
 
 

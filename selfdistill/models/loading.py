@@ -1,4 +1,4 @@
-"""Loads models with transformers or unsloth, optionally in 4 bit or with a saved adapter, and the embedded model."""
+"""Loads models with transformers, optionally in 4 bit or with a saved adapter, and the embedded model."""
 
 import inspect
 from collections.abc import Mapping
@@ -24,7 +24,6 @@ def load_model(
     *,
     name: str,
     tuning: str | None = None,
-    lora: Mapping[str, Any] | None = None,
     dtype: str = "auto",
     load_in_4bit: bool = False,
     attn_implementation: str | None = None,
@@ -32,19 +31,16 @@ def load_model(
     trust_remote_code: bool = False,
     local_files_only: bool = False,
     adapter_path: str | None = None,
-    loader: str = "transformers",
-    max_seq_tokens: int = 4096,
     key: str = "model.name",
 ) -> tuple["PreTrainedModel | PeftModel", "PreTrainedTokenizerBase"]:
     """A causal language model in training precision, and its tokenizer.
 
     The model has no adapter yet (`lora_config` describes it and the trainer adds it), except where `adapter_path` names
-    one to be trained further, or where unsloth adds it.
+    one to be trained further.
 
     Args:
         tuning: `full` if all weights are going to be trained; `dtype=auto` then means float32, whatever the checkpoint
             has, for 16 bits round most updates away. Otherwise it is the checkpoint's own.
-        lora: what unsloth's adapter is made of.
         key: what a message to the user calls `name`.
 
     Raises:
@@ -56,8 +52,6 @@ def load_model(
             f"{key}={name}: this folder holds no model, for it has no config.json. "
             "Write a folder with config.json and weights, or a hub name."
         )
-    if loader == "unsloth":
-        return _load_with_unsloth(path, lora or {}, load_in_4bit, max_seq_tokens)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -104,30 +98,3 @@ def lora_config(*, r: int, alpha: int, dropout: float, target_modules: str | lis
     return LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, bias="none", task_type="CAUSAL_LM"
     )
-
-
-def _load_with_unsloth(
-    path: str, lora: Mapping[str, Any], load_in_4bit: bool, max_seq_tokens: int
-) -> tuple["PeftModel", "PreTrainedTokenizerBase"]:
-    """Load with unsloth, which must be imported before trl, and which adds the adapter itself."""
-    try:
-        from unsloth import FastLanguageModel
-    except (ImportError, NotImplementedError) as error:
-        raise UserError(
-            f"model.loader=unsloth: {error} Install the extra `unsloth` on a machine with a GPU, "
-            "or write model.loader=transformers."
-        ) from error
-    model, tokenizer = FastLanguageModel.from_pretrained(
-        model_name=path, max_seq_length=max_seq_tokens, load_in_4bit=load_in_4bit, fast_inference=False
-    )
-    targets = lora.get("target_modules", "all-linear")
-    if targets == "all-linear":
-        targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = FastLanguageModel.get_peft_model(
-        model,
-        r=lora.get("r", 32),
-        lora_alpha=lora.get("alpha", 32),
-        lora_dropout=lora.get("dropout", 0.0),
-        target_modules=targets,
-    )
-    return model, tokenizer

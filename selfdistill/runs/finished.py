@@ -112,8 +112,7 @@ def load_policy(run: FinishedRun) -> "tuple[PreTrainedModel | PeftModel, PreTrai
 
     from selfdistill.models.loading import load_configured
 
-    # Without unsloth, which adds an adapter of its own to whatever it loads.
-    arguments = dict(run.model) | {"loader": "transformers"}
+    arguments = dict(run.model)
     if (run.weights / "adapter_config.json").is_file():
         arguments["adapter_path"] = str(run.weights)
     else:

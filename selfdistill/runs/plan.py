@@ -129,6 +129,8 @@ def _notes(run: Run, tokenizer: PreTrainedTokenizerBase | None, data: DataSplits
         notes.append("the rows of the data were not rendered or counted, which takes the model's tokenizer and a file")
     if run.hardware.device == "cuda" and not torch.cuda.is_available():
         notes.append("hardware.device=cuda, and torch sees no GPU here: this run has to be started where there is one")
+    if run.model.loader == "unsloth" and find_spec("unsloth") is None:
+        notes.append("model.loader=unsloth, and it is not installed here: pip install 'selfdistill[unsloth]'")
     if run.hardware.vllm.mode == "colocate" and find_spec("vllm") is None:
         notes.append("hardware.vllm.mode=colocate, and vLLM is not installed here: pip install 'selfdistill[vllm]'")
     return notes

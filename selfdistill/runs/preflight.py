@@ -1,5 +1,7 @@
 """What a wrong path is told before anything heavy is imported: files and folders that the configuration names."""
 
+import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +12,37 @@ from selfdistill.data.sources import EMBEDDED_PREFIX, open_source
 from selfdistill.errors import UserError
 from selfdistill.models.location import look_for_model
 from selfdistill.runs.folder import RunFolder
+from selfdistill.training.engine import COLOCATED
+from selfdistill.training.unsloth import import_unsloth
 
 OUR_DATA = "selfdistill.data.load_data"
 
 
-def look_for_run(folder: str, hydra_config: DictConfig) -> None:
-    """Whether `resume` names a run's folder, and Hydra no other one.
+def look_for_run(folder: str, hydra_config: DictConfig) -> DictConfig:
+    """The configuration of the run whose folder `resume` names; Hydra must name no other one.
 
     Raises:
         UserError: it does not.
     """
     if other := OmegaConf.select(hydra_config, "run.folder"):
         raise UserError(f"hydra.run.dir={other} cannot be given with resume={folder}: a run keeps its folder.")
-    RunFolder.open(Path(folder), write=False)
+    return RunFolder.open(Path(folder), write=False).config
+
+
+def prepare_imports(cfg: DictConfig) -> None:
+    """What has to stand before TRL is imported: the environment of vLLM's engine, and unsloth.
+
+    Raises:
+        UserError: unsloth cannot be used here.
+    """
+    read = partial(OmegaConf.select, cfg)
+    if read("hardware.vllm.mode") == "colocate":
+        for name, value in COLOCATED.items():
+            os.environ.setdefault(name, value)
+    if read("hardware.vllm.standby"):
+        os.environ.setdefault("UNSLOTH_VLLM_STANDBY", "1")
+    if read("model.loader") == "unsloth":
+        import_unsloth()
 
 
 def look_for_files(run: Run) -> None:

@@ -273,6 +273,7 @@ def recorded(cfg: DictConfig, run: config.Run, hydra_config: DictConfig) -> Iter
             raise
         record.close()
         processes.wait_for_all()  # a launcher ends all as soon as one is gone with an exit code
+        record.folder.check()
         if interruption.requested:
             raise SystemExit(interruption.exit_code)
 
@@ -339,9 +340,10 @@ def _how_to_go_on(run: config.Run, path: Path) -> str:
 
 
 def _disk_message(error: Exception, record: NoRecord | None) -> UserError | None:
-    """A disk that could not be written to before the run began, or whose folder is gone, is no fault of the program."""
+    """A disk that could not be written to before the run began, or a folder that is gone: no fault of the program."""
+    if record is not None and not record.folder.is_there:  # safetensors, for one, has an error of its own for it
+        return UserError(f"the run could not be written: {error} ({record.folder.path} is gone).")
     if not isinstance(error, OSError) or isinstance(error, ConnectionError | TimeoutError):
         return None
     where = f"{error.filename}: " if error.filename else ""
-    gone = "" if record is None or record.folder.is_there else f" ({record.folder.path} is gone)"
-    return UserError(f"the run could not be written: {where}{error.strerror or error}{gone}.")
+    return UserError(f"the run could not be written: {where}{error.strerror or error}.")

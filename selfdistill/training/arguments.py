@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any, no_type_check
 
 import torch
-from trl import GRPOConfig
 
 from selfdistill.config.batch import batch_of
 from selfdistill.config.schema import Hardware, Run, Vllm
 from selfdistill.config.secrets import masked
 from selfdistill.errors import UserError
+from selfdistill.training.trl_trainer import GRPOConfig
 
 
 @no_type_check  # TRL stores other types than it annotates; the tests check annotations at run time

@@ -1,10 +1,8 @@
 """From a checked run to its parts."""
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +29,10 @@ from selfdistill.teachers import Teacher
 from selfdistill.teachers.context import Demonstration
 from selfdistill.teachers.server import ServerTeacher
 from selfdistill.teachers.weights import Base
+from selfdistill.training import unsloth
 from selfdistill.training.arguments import trainer_arguments, use_cuda
 from selfdistill.training.checkpoints import CHECKPOINTS
+from selfdistill.training.engine import check_vllm, starting_vllm
 from selfdistill.training.reward_trial import try_reward
 from selfdistill.training.row_checks import answer_field, check_rows
 from selfdistill.training.trainer import SelfDistillTrainer
@@ -74,7 +74,7 @@ def build(run: Run, folder: Path, at_end: ExitStack) -> Parts:
     if teacher is not None:
         at_end.callback(teacher.close)
 
-    model, tokenizer = load_configured(asdict(run.model))
+    model, tokenizer = unsloth.load(run) if run.model.loader == "unsloth" else load_configured(asdict(run.model))
     if run.model.tuning == "lora" and not isinstance(model, PeftModel):
         check_target_modules(model, run.model.lora.target_modules)
     has_adapter = run.model.tuning == "full" or isinstance(model, PeftModel)
@@ -88,34 +88,29 @@ def build(run: Run, folder: Path, at_end: ExitStack) -> Parts:
     check_rows(reward, data.train, run.rollout, str(run.data.get("path", run.data["_target_"])), tokenizer)
     try_reward(reward, data.train, str(run.data.get("path", run.data["_target_"])))
 
-    trainer = SelfDistillTrainer(
-        model=model,
-        reward_funcs=reward,
-        args=trainer_arguments(run, folder / CHECKPOINTS),
-        teacher=teacher,
-        distillation=run.distillation if teacher is not None else None,
-        rollout=run.rollout,
-        train_dataset=data.train,
-        processing_class=tokenizer,
-        peft_config=None if has_adapter else lora_config(**asdict(run.model.lora)),
-    )
+    arguments = trainer_arguments(run, folder / CHECKPOINTS)
+    with starting_vllm(run.hardware.vllm, cuda=not arguments.use_cpu):
+        trainer = SelfDistillTrainer(
+            model=model,
+            reward_funcs=reward,
+            args=arguments,
+            teacher=teacher,
+            distillation=run.distillation if teacher is not None else None,
+            rollout=run.rollout,
+            train_dataset=data.train,
+            processing_class=tokenizer,
+            peft_config=None if has_adapter else lora_config(**asdict(run.model.lora)),
+        )
     trainer.add_callback(UpdateSize(trainer))
     evaluator, judged_by = _evaluator(run, settings, reward, data, trainer)
     return Parts(tokenizer, data, trainer, evaluator, judged_by, monitors, exporter)
 
 
 def _prepare_process(run: Run) -> None:
-    if run.hardware.vllm.standby:
-        os.environ.setdefault("UNSLOTH_VLLM_STANDBY", "1")  # read when unsloth is imported
     disable_progress_bar()  # loading and writing a model; the run has a bar of its own
     if run.hardware.threads:
         torch.set_num_threads(run.hardware.threads)
-    use_cuda(run.hardware)  # refuses here rather than after loading
-    if run.hardware.vllm.mode == "colocate" and find_spec("vllm") is None:
-        raise UserError(
-            "hardware.vllm.mode=colocate needs vLLM, which is not installed: pip install 'selfdistill[vllm]', or write "
-            "hardware.vllm.mode=null to generate with transformers."
-        )
+    check_vllm(run.hardware.vllm, cuda=use_cuda(run.hardware))  # refuses here rather than after loading
 
 
 def load_data(run: Run, tokenizer: PreTrainedTokenizerBase) -> DataSplits:

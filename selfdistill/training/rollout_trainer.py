@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import GRPOConfig, GRPOTrainer
 
 from selfdistill.config.settings import RolloutSource
 from selfdistill.errors import UserError
@@ -31,6 +30,7 @@ from selfdistill.tokens import encode_prompts
 from selfdistill.training import checkpoints
 from selfdistill.training.demonstrations import demonstrated_groups, demonstration_ids
 from selfdistill.training.metrics import Means, greatest_of_all_processes
+from selfdistill.training.trl_trainer import GRPOConfig, GRPOTrainer
 
 
 def no_reward(completions: list, **_: Any) -> list[float]:

@@ -17,11 +17,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, parse_flag_from_env
+from accelerate.utils import DistributedType, parse_flag_from_env, set_seed
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from trl import GRPOConfig
 from trl.trainer.utils import pad
 
 from selfdistill import losses
@@ -53,6 +52,7 @@ from selfdistill.training.token_weights import (
     distilled_tokens,
     spread_tokens,
 )
+from selfdistill.training.trl_trainer import GRPOConfig
 
 __all__ = ["SelfDistillTrainer"]
 
@@ -139,6 +139,8 @@ class SelfDistillTrainer(RolloutTrainer):
                 model=model, reward_funcs=self.rewards or [no_reward], args=args, train_dataset=train_dataset, **kwargs
             )
         use_standard_names(self)
+        if self.use_vllm and self.vllm_mode == "colocate":
+            set_seed(self.args.seed, device_specific=True)  # an engine in this process has set its own, always the same
         asked = parse_flag_from_env("ACCELERATE_USE_FSDP") or self.args.fsdp  # accelerate leaves it out on a CPU
         if asked and self.accelerator.num_processes > 1 and self.accelerator.distributed_type != DistributedType.FSDP:
             raise UserError(

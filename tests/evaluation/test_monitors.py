@@ -42,9 +42,10 @@ def test_an_alarm_needs_its_steps_in_a_row_and_is_raised_once():
         ("monitor/update_ratio", 1e-6, [1, 11, 21, 31], "the weights hardly move; raise learning_rate"),
         ("monitor/updated_fraction", 0.08, [1, 11, 21, 31], "model.dtype=float32"),
         ("monitor/unscored", 1.0, [1, 2, 3, 4], "the reward returns None"),
+        ("sampling/sampling_logp_difference/mean", 0.2, [1, 2, 3, 4], "the sampler's log-probabilities differ"),
     ],
 )
-def test_a_run_that_cannot_learn_is_told_so_early(metric: str, value: float, steps: list[int], told: str) -> None:
+def test_what_goes_wrong_is_told_early(metric: str, value: float, steps: list[int], told: str) -> None:
     monitors = composed("default")
     alarms = [alarm for step in steps for alarm in monitors.observe({"step": step, metric: value})]
     assert [alarm.step for alarm in alarms] == [steps[2]]

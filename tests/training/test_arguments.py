@@ -58,6 +58,18 @@ def test_every_argument_that_a_run_sets_has_a_key_of_ours(tmp_path: Path, monkey
         assert OmegaConf.select(composed(["reward=mix"]), key, default="none") != "none", key
 
 
+@pytest.mark.parametrize(
+    ("profile", "wanted"), [("cpu", None), ("gpu_16gb", None), ("gpu_24gb", (True, 0.3)), ("gpu_80gb", (True, 0.4))]
+)
+def test_what_a_profile_leaves_to_vllm(profile: str, wanted: tuple | None) -> None:
+    given = trl_arguments._vllm_arguments(
+        config.check(composed([f"hardware={profile}", "model=qwen3_0_6b"])).hardware.vllm
+    )
+    assert given.keys() <= ARGUMENTS
+    names = ("vllm_enable_sleep_mode", "vllm_gpu_memory_utilization")
+    assert (tuple(given[name] for name in names) if given else None) == wanted
+
+
 def test_epochs_in_place_of_steps(tmp_path: Path) -> None:
     _, given = arguments(tmp_path, "epochs=3")
     assert (given.max_steps, given.num_train_epochs) == (-1, 3.0)

