@@ -5,6 +5,7 @@ those of the server alone, against the server of that environment, or of the int
 names. Without any they skip.
 """
 
+import gc
 import os
 import signal
 import socket
@@ -124,12 +125,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     server.kill()
 
 
-@pytest.fixture(scope="session")
-def eager() -> None:
-    """Engines of this process start in a second or two."""
+@pytest.fixture
+def eager() -> Iterator[None]:
+    """Engines of this process start in a second or two, and give their memory back after each test."""
     from tests.vllm.eager import make_engines_eager
 
     make_engines_eager()
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

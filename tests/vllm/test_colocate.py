@@ -103,7 +103,10 @@ def test_a_killed_run_goes_on_with_the_numbers_of_an_unbroken_one(tmp_path: Path
     unbroken, _ = run(tmp_path / "unbroken", *six)
     folder = tmp_path / "killed"
     folder.mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", VARIABLE: "kill:4"}
+    # TRL has written the engine's group of processes into the environment of this one.
+    group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in group}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", VARIABLE: "kill:4"}
     words = [sys.executable, "-m", "tests.vllm.eager", *six]
     killed = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert killed.returncode == -9, killed.stderr[-3000:]
