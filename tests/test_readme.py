@@ -101,6 +101,7 @@ def _write(messages: list[dict[str, str]], sample: int) -> str:
 
 def _train(line: str, place: Place) -> None:
     # Another command writes the data; the jobs of one seed are those of the others.
+    line = line.replace("--config-dir experiments/", f"--config-dir {ROOT}/experiments/")
     words = place.words(line.replace("data/generated/", "written/").replace("seed=1,2,3", "seed=1"))
     door = "selfdistill.train" if "python" in words else "train"
     outcome = command([*words[words.index(door) + 1 :], "check=true"], place.folder)
