@@ -41,15 +41,15 @@ torture: $(BIN)/.installed
 
 # The sweeps of a folder in experiments; one that has begun goes on, and leaves alone what is finished.
 define run_sweeps
-	set -e; for sweep in $(basename $(notdir $(wildcard experiments/$(1)/sweep/*.yaml))); do \
+	set -e; for sweep in $(basename $(notdir $(wildcard experiments/$(1)/conf/sweep/*.yaml))); do \
 	  folder=outputs/$(1)/$$sweep; \
 	  if [ -f $$folder/sweep.json ]; then words=resume_sweep=$$folder; \
-	  else words="--config-dir experiments/$(1) sweep=$$sweep hydra.sweep.dir=$$folder"; fi; \
+	  else words="--config-dir experiments/$(1)/conf sweep=$$sweep hydra.sweep.dir=$$folder"; fi; \
 	  OMP_NUM_THREADS=1 $(BIN)/python -m selfdistill.train $$words hydra.launcher.n_jobs=$(JOBS); \
 	done
 endef
 
-STUDIES := $(notdir $(patsubst %/sweep,%,$(wildcard experiments/studies/*/sweep)))
+STUDIES := $(notdir $(patsubst %/conf/sweep,%,$(wildcard experiments/studies/*/conf/sweep)))
 
 study: $(BIN)/.installed
 	$(if $(filter $(NAME),$(STUDIES)),,$(error make study NAME=..., with one of: $(STUDIES)))

@@ -181,7 +181,7 @@ def _make(line: str, place: Place) -> None:
     _, target, *study = line.split()
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
     for name in study:  # tests/test_studies.py checks its sweeps
-        assert (ROOT / "experiments" / "studies" / name.removeprefix("NAME=") / "sweep").is_dir()
+        assert (ROOT / "experiments" / "studies" / name.removeprefix("NAME=") / "conf" / "sweep").is_dir()
 
 
 def _pip(line: str, place: Place) -> None:

@@ -16,9 +16,10 @@ from tests.comparison.synthetic import write_run, write_sweep
 from tests.reference import ROOT
 
 EXPERIMENTS = ROOT / "experiments"
-SWEEPS = sorted([*EXPERIMENTS.glob("*/sweep/*.yaml"), *EXPERIMENTS.glob("studies/*/sweep/*.yaml")])
-NAMES = [f"{sweep.parents[1].relative_to(EXPERIMENTS)}/{sweep.stem}" for sweep in SWEEPS]
-PAGES = sorted({sweep.parents[1] / "README.md" for sweep in SWEEPS})
+# A study whose page has no marks has a way of its own to show what it found.
+PAGES = sorted(page for page in EXPERIMENTS.rglob("README.md") if "<!-- compare " in page.read_text())
+SWEEPS = [sweep for page in PAGES for sweep in sorted(page.parent.glob("conf/sweep/*.yaml"))]
+NAMES = [f"{sweep.parents[2].relative_to(EXPERIMENTS)}/{sweep.stem}" for sweep in SWEEPS]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,9 @@ def test_the_marks_of_a_page_name_sweeps(file: Path, page: ModuleType) -> None:
     text = file.read_text()
     marks = [page.asked(words) for _, words, *_ in page.MARK.findall(text)]
     assert text.count("<!-- compare ") == text.count("<!-- end -->") == len(marks)
-    assert {path.removeprefix("outputs/") for mark in marks for path in mark.paths} <= set(NAMES)
+    named = {path for mark in marks for path in mark.paths}
+    of_commands = set(re.findall(r"hydra\.sweep\.dir=(\S+)", text))
+    assert named <= {f"outputs/{name}" for name in NAMES} | of_commands
 
 
 def written(page: ModuleType, folder: Path, words: str) -> str:
@@ -142,6 +145,12 @@ def test_stopped_runs_are_counted(page: ModuleType, tmp_path: Path) -> None:
 
 def test_what_was_not_run_stays(page: ModuleType, tmp_path: Path) -> None:
     assert written(page, tmp_path, "outputs/never/run claim=alpha=1") == "old"
+
+
+def test_what_is_not_over_stays(page: ModuleType, tmp_path: Path) -> None:
+    for seed, status in enumerate(("finished", "finished", "running")):
+        write_run(tmp_path / "runs" / str(seed), {"alpha": seed % 2, "seed": seed}, status=status)
+    assert written(page, tmp_path, shlex.quote(str(tmp_path / "runs"))) == "old"
 
 
 @pytest.mark.parametrize("words", ["claims=alpha=1", "claim=alpha=7"])

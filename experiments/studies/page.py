@@ -13,7 +13,7 @@ Options are those of the command, and
     expected   higher or lower
     where      conditions such as budget_s=5, where runs are compared among themselves
     stopped    a setting: in how many of its runs a monitor stopped the training, and when
-What stands between marks whose sweep was not run stays as it is.
+What stands between marks whose sweep was not run, or not to its end, stays as it is.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from selfdistill.comparison.wording import figure, name_of, ordered, sentence, s
 MARK = re.compile(r"(<!-- compare (.*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
 PICTURE = "skill_and_retention"
 MOST_SENTENCES = 8
+OVER = ("finished", "stopped")
 # Options of a mark that the command does not have, and all that there are.
 START = "start"
 OWN = ("claim", "metric", "expected", "where", "stopped")
@@ -211,20 +212,23 @@ def origin(comparison: Comparison) -> str:
 
 
 def write(page: Path) -> list[str]:
-    """Fills the page's marks in; returns the folders that are not there."""
+    """Fills the page's marks in; returns the sweeps that are not there, or not yet over."""
     known: dict[str, Comparison] = {}
-    missing = []
+    missing: list[str] = []
 
     def filled(match: re.Match[str]) -> str:
         start, words, before, end = match.groups()
         mark = asked(words)
-        absent = [path for path in mark.paths if not Path(path).exists()]
-        if absent:
+        if absent := [path for path in mark.paths if not Path(path).exists()]:
             missing.extend(absent)
             return str(match[0])
         if mark.command not in known:
             known[mark.command] = compared(mark)
         comparison = known[mark.command]
+        over = comparison.found.runs["status"].isin(OVER)
+        if not over.all():
+            missing.append(f"{' '.join(mark.paths)} ({over.sum()} of {len(over)} runs are over)")
+            return str(match[0])
         if "claim" in mark.options:
             return f"{start} {one_claim(mark, comparison)} {end}"
         if "stopped" in mark.options:
@@ -241,4 +245,4 @@ if __name__ == "__main__":
     parser.add_argument("pages", type=Path, nargs="+", help="README.md of a study")
     for page in parser.parse_args().pages:
         for path in write(page):
-            print(f"{page}: {path} was not run; what stands there is left as it is", file=sys.stderr)
+            print(f"{page}: {path} was not run to its end; what stands there is left as it is", file=sys.stderr)
