@@ -9,7 +9,7 @@ One claim within a sentence or a table, and whether it is the one that was expec
     <!-- compare outputs/studies/grpo/rewards baseline='…' claim='experiment=…' expected=lower --> <!-- end -->
 Options are those of the command, and
     claim      a setting, compared with the baseline; `baseline=start` is the model before the training
-    metric     what is compared: eval/accuracy, unless it is said
+    metric     eval/accuracy, unless it is said
     expected   higher or lower
     where      conditions such as budget_s=5, where runs are compared among themselves
     stopped    a setting: in how many of its runs a monitor stopped the training, and when
@@ -31,6 +31,7 @@ from selfdistill.comparison.drawing import render
 from selfdistill.comparison.settings import label
 from selfdistill.comparison.statistics import differences
 from selfdistill.comparison.wording import figure, name_of, ordered, sentence, span, together, verdict
+from selfdistill.errors import UserError
 
 MARK = re.compile(r"(<!-- compare (.*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
 PICTURE = "skill_and_retention"
@@ -75,10 +76,17 @@ def asked(words: str) -> Asked:
     return Asked([word for word in split if "=" not in word], options)
 
 
-def compared(mark: Asked) -> Comparison:
+def compared(mark: Asked) -> Comparison | None:
+    """The runs, compared; None where one of the sweeps was not run, or not to its end."""
+    try:
+        found = load_runs(*mark.paths)
+    except UserError:
+        return None
+    if not found.runs["status"].isin(OVER).all():
+        return None
     by = [key for key in mark.options.get("by", "").split(",") if key]
     baseline = mark.options.get("baseline")
-    return compare(load_runs(*mark.paths), baseline=None if baseline == START else baseline, by=by)
+    return compare(found, baseline=None if baseline == START else baseline, by=by)
 
 
 def one_claim(mark: Asked, comparison: Comparison) -> str:
@@ -212,22 +220,18 @@ def origin(comparison: Comparison) -> str:
 
 
 def write(page: Path) -> list[str]:
-    """Fills the page's marks in; returns the sweeps that are not there, or not yet over."""
-    known: dict[str, Comparison] = {}
+    """Fills the page's marks in; returns the sweeps that were not run to their end."""
+    known: dict[str, Comparison | None] = {}
     missing: list[str] = []
 
     def filled(match: re.Match[str]) -> str:
         start, words, before, end = match.groups()
         mark = asked(words)
-        if absent := [path for path in mark.paths if not Path(path).exists()]:
-            missing.extend(absent)
-            return str(match[0])
         if mark.command not in known:
             known[mark.command] = compared(mark)
         comparison = known[mark.command]
-        over = comparison.found.runs["status"].isin(OVER)
-        if not over.all():
-            missing.append(f"{' '.join(mark.paths)} ({over.sum()} of {len(over)} runs are over)")
+        if comparison is None:
+            missing.extend(mark.paths)
             return str(match[0])
         if "claim" in mark.options:
             return f"{start} {one_claim(mark, comparison)} {end}"

@@ -192,7 +192,9 @@ def _canonical(value: Any) -> Any:
 
 
 def _follows_seed(key: str, configs: pd.DataFrame) -> bool:
-    return "seed" in configs and bool((configs[key] == configs["seed"]).all())
+    """Whether a key is the run's seed in every run that has it; a run without a teacher has no seed of a teacher's."""
+    there = configs[key].notna()
+    return "seed" in configs and bool(there.any() and (configs[key] == configs["seed"])[there].all())
 
 
 def _below(key: str, parent: str) -> bool:
