@@ -1,6 +1,7 @@
 """Studies: their sweeps are ones that Hydra composes, and their pages say what `selfdistill.compare` says of them."""
 
 import importlib.util
+import json
 import math
 import re
 import shlex
@@ -75,7 +76,7 @@ def test_the_marks_of_a_page_name_sweeps(file: Path, page: ModuleType) -> None:
     marks = [page.asked(words) for _, words, *_ in page.MARK.findall(text)]
     assert text.count("<!-- compare ") == text.count("<!-- end -->") == len(marks)
     named = {path for mark in marks for path in mark.paths}
-    of_commands = set(re.findall(r"hydra\.sweep\.dir=(\S+)", text))
+    of_commands = {"outputs/sdpo_grid"}  # whose command stands in experiments/comparison
     assert named <= {f"outputs/{name}" for name in NAMES} | of_commands
 
 
@@ -130,6 +131,17 @@ def test_a_claim_against_the_start(page: ModuleType, sweep: str, tmp_path: Path)
     text = written(page, tmp_path, f"{sweep} baseline=start claim=alpha=0 expected=lower")
     assert "alpha=0 has higher accuracy than the start (0.300) by" in text
     assert "**Does not hold" in text
+
+
+def test_runs_without_a_spread_are_judged_by_their_items(page: ModuleType, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        run = write_run(tmp_path / "runs" / str(seed), {"seed": seed}, accuracy=0.0, verdicts=[False] * 10)
+        before = [{"step": 0, "suite": None, "row": row, "verdict": row < 6} for row in range(10)]
+        with (run / "evaluation.jsonl").open("a") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in before))
+    asked = f"{shlex.quote(str(tmp_path / 'runs'))} baseline=start claim='all runs'"
+    assert "p < 0.05 in 2 of 2 pairs of runs. **Holds for each" in written(page, tmp_path, f"{asked} expected=lower")
+    assert written(page, tmp_path, f"{asked} expected=higher").endswith("**Not decided.**")
 
 
 def test_stopped_runs_are_counted(page: ModuleType, tmp_path: Path) -> None:

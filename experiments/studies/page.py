@@ -25,11 +25,11 @@ from pathlib import Path
 from statistics import mean, median
 
 from selfdistill.comparison import Comparison, compare, load_runs, tables
-from selfdistill.comparison.analysis import ACCURACY, RETENTION, Claim, FieldResult, Level
+from selfdistill.comparison.analysis import ACCURACY, RETENTION, Claim, FieldResult, Level, Row
 from selfdistill.comparison.charts import charts
 from selfdistill.comparison.drawing import render
 from selfdistill.comparison.settings import label
-from selfdistill.comparison.statistics import differences
+from selfdistill.comparison.statistics import McNemar, differences, mcnemar
 from selfdistill.comparison.wording import figure, name_of, ordered, sentence, span, together, verdict
 from selfdistill.errors import UserError
 
@@ -115,9 +115,22 @@ def against_start(result: FieldResult, metric: str, comparison: Comparison) -> l
     start = float(runs[f"before/{metric}"].dropna().mean())
     gaps = [[value - start for value in row.levels[metric].by_seed.values()] for row in result.rows]
     return [
-        Claim("baseline", metric, row.setting.label, f"the start ({figure(start)})", difference, None, {}, len(gaps))
+        Claim("baseline", metric, row.setting.label, f"the start ({figure(start)})", difference, None, tests, len(gaps))
         for row, difference in zip(result.rows, differences(gaps), strict=True)
+        for tests in [item_tests(row, comparison) if metric == ACCURACY else {}]
     ]
+
+
+def item_tests(row: Row, comparison: Comparison) -> dict[str, McNemar]:
+    """McNemar's tests of each run's answers after the training against those before it."""
+    items = comparison.found.items
+    tests = {}
+    for (_, seed), run in row.setting.runs.items():
+        answers = items[(items["run"] == run) & (items["suite"].isna() | (items["suite"] == "task"))]
+        right = answers.pivot_table(index="row", columns="step", values="verdict", aggfunc="first").astype(bool)
+        if right.shape[1] > 1:
+            tests[f"seed={seed}"] = mcnemar(right[right.columns[-1]].to_numpy(), right[right.columns[0]].to_numpy())
+    return tests
 
 
 def claimed(claim: Claim, result: FieldResult, expected: str | None) -> str:
@@ -143,6 +156,11 @@ def stopped(mark: Asked, comparison: Comparison) -> str:
 def judged(claim: Claim, expected: str) -> str:
     """Whether the first setting is higher, or lower, as it was expected to be."""
     if not claim.difference.is_decided:
+        alike = (
+            claim.items and not claim.difference.shows_spread and all(test.p < 0.05 for test in claim.items.values())
+        )
+        if alike and (claim.difference.mean > 0) == (expected == "higher"):
+            return "Holds for each of these runs, item by item."
         return "Not decided."
     if (claim.difference.mean > 0) == (expected == "higher"):
         return "Holds."
