@@ -148,10 +148,13 @@ def test_stopped_runs_are_counted(page: ModuleType, tmp_path: Path) -> None:
     alarm = {"monitor": "entropy", "step": 6, "action": "stop", "message": "too low"}
     for seed in (1, 2):
         write_run(tmp_path / "runs" / f"0-{seed}", {"alpha": 0, "seed": seed})
-        watched = {"status": "stopped", "alarms": [alarm]} if seed == 1 else {}
-        write_run(tmp_path / "runs" / f"1-{seed}", {"alpha": 1, "seed": seed}, **watched)
+        watched = {"status": "stopped", "alarms": [alarm]} if seed == 1 else {"alarms": [{**alarm, "action": "warn"}]}
+        summary = write_run(tmp_path / "runs" / f"1-{seed}", {"alpha": 1, "seed": seed}, **watched) / "summary.json"
+        summary.write_text(summary.read_text().replace('"eval": {}', '"eval": {"after": {"eval/retention": 0.25}}'))
     runs = shlex.quote(str(tmp_path / "runs"))
-    assert written(page, tmp_path, f"{runs} stopped=alpha=1") == "1 of 2 runs were stopped: entropy at step 6."
+    assert written(page, tmp_path, f"{runs} stopped=alpha=1") == (
+        "1 of 2 runs were stopped: entropy at step 6 (retention 0.250 by then)."
+    )
     assert written(page, tmp_path, f"{runs} stopped=alpha=0") == "0 of 2 runs were stopped: by no monitor."
 
 

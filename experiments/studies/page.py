@@ -12,7 +12,7 @@ Options are those of the command, and
     metric     eval/accuracy, unless it is said
     expected   higher or lower
     where      conditions such as budget_s=5, where runs are compared among themselves
-    stopped    a setting: in how many of its runs a monitor stopped the training, and when
+    stopped    a setting: in how many of its runs a monitor stopped the training, when, and what was left
 What stands between marks whose sweep was not run, or not to its end, stays as it is.
 """
 
@@ -23,6 +23,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
+
+import pandas as pd
 
 from selfdistill.comparison import Comparison, compare, load_runs, tables
 from selfdistill.comparison.analysis import ACCURACY, RETENTION, Claim, FieldResult, Level, Row
@@ -36,6 +38,7 @@ from selfdistill.errors import UserError
 MARK = re.compile(r"(<!-- compare (.*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
 PICTURE = "skill_and_retention"
 MOST_SENTENCES = 8
+METRICS = (ACCURACY, RETENTION)
 OVER = ("finished", "stopped")
 # Options of a mark that the command does not have, and all that there are.
 START = "start"
@@ -148,9 +151,15 @@ def stopped(mark: Asked, comparison: Comparison) -> str:
     shown, runs = comparison.sorted.shown.astype(str), comparison.found.runs
     wanted = dict(part.partition("=")[::2] for part in mark.options["stopped"].split())
     of_setting = runs[(shown[list(wanted)] == wanted).all(axis=1)]
-    stops = [[alarm for alarm in alarms if alarm["action"] == "stop"] for alarms in of_setting["alarms"]]
-    which = ", ".join(f"{alarms[-1]['monitor']} at step {alarms[-1]['step']}" for alarms in stops if alarms)
-    return f"{sum(map(bool, stops))} of {len(of_setting)} runs were stopped: {which or 'by no monitor'}."
+    said = []
+    for _, run in of_setting.iterrows():
+        last = next((alarm for alarm in reversed(run["alarms"]) if alarm["action"] == "stop"), None)
+        if last is not None:
+            left = ", ".join(
+                f"{name_of(metric)} {figure(run[metric])}" for metric in METRICS if pd.notna(run.get(metric))
+            )
+            said.append(f"{last['monitor']} at step {last['step']}" + f" ({left} by then)" * bool(left))
+    return f"{len(said)} of {len(of_setting)} runs were stopped: {'; '.join(said) or 'by no monitor'}."
 
 
 def judged(claim: Claim, expected: str) -> str:
@@ -180,7 +189,7 @@ def block(mark: Asked, comparison: Comparison, folder: Path) -> str:
     left = tables.left_out_table(comparison)
     left = left[~left["why"].str.startswith("other data")]
     if len(left):
-        lines = list(dict.fromkeys(f"{one['setting']}: {one['why']}" for one in left.to_dict("records")))
+        lines = list(dict.fromkeys(f"{one['setting']}: {one['why'].rstrip('.')}" for one in left.to_dict("records")))
         more = f"; and {len(lines) - MOST_SENTENCES} more" if len(lines) > MOST_SENTENCES else ""
         parts.append(f"Left out of the means: {'; '.join(lines[:MOST_SENTENCES])}{more}.")
     chart = next((chart for chart in charts(comparison) if chart.name == PICTURE), None)
@@ -210,7 +219,7 @@ def settings(result: FieldResult, comparison: Comparison) -> str:
         lines.append([*cells, f"{median(runs.loc[list(row.setting.runs.values()), 'wall_s']):.0f}"])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     start = [f"{name_of(metric)} {figure(mean(runs[f'before/{metric}'].dropna()))}"
-             for metric in (ACCURACY, RETENTION) if f"before/{metric}" in runs]  # fmt: skip
+             for metric in METRICS if f"before/{metric}" in runs]  # fmt: skip
     return table + (f"\n\nBefore training: {', '.join(start)}." if start else "")
 
 
