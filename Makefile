@@ -8,8 +8,12 @@
 # make unsloth   unsloth in an environment of its own with this project, to hold our calls against it
 # make gguf   llama.cpp in an environment of its own, for export=gguf
 # make lm_eval   EleutherAI's lm-eval beside the project's packages, for eval=lm_eval
+# make study NAME=grpo   the sweeps of a folder in experiments/studies, and the figures of its page; goes on where it was
+# make paper   the papers' headlines in miniature, three seeds: experiments/paper
 # make lint   style and types
 PYTHON ?= python3
+# runs of a study at once, one thread each
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
@@ -18,7 +22,7 @@ export TOKENIZERS_PARALLELISM = false
 # Each by the Python of an environment of its own.
 ENGINES := $(addprefix --ignore tests/,vllm unsloth gguf lm_eval)
 
-.PHONY: demo test test-long test-engines torture lint vllm unsloth gguf lm_eval clean
+.PHONY: demo test test-long test-engines torture study paper lint vllm unsloth gguf lm_eval clean
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +49,28 @@ test-engines: $(BIN)/.installed
 
 torture: $(BIN)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture
+
+# The sweeps of a folder in experiments; one that has begun goes on, and leaves alone what is finished.
+define run_sweeps
+	set -e; for sweep in $(basename $(notdir $(wildcard experiments/$(1)/conf/sweep/*.yaml))); do \
+	  folder=outputs/$(1)/$$sweep; \
+	  if [ -f $$folder/sweep.json ]; then words=resume_sweep=$$folder; \
+	  else words="--config-dir experiments/$(1)/conf sweep=$$sweep hydra.sweep.dir=$$folder"; fi; \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m selfdistill.train $$words hydra.launcher.n_jobs=$(JOBS); \
+	done
+endef
+
+STUDIES := $(notdir $(patsubst %/conf/sweep,%,$(wildcard experiments/studies/*/conf/sweep)))
+
+study: $(BIN)/.installed
+	$(if $(filter $(NAME),$(STUDIES)),,$(error make study NAME=..., with one of: $(STUDIES)))
+	$(call run_sweeps,studies/$(NAME))
+	$(BIN)/python experiments/studies/page.py experiments/studies/$(NAME)/README.md
+
+paper: $(BIN)/.installed
+	$(call run_sweeps,paper)
+	$(call run_sweeps,studies/grpo)
+	$(BIN)/python experiments/studies/page.py experiments/paper/README.md experiments/studies/grpo/README.md
 
 lint: $(BIN)/.installed
 	$(BIN)/ruff check .

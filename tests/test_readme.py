@@ -129,12 +129,16 @@ def _export(line: str, place: Place) -> None:
 
 def _compare(line: str, place: Place) -> None:
     """On a sweep that is made up; one of the pages' own takes minutes."""
-    for sweep in ("multirun/SWEEP", "sdpo_grid"):
-        if not (place.folder / "outputs" / sweep).exists():
-            write_sweep(place.folder / "outputs" / sweep, [{"alpha": 0}, {"alpha": 1}], (1, 2))
+    words = place.words(line)[3:]
+    studies = [word for word in words if re.match(r"outputs/(paper|studies)/", word)]
+    for sweep in ("outputs/multirun/SWEEP", "outputs/sdpo_grid", *studies):
+        if not (place.folder / sweep).exists():
+            write_sweep(place.folder / sweep, [{"alpha": 0}, {"alpha": 1}], (1, 2))
+    if studies:  # their keys are others than those of the one that is made up; tests/test_studies.py has more
+        words = [word for word in words if not word.startswith("baseline=")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(charts, "charts", lambda comparison: iter(()))  # pictures take seconds
-        outcome = command(place.words(line)[3:], place.folder, compare)
+        outcome = command(words, place.folder, compare)
     assert outcome.code == 0, outcome.err
     assert "Highest" in outcome.out
 
@@ -162,8 +166,6 @@ def _script(line: str, place: Place) -> None:
     script = ROOT / words[1]
     text = script.read_text()
     compile(text, str(script), "exec")
-    if script.name == "runner.py":
-        assert (ROOT / words[2] / "study.yaml").is_file()
     options = [word for word in words if word.startswith("--")]
     if "argparse" not in text:
         assert not options
@@ -183,7 +185,10 @@ def _tests(line: str, place: Place) -> None:
 
 
 def _make(line: str, place: Place) -> None:
-    assert re.search(rf"^{line.split()[1]}:", (ROOT / "Makefile").read_text(), re.M)
+    _, target, *study = line.split()
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
+    for name in study:  # tests/test_studies.py checks its sweeps
+        assert (ROOT / "experiments" / "studies" / name.removeprefix("NAME=") / "conf" / "sweep").is_dir()
 
 
 def _pip(line: str, place: Place) -> None:
@@ -274,7 +279,7 @@ RULES: list[tuple[str, Callable[[str, Place], None]]] = [
     (r"python -m selfdistill\.generate_data( |$)", _generate),
     (r"python -m selfdistill\.compare( |$)", _compare),
     (r"([A-Z_]+=\S+ )*python \S+\.py( |$)", _script),
-    (r"make [\w-]+$", _make),
+    (r"make [\w-]+( NAME=\w+)?$", _make),
     (r"pip install \S+$", _pip),
     (r"git clone \S+ && cd \S+$", _clone),
     (r"(VLLM_SERVER_DEV_MODE=1 )?vllm serve |.*-m vllm\.entrypoints", _vllm),

@@ -192,11 +192,9 @@ def _canonical(value: Any) -> Any:
 
 
 def _follows_seed(key: str, configs: pd.DataFrame) -> bool:
-    """Also of a part that not all runs have: a teacher's seed, where others have no teacher."""
-    if "seed" not in configs:
-        return False
-    there = configs[key].notna() if key.endswith(".seed") else slice(None)
-    return bool((configs.loc[there, key] == configs.loc[there, "seed"]).all())
+    """Whether a key is the run's seed in every run that has it; a run without a teacher has no seed of a teacher's."""
+    there = configs[key].notna()
+    return "seed" in configs and bool(there.any() and (configs[key] == configs["seed"])[there].all())
 
 
 def _below(key: str, parent: str) -> bool:

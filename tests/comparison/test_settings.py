@@ -29,6 +29,17 @@ def test_settings_are_all_keys_but_the_seed(tmp_path: Path) -> None:
     assert result.claims[0].better
 
 
+def test_a_seed_that_only_some_methods_have_makes_no_setting(tmp_path: Path) -> None:
+    """A teacher's context has the run's seed; a run without a teacher has none."""
+    for seed in SEEDS:
+        write_run(tmp_path / f"grpo-{seed}", {"experiment": "grpo", "seed": seed})
+        taught = {**SMALL, "teacher.context.seed": seed}
+        write_run(tmp_path / f"sdpo-{seed}", {"experiment": "sdpo", "seed": seed}, base=taught, minute=1)
+    (result,) = compare(load_runs(tmp_path)).fields
+    assert values(result) == [{"experiment": "grpo"}, {"experiment": "sdpo"}]
+    assert [row.setting.seeds for row in result.rows] == [["1", "2", "3"]] * 2
+
+
 def test_the_same_number_in_two_ways_of_writing_is_one_setting(tmp_path: Path) -> None:
     write_run(tmp_path / "a", {"alpha": 1, "seed": 1})
     write_run(tmp_path / "b", {"alpha": 1.0, "seed": 2})
