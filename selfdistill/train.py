@@ -59,6 +59,7 @@ def run(cfg: DictConfig) -> float | None:
         if checked.check:
             plan.show_plan(cfg, checked)
             return None
+        plan.check_memory(checked)
         with session.recorded(cfg, checked, hydra_config) as this:
             job.begin(this.folder)
             parts = build(checked, this.folder.path, this.at_end)

@@ -99,10 +99,10 @@ def measure(shape: Shape, steps: int, folder: Path) -> dict[str, Any]:
     model, data = folder / "model", folder / "data.jsonl"
     overrides = [
         "model=local", f"model.name={model}", "data=jsonl", f"data.path={data}", "hardware=cpu", "eval=none",
-        "monitors=none", "logger=none", f"max_steps={steps}", "model.dtype=float32",
+        "monitors=off", "logger=none", f"max_steps={steps}", "model.dtype=float32",
         f"rollout.max_completion_tokens={shape.completion_tokens}", "training.checkpoint_every=0", *shape.overrides,
     ]  # fmt: skip
-    with initialize_config_dir(str(CONF), version_base=None):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         run = config.check(compose("train", overrides), overrides)
     tokenizer = AutoTokenizer.from_pretrained(model)
     lengths = lengths_of(run, tokenizer, load_data(run, tokenizer), make(run.teacher, "teacher"))

@@ -17,6 +17,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,16 +150,14 @@ def main() -> None:
     print("\n| pass | s before | s now | now / before |\n|---|---|---|---|")
     for name, (before, now) in plans.items():
         learn = "student" in name
-        times: tuple[list[float], list[float]] = ([], [])
-        for round_ in range(given.rounds):
-            for found, sizes in zip(times, (before[round_], now[round_]), strict=True):
-                found.append(seconds(lambda sizes=sizes: pass_through(model, sizes, learn=learn)))  # type: ignore[misc]
-        was, is_ = map(statistics.median, times)
+        rounds = [(before[i], now[i]) for i in range(given.rounds)]
+        times = [[seconds(partial(pass_through, model, sizes, learn=learn)) for sizes in pair] for pair in rounds]
+        was, is_ = (statistics.median(column) for column in zip(*times, strict=True))
         print(f"| {name} | {was:.2f} | {is_:.2f} | {is_ / was:.2f} |")
 
     one, many = (
-        min(seconds(lambda s=s: pass_through(model, s, learn=False)) for _ in range(5))  # type: ignore[misc]
-        for s in ([(8, 128)], [(1, 128)] * 8)
+        min(seconds(partial(pass_through, model, sizes, learn=False)) for _ in range(5))
+        for sizes in ([(8, 128)], [(1, 128)] * 8)
     )
     print(f"\na further pass costs as much as {(many - one) / 7 / (one / 1024):.0f} tokens")
 

@@ -1,5 +1,6 @@
 """How much memory a run will need, before anything is loaded."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -16,6 +17,8 @@ from selfdistill.models.location import parameters
 
 if TYPE_CHECKING:
     from selfdistill.machine.simulated_passes import Passes, Recipe
+
+log = logging.getLogger(__name__)
 
 GIB = 2**30
 FLOAT32 = 4  # bytes
@@ -47,7 +50,8 @@ class Forecast:
 
     Attributes:
         kept: what stays, by part.
-        phases: what each phase of a step takes beside it, at the most; empty where the model's config.json is not here.
+        phases: what each phase of a step takes beside it, at the most; empty where the model's config.json is not here,
+            or its architecture cannot be tried without numbers.
         limit: what there is.
         whose: whose memory that is, for a message.
     """
@@ -144,15 +148,19 @@ def forecast(run: Run, lengths: Lengths, *, on_gpu: bool) -> Forecast:
         lengths: of the data at hand.
         on_gpu: whether the run is going to be on a GPU.
     """
-    limit, whose = _limit(run, on_gpu)
+    limit, whose = memory_limit(run, on_gpu)
     recipe = _recipe(run, on_gpu)
     if recipe is None:
-        return Forecast(estimate(run), limit=limit, whose=whose)
+        return Forecast(estimate(run), {}, limit, whose)
     passes = _passes(_Key(run.model.name, recipe))
     whole = passes.whole
     kept = {"program": PROGRAM_GPU_GIB if on_gpu else PROGRAM_CPU_GIB}
     kept |= _kept(run, whole.weight_bytes, whole.trained, whole.trained_bytes)
-    phases = {name: size / GIB for name, size in _phases(run, lengths, passes, on_gpu)}
+    try:
+        phases = {name: size / GIB for name, size in _phases(run, lengths, passes, on_gpu)}
+    except Exception as error:  # whatever an architecture raises that wants to see a number
+        log.debug("no pass without numbers: %s", error)
+        return Forecast(kept | {"gradients": whole.trained_bytes / GIB}, {}, limit, whose)
     return Forecast(kept, phases, limit, whose)
 
 
@@ -248,7 +256,7 @@ def _recipe(run: Run, on_gpu: bool) -> "Recipe | None":
     return Recipe(config, dtype, kind, model.load_in_4bit, adapter, run.hardware.gradient_checkpointing)
 
 
-def _limit(run: Run, on_gpu: bool) -> tuple[float | None, str]:
+def memory_limit(run: Run, on_gpu: bool) -> tuple[float | None, str]:
     """GiB that there are, and whose."""
     if run.hardware.memory_gib:
         return run.hardware.memory_gib, "hardware.memory_gib"

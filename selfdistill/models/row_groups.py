@@ -24,7 +24,7 @@ class RowGroup:
     """Rows that go through a model together.
 
     Attributes:
-        rows: their indices.
+        rows: their indices, in the order of the batch.
         prompt_tokens, completion_tokens: of the longest prompt and of the longest completion among them; at least one.
     """
 
@@ -54,7 +54,7 @@ def row_groups(
     pairs = [(prompts[row], completions[row]) for row in order]
     cuts = _cheapest_cuts(pairs, most_rows or len(pairs), further)
     return [
-        RowGroup(order[begin:end], *(max(1, *sizes) for sizes in zip(*pairs[begin:end], strict=True)))
+        RowGroup(sorted(order[begin:end]), *(max(1, *sizes) for sizes in zip(*pairs[begin:end], strict=True)))
         for begin, end in zip([0, *cuts], cuts, strict=False)
     ]
 

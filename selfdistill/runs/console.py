@@ -179,7 +179,7 @@ def memory_table(
     total = sum(kept.values()) + phases.get(most, 0.0)
     facts: dict[str, str | Text] = {name: size(value) for name, value in kept.items()}
     facts |= {name: f"+ {size(value)}{' at the most' if name == most else ''}" for name, value in phases.items()}
-    beyond = "" if phases else " and activations, which are not known without the model's config.json"
+    beyond = "" if phases else " and activations, which could not be tried without the model"
     there_is = "" if limit is None else f", of {size(limit)} ({whose})"
     style = "red" if limit is not None and total > limit else ""
     return _facts("memory", {**facts, "peak": Text(f"about {size(total)}{beyond}{there_is}", style=style)})

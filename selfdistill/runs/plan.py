@@ -14,7 +14,16 @@ from selfdistill.config import Run
 from selfdistill.config.batch import batch_of
 from selfdistill.config.targets import make
 from selfdistill.data import DataSplits
-from selfdistill.machine.memory_estimate import ADAPTER_SHARE, WORDING_TOKENS, Lengths, check_fits, estimate, forecast
+from selfdistill.machine.memory_estimate import (
+    ADAPTER_SHARE,
+    WORDING_TOKENS,
+    Forecast,
+    Lengths,
+    check_fits,
+    estimate,
+    forecast,
+    memory_limit,
+)
 from selfdistill.models.loading import resolve
 from selfdistill.models.location import files_of, parameters
 from selfdistill.models.precision import precision_line
@@ -77,6 +86,21 @@ def _anywhere(run: Run) -> Run:
     return replace(
         run, hardware=replace(run.hardware, device=here, precision="fp32" if here == "cpu" else "auto", vllm=vllm)
     )
+
+
+def check_memory(run: Run) -> None:
+    """Refuses a run whose weights, gradients and optimizer alone cannot fit, before anything is loaded.
+
+    Activations are looked at by `check=true`, which takes some seconds.
+
+    Raises:
+        UserError: they cannot.
+    """
+    counted, on_gpu = parameters(run.model.name), _on_gpu(run)
+    if counted is not None:
+        run = replace(run, model=replace(run.model, parameters_billion=counted / 1e9))
+    found = Forecast(estimate(run), {}, *memory_limit(run, on_gpu))
+    check_fits(run, lengths_of(run, None, None, None), found, on_gpu=on_gpu)
 
 
 def _on_gpu(run: Run) -> bool:
