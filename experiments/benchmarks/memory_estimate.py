@@ -52,7 +52,7 @@ SHAPES = {
     "lora_ema": Shape("LoRA, distillation from an average, long completions", 768, 8, 128, 160, (
         "model.tuning=lora", "reward=none", "teacher=demonstration", "teacher/weights=ema", "beta=0",
         "num_generations=1", "completions_per_step=8", "hardware.per_device_batch_size=4")),
-    "lora": Shape("LoRA, policy gradient with KL, gradient checkpointing, short completions", 1024, 14, 96, 48, (
+    "lora": Shape("LoRA, policy gradient with KL, gradient checkpointing, short completions", 1024, 6, 96, 32, (
         "model.tuning=lora", "reward=exact_match", "beta=0.04", "completions_per_step=8",
         "hardware.per_device_batch_size=4", "hardware.gradient_checkpointing=true")),
 }  # fmt: skip

@@ -26,7 +26,7 @@ FLOAT32 = 4  # bytes
 # 0.001 of a model of 0.6 billion and the 0.0003 of one of 7 billion. Only for models whose config.json is not here.
 ADAPTER_SHARE = 0.0006
 # Python with torch, transformers and TRL on a CPU; a CUDA context with its libraries on a GPU.
-PROGRAM_CPU_GIB, PROGRAM_GPU_GIB = 0.75, 0.5
+PROGRAM_CPU_GIB, PROGRAM_GPU_GIB = 0.65, 0.5
 # How far an estimate may be off: a run is refused where even one that is too high by this share would not fit.
 ERROR = 0.15
 # A shorter completion is not proposed.
@@ -190,6 +190,10 @@ def _phases(run: Run, lengths: Lengths, passes: "Passes", on_gpu: bool) -> Itera
         most = max(most + said, found.held + said + _chunk_bytes(tokens, vocabulary, on_gpu) + of_head)
     yield "learning", most + (gradients if several else 0)
     yield "updating the weights", gradients
+    if run.eval is not None and "batch_size" in run.eval:
+        answer = min(run.eval["max_new_tokens"], lengths.completion)
+        at_once = min(run.eval["batch_size"], run.eval["max_rows"])
+        yield "evaluating", passes.writing(at_once, lengths.prompt, answer)
 
 
 def _chunk_bytes(tokens: int, vocabulary: int, on_gpu: bool) -> int:
@@ -279,10 +283,12 @@ class _Changed:
 def check_fits(run: Run, lengths: Lengths, found: Forecast, *, on_gpu: bool) -> None:
     """Refuses a run that cannot fit, and says which key with which value would make it fit.
 
+    Several processes may share a machine, or shard a model; what each of them needs is not known here.
+
     Raises:
         UserError: it needs more than there is, also if the estimate is too high by its usual error.
     """
-    if not found.cannot_fit:
+    if not found.cannot_fit or batch_of(run).processes > 1:
         return
     assert found.limit is not None
 

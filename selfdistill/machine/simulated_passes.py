@@ -26,6 +26,8 @@ from selfdistill.models.structure import inner_model, limited_logits
 
 # Of a weight in nf4 with its scales quantised too: half a byte, and 0.127 bits for the scales.
 BYTES_OF_4_BIT = 0.516
+# From models of so many layers those of more are extrapolated.
+FEW_LAYERS = (2, 3)
 
 
 class _Alive(TorchDispatchMode):
@@ -254,7 +256,9 @@ class SimulatedModel:
 
 
 class Passes:
-    """The passes of a model, from those of the same model with one layer and with two where its layers are alike.
+    """The passes of a model, from those of the same model with two layers and with three where its layers are alike.
+
+    From one layer to two a pass may take more than from there on, for the first has no layer before it.
 
     Attributes:
         whole: the model.
@@ -264,8 +268,8 @@ class Passes:
         self.whole = SimulatedModel(recipe)
         self._layers = recipe.config.num_hidden_layers
         self._small = (
-            [SimulatedModel(_with_layers(recipe, count)) for count in (1, 2)]
-            if self._layers > 2 and self.whole.are_layers_alike()
+            [SimulatedModel(_with_layers(recipe, count)) for count in FEW_LAYERS]
+            if self._layers > FEW_LAYERS[1] and self.whole.are_layers_alike()
             else []
         )
 
@@ -287,7 +291,7 @@ class Passes:
         return self._small or [self.whole]
 
     def _extended(self, found: list[int]) -> int:
-        return found[0] + (self._layers - 1) * (found[1] - found[0]) if self._small else found[0]
+        return found[0] + (self._layers - FEW_LAYERS[0]) * (found[1] - found[0]) if self._small else found[0]
 
 
 def _with_layers(recipe: Recipe, count: int) -> Recipe:

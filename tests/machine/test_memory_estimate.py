@@ -86,7 +86,8 @@ def test_each_part_and_phase() -> None:
     assert 0.7e6 < count < 0.9e6
     assert found.kept["optimizer"] == pytest.approx(2 * found.kept["weights"])
     assert found.kept["teacher's copy"] == pytest.approx(found.kept["weights"])
-    assert found.phases.keys() == {"writing completions", "asking the teacher", "learning", "updating the weights"}
+    named = {"writing completions", "asking the teacher", "learning", "updating the weights", "evaluating"}
+    assert found.phases.keys() == named
     assert found.total == sum(found.kept.values()) + max(found.phases.values())
     more = forecast(run, replace(LENGTHS, completion=200), on_gpu=False)
     assert all(more.phases[name] > found.phases[name] for name in list(found.phases)[:3])
@@ -109,7 +110,7 @@ def test_vllm_that_sleeps_is_in_memory_while_it_writes_alone() -> None:
 def test_the_proposed_value_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_estimate, "PROGRAM_CPU_GIB", 0.0)
     lengths = replace(LENGTHS, completion=200)
-    run = checked("hardware.per_device_batch_size=64", "completions_per_step=64")
+    run = checked("hardware.per_device_batch_size=64", "completions_per_step=64", "eval=none")
     needed = forecast(run, lengths, on_gpu=False)
     assert set(needed.phases) == {"writing completions", "learning", "updating the weights"}
     room = replace(run, hardware=replace(run.hardware, memory_gib=needed.total / 3))
@@ -126,6 +127,15 @@ def test_an_estimate_that_may_be_too_high_refuses_nothing() -> None:
     assert not Forecast({"weights": 1.1}, {}, 1.0).cannot_fit
     assert Forecast({"weights": 1.2}, {}, 1.0).cannot_fit
     assert not Forecast({"weights": 1.2}, {}, None).cannot_fit
+
+
+def test_of_several_processes_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = checked("hardware.memory_gib=0.01")
+    too_much = Forecast({"weights": 1.0}, {}, 0.01, "hardware.memory_gib")
+    with pytest.raises(UserError, match="about 1.0 GiB"):
+        check_fits(run, LENGTHS, too_much, on_gpu=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_fits(run, LENGTHS, too_much, on_gpu=False)
 
 
 def test_check_prints_the_forecast_and_refuses(tmp_path: Path) -> None:
