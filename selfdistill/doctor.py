@@ -22,6 +22,7 @@ from rich.console import Console
 from selfdistill import config
 from selfdistill.config import doors
 from selfdistill.config.conf import CONF
+from selfdistill.config.overrides import key_of
 from selfdistill.errors import UserError
 from selfdistill.machine import hardware, packages
 from selfdistill.machine.findings import Line, error, ok, table, warning
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 def with_server(arguments: Sequence[str]) -> list[str]:
     """The arguments, with `teacher=server` where a key of the teacher is given and nothing chooses a teacher."""
-    keys = {argument.lstrip("+~").split("=")[0] for argument in arguments}
+    keys = {key_of(argument) for argument in arguments}
     implied = any(key.startswith("teacher.") for key in keys) and not keys & {"teacher", "experiment"}
     return [*arguments, "teacher=server"] if implied else list(arguments)
 

@@ -7,6 +7,7 @@ from typing import Any
 SURROGATE = re.compile("[\ud800-\udfff]")
 # Everything that steers a terminal or turns the direction of writing, apart from line breaks and tabs.
 STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_UNSHOWABLE = re.compile(f"{STEERING.pattern}|{SURROGATE.pattern}")
 REPLACEMENT = "\ufffd"
 
 
@@ -26,6 +27,11 @@ def printable(text: str) -> str:
     An escape sequence in a completion could otherwise clear the screen, retitle the window or hide what follows.
     """
     return STEERING.sub(lambda match: _picture(match.group()), whole_characters(text))
+
+
+def escaped(text: str) -> str:
+    """The text with what steers a terminal spelt out, as `\\x1b`; halves of characters as well."""
+    return _UNSHOWABLE.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
 
 
 def _picture(character: str) -> str:

@@ -271,6 +271,7 @@ def test_a_server_that_refuses_the_key() -> None:
 # The command.
 
 
+@pytest.mark.long
 def test_the_command_prints_the_table_and_says_by_its_code_whether_all_is_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,7 +81,9 @@ def served(experiment: str) -> Iterator[list[str]]:
         yield [f"teacher.base_url={stub.url}"]
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize(
+    "experiment", [e if e == "sdpo_feedback" else pytest.param(e, marks=pytest.mark.long) for e in EXPERIMENTS]
+)
 def test_two_steps(experiment: str, served: list[str], tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

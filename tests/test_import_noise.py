@@ -24,7 +24,7 @@ def run(program: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("has", [True, False])
+@pytest.mark.parametrize("has", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_importing_says_nothing_and_later_words_pass(tmp_path: Path, has: bool) -> None:
     pytest.importorskip("bitsandbytes")
     done = run(

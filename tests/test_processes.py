@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.launched import Launch, Launcher
 
-pytestmark = pytest.mark.xdist_group("processes")  # one launcher, and each run made once
+pytestmark = [pytest.mark.long, pytest.mark.xdist_group("processes")]  # one launcher, and each run made once
 
 COMMON = [
     "hardware=cpu", "hardware.threads=1", "max_steps=3", "rollout.max_completion_tokens=8", "eval.max_rows=4",
@@ -87,7 +87,7 @@ def assert_gone(pids: Sequence[int]) -> None:
             os.kill(pid, 0)
 
 
-@pytest.mark.parametrize("method", [pytest.param(m, marks=() if m == "sdft" else pytest.mark.long) for m in METHODS])
+@pytest.mark.parametrize("method", METHODS)
 def test_two_processes_give_the_numbers_of_one(method: str, trained: Callable[[str, int], tuple[Launch, Path]]) -> None:
     (_, one), (_, two) = trained(method, 1), trained(method, 2)
     expected, found = gathered(one), gathered(two)
@@ -99,7 +99,7 @@ def test_two_processes_give_the_numbers_of_one(method: str, trained: Callable[[s
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", [pytest.param(m, marks=() if m == "sdft" else pytest.mark.long) for m in METHODS])
+@pytest.mark.parametrize("method", METHODS)
 def test_two_processes_leave_one_record(method: str, trained: Callable[[str, int], tuple[Launch, Path]]) -> None:
     done, run = trained(method, 2)
     lines = [line.strip() for line in done.terminal.splitlines()]
@@ -113,7 +113,6 @@ def test_two_processes_leave_one_record(method: str, trained: Callable[[str, int
     assert_gone(done.pids)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("number", "target"), [("SIGINT", "the launcher"), ("SIGTERM", "the launcher"), ("SIGTERM", "a process")]
 )
@@ -139,7 +138,6 @@ def test_a_signal_ends_all_and_the_run_is_resumed(
     assert len(list((tmp_path / "outputs").iterdir())) == 1
 
 
-@pytest.mark.long
 def test_a_run_is_resumed_with_as_many_processes(
     launch: Launcher, trained: Callable[[str, int], tuple[Launch, Path]], tmp_path: Path
 ) -> None:
@@ -186,7 +184,6 @@ def test_several_processes_sweep_nothing(launch: Launcher, tmp_path: Path) -> No
     assert not (tmp_path / "outputs").exists()
 
 
-@pytest.mark.long
 def test_a_model_in_memory_is_the_reference_of_every_process(launch: Launcher, tmp_path: Path) -> None:
     """transformers lets the main process alone write the model, which all then load."""
     done = launch([], tmp_path, program="tests.in_memory")
@@ -194,7 +191,6 @@ def test_a_model_in_memory_is_the_reference_of_every_process(launch: Launcher, t
     assert "find_unused_parameters" not in done.terminal
 
 
-@pytest.mark.long
 def test_the_others_wait_for_the_main_process_longer_than_a_collective_operation(
     launch: Launcher, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ import orjson
 import pandas as pd
 import yaml
 
+from selfdistill.config.overrides import key_and_value
 from selfdistill.errors import UserError
 
 try:
@@ -203,8 +204,8 @@ def _why(run: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> dic
 
 def _overrides(written: Iterable[str]) -> dict[str, Any]:
     """Keys and values of a command line, without Hydra's own and the marks for adding and removing."""
-    pairs = (str(override).lstrip("+~").partition("=") for override in written)
-    return {key.partition("@")[0]: value for key, _, value in pairs if not key.startswith("hydra")}
+    pairs = (key_and_value(str(override)) for override in written)
+    return {key.partition("@")[0]: value for key, value in pairs if not key.startswith("hydra")}
 
 
 def _plain(value: Any) -> Any:

@@ -15,6 +15,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from selfdistill.config.batch import batch_of
 from selfdistill.config.messages import WITHOUT, explain
+from selfdistill.config.overrides import key_of
 from selfdistill.config.schema import Run
 from selfdistill.config.targets import check_trust, declares, targets
 from selfdistill.config.trl_names import OUR_KEYS, instead_of
@@ -46,7 +47,7 @@ def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> Run:
         check_trust(key, node["_target_"], values["trusted_prefixes"])
     _check_limits(cfg, Run, values)
     run = cast(Run, OmegaConf.to_object(typed))
-    given = {override.lstrip("+~").split("=")[0] for override in overrides}
+    given = {key_of(override) for override in overrides}
     _check_read(run, cfg, given)
     _check_arguments(run)
     _check_signal(run)

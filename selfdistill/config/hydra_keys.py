@@ -15,6 +15,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from selfdistill.config.overrides import key_of
 from selfdistill.config.targets import check_trust, find, targets
 from selfdistill.errors import UserError, quoted
 
@@ -41,7 +42,7 @@ def check_composed(cfg: DictConfig) -> None:
     hydra = cfg.hydra
     overrides: Any = OmegaConf.to_container(hydra.overrides.hydra)  # their interpolations stay as they are
     for override in overrides:
-        key = str(override).lstrip("+~").split("=")[0].replace("/", ".").split("@")[0]
+        key = key_of(str(override)).replace("/", ".").split("@")[0]
         for refused, instead in INSTEAD.items():
             if key == refused or key.startswith(f"{refused}."):
                 raise UserError(f"{key} has no effect here: {instead}.")

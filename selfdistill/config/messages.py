@@ -15,6 +15,7 @@ from selfdistill.config.schema import Run
 from selfdistill.config.suggestions import closest
 from selfdistill.config.trl_names import OUR_KEYS, instead_of
 from selfdistill.errors import UserError, bounded, shortened
+from selfdistill.text import escaped
 
 # What Hydra and OmegaConf raise for a mistake on the command line or in a configuration file.
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
@@ -23,9 +24,6 @@ WITHOUT = {"reward": "none", "teacher": "none", "eval": "none", "export": "none"
 
 # How long the first of several processes has to say what all have to say.
 FIRST_SAYS_S = 10.0
-
-# C0 and C1 but tab and line feed, marks and overrides of direction, halves of surrogate pairs.
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # Choices of Hydra's plugins, which come with the extra `sweep`.
 SWEEP_EXTRA = (
     "hydra/sweeper=optuna", "hydra/launcher=joblib", "hydra/launcher=submitit_local", "hydra/launcher=submitit_slurm",
@@ -41,16 +39,8 @@ def fail(message: str, *, alone: bool = False) -> int:
     """
     if not alone and int(os.environ.get("RANK", 0)) > 0:
         time.sleep(FIRST_SAYS_S)
-    print(f"selfdistill: {printable(bounded(message))}", file=sys.stderr)
+    print(f"selfdistill: {escaped(bounded(message))}", file=sys.stderr)
     return 2
-
-
-def printable(text: str) -> str:
-    """Text without what a terminal obeys: control characters, escape sequences and turns of direction are spelt out.
-
-    Line ends and tabs stay; halves of surrogate pairs, which no terminal can encode, are spelt out too.
-    """
-    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode("ascii"), text)
 
 
 def explain(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from selfdistill.config.overrides import key_of
 from selfdistill.config.schema import Run
 from selfdistill.config.secrets import masked_keys
 from selfdistill.errors import UserError, shortened
@@ -34,7 +35,7 @@ def granted_again(saved: DictConfig, given: DictConfig, overrides: Iterable[str]
     Raises:
         UserError: something that runs code is not granted on the command line, or a secret is missing.
     """
-    written = {override.lstrip("+~").split("=")[0]: override for override in overrides}
+    written = {key_of(override): override for override in overrides}
     remote = [path for path in _remote_code(OmegaConf.to_container(saved, resolve=False)) if path not in GRANTS]
     for key in (*GRANTS, *remote):
         wanted, allowed = OmegaConf.select(saved, key), OmegaConf.select(given, key) if key in written else None

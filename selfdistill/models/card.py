@@ -86,6 +86,9 @@ def python_usage(library: str, loader: str) -> str:
     return "\n".join([*lines, 'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")', "```"])
 
 
+WHOLE_MODEL_USAGE = f"{python_usage('transformers', 'AutoModelForCausalLM')}\n\nvLLM: `vllm serve THIS_FOLDER`"
+
+
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 

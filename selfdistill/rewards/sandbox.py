@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -35,7 +35,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 Outcome = tuple[str, str]  # kind and message
 
 
-@dataclass
+@dataclass(frozen=True)
 class Task:
     """What the program in `tested_code` is given.
 
@@ -49,7 +49,7 @@ class Task:
         token: stands in front of each line of results, so that nothing else is taken for one.
         alone: whether the program sees only its own processes, and so can count them.
         guarded: whether the interpreter itself refuses what would do harm by accident.
-        uid, folder: the user that the solution becomes where the program runs as root, and the working folder it gets.
+        uid: the user that the solution becomes, with a new working folder, where the program runs as root.
         packages: folders of installed packages that code and tests may import.
     """
 
@@ -62,7 +62,6 @@ class Task:
     alone: bool = True
     guarded: bool = False
     uid: int | None = None
-    folder: str | None = None
     packages: list[str] = field(default_factory=list)
     token: str = field(default_factory=lambda: secrets.token_hex(16))
 
@@ -102,7 +101,7 @@ class Bare:
     name = "a bare child process: the code can read what the user can read, and use the network"
 
     def run(self, task: Task) -> list[Outcome]:
-        task.alone, task.guarded, task.packages = False, True, _packages()
+        task = replace(task, alone=False, guarded=True, packages=_packages())
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             return _run([sys.executable, "-I", "-S", str(PROGRAM)], task, folder)
 
@@ -129,8 +128,8 @@ class Bubblewrap:
         compileall.compile_dir(PROGRAM, quiet=2)  # or each start compiles the program again
 
     def run(self, task: Task) -> list[Outcome]:
-        task.packages = _packages()
-        return _run([*self._command, sys.executable, "-I", "-S", "/program"], task, "/")
+        command = [*self._command, sys.executable, "-I", "-S", "/program"]
+        return _run(command, replace(task, packages=_packages()), "/")
 
 
 class Server:
@@ -149,7 +148,7 @@ class Server:
 
     def run(self, task: Task) -> list[Outcome]:
         # Other programs may run beside it, which are not this one's to count.
-        task.alone, task.uid, task.folder = False, NOBODY, f"/tmp/{task.token}"
+        task = replace(task, alone=False, uid=NOBODY)
         request = {
             "language": "python",
             "code": "import runpy, sys; sys.path.insert(0, '.'); runpy.run_path('__main__.py', run_name='__main__')",

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from selfdistill.runs.interruption import greatest_of_all_processes
+from selfdistill.training.metrics import greatest_of_all_processes
 
 
 class Budget(TrainerCallback, ExportableState):

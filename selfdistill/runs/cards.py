@@ -2,27 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from selfdistill.models.card import CARD, Card, base_of, write_card
 from selfdistill.models.location import EMBEDDED
 from selfdistill.runs.folder import RunFolder
+from selfdistill.runs.labels import labels_of
 
 IN_PACKAGE = "embedded (the model in the package selfdistill)"
-
-
-def choices_of(folder: Path) -> dict[str, Any]:
-    """Which option of each group a run was composed of, as its .hydra folder has it; empty where it has none."""
-    try:
-        choices: Any = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "hydra.yaml").hydra.runtime.choices)
-    except (OSError, YAMLError, OmegaConfBaseException):
-        return {}
-    return choices if isinstance(choices, dict) else {}
 
 
 def card_of(run: Mapping[str, Any], folder: RunFolder, rows: int | None) -> Card:
@@ -32,7 +19,7 @@ def card_of(run: Mapping[str, Any], folder: RunFolder, rows: int | None) -> Card
         run: its configuration, as plain mappings.
         rows: how many rows it is trained on, where that is known.
     """
-    choices = {group: option for group, option in choices_of(folder.path).items() if option not in (None, "none")}
+    choices = labels_of(folder.path).chosen
     name, data = run["model"]["name"], run.get("data") or {}
     reward, teacher = ((run.get(group) or {}).get("_target_", "") for group in ("reward", "teacher"))
     source = data.get("path") or data.get("_target_")

@@ -19,8 +19,8 @@ from rich.text import Text
 from rich.tree import Tree
 
 from selfdistill.config.batch import Batch
-from selfdistill.config.messages import printable
 from selfdistill.config.secrets import Redactor
+from selfdistill.text import escaped
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def differences(
             facts.setdefault(group, []).append(f"{name or key}={_yaml_value(value)}")
     lines = {"chosen": options} if options else {}
     lines |= {group or "keys": "  ".join(values) for group, values in sorted(facts.items())}
-    shown: dict[str, str | Text] = {name: printable(text) for name, text in lines.items()}
+    shown: dict[str, str | Text] = {name: escaped(text) for name, text in lines.items()}
     return _facts("differs from the defaults", shown or {"": "nothing"})
 
 
@@ -225,7 +225,7 @@ def samples_table(step: int, rows: Sequence[Mapping[str, Any]], characters: int 
         texts = [_last(prompt, characters), _ends(completion, characters)]
         if has_feedback:
             texts.append(_ends(row.get("feedback") or "", characters))
-        cells = [Text(printable(text)) for text in texts]
+        cells = [Text(escaped(text)) for text in texts]
         table.add_row(*cells, _number(row.get("reward")), _number(row.get("advantage")))
     return table
 

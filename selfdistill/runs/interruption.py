@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from selfdistill.training.metrics import greatest_of_all_processes
+
 SCHEDULERS = (signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -97,14 +99,3 @@ class Interruption(TrainerCallback):
             message = f"{name}: saving a checkpoint after this step, then stopping. Ctrl-C again to stop at once.\n"
             # A signal may come in the middle of a print; os.write is safe there, the console is not.
             os.write(2, message.encode())
-
-
-def greatest_of_all_processes(number: int, args: TrainingArguments) -> int:
-    """The greatest number among the processes that train together."""
-    if args.world_size < 2:
-        return number
-    import torch
-
-    numbers = torch.tensor([number], device=args.device)
-    torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MAX)
-    return int(numbers.item())

@@ -1,5 +1,6 @@
 """What a run is called where runs are compared: its choices, its method, and the values that its sweep varies."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,13 +10,15 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from selfdistill.config.conf import CONF
 from selfdistill.runs.folder import RunFolder
 
 # The groups whose options say what a run is; they are fields of its recorded configuration, and its tags.
 SHOWN = ("experiment", "model", "data", "reward", "teacher")
-NONE = (None, "null", "none")
+NONE = ("null", "none")
 
 
 @dataclass(frozen=True)
@@ -31,16 +34,22 @@ class Labels:
     swept: str = ""
 
     @property
+    def chosen(self) -> dict[str, str]:
+        """The choices that are not `none` or `null`."""
+        return {group: option for group, option in self.choices.items() if option not in NONE}
+
+    @property
     def method(self) -> str | None:
         """The experiment, or the reward and the teacher that make up the run."""
-        chosen = {group: option for group, option in self.choices.items() if option not in NONE}
+        chosen = self.chosen
         parts = [chosen[group] for group in ("reward", "teacher") if group in chosen]
         return chosen.get("experiment") or "-".join(parts) or None
 
     @property
     def fields(self) -> dict[str, str | None]:
         """The option of each group that says what a run is; None where nothing is chosen."""
-        return {group: None if (option := self.choices.get(group)) in NONE else option for group in SHOWN}
+        chosen = self.chosen
+        return {group: chosen.get(group) for group in SHOWN}
 
     @property
     def tags(self) -> list[str]:
@@ -53,15 +62,19 @@ class Labels:
 
 
 def labels_of(folder: Path) -> Labels:
-    """From `.hydra/hydra.yaml` of a run's folder, which a resumed run keeps; empty where there is none."""
-    file = folder / ".hydra" / "hydra.yaml"
-    if not file.is_file():
+    """From `.hydra/hydra.yaml` of a run's folder, which a resumed run keeps; empty where it cannot be read."""
+    try:
+        known: Any = OmegaConf.to_container(OmegaConf.load(folder / ".hydra" / "hydra.yaml"), resolve=False)
+        hydra = known["hydra"]
+        swept = hydra["job"]["override_dirname"] or "" if hydra["mode"] == "MULTIRUN" else ""
+        return Labels(_made(hydra["runtime"]["choices"]), swept)
+    except (OSError, YAMLError, OmegaConfBaseException, LookupError, TypeError, AttributeError):
         return Labels()
-    known: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    hydra = known["hydra"]
-    sweeps = hydra["mode"] == "MULTIRUN"
-    choices = {str(group): str(option) for group, option in hydra["runtime"]["choices"].items()}
-    return Labels(choices, hydra["job"]["override_dirname"] or "" if sweeps else "")
+
+
+def _made(choices: Mapping[Any, Any]) -> dict[str, str]:
+    """Hydra's choices without the groups that nothing was chosen of, which it keeps as None."""
+    return {str(group): str(option) for group, option in choices.items() if option is not None}
 
 
 def defaults(choices: dict[str, str]) -> tuple[DictConfig, dict[str, str]]:
@@ -74,7 +87,7 @@ def defaults(choices: dict[str, str]) -> tuple[DictConfig, dict[str, str]]:
     search_path: Any = nullcontext() if running else initialize_config_dir(str(CONF), version_base="1.3")
     with search_path:
         plain = compose("train", return_hydra_config=True)
-        usual = {str(group): str(option) for group, option in plain.hydra.runtime.choices.items()}
+        usual = _made(plain.hydra.runtime.choices)
         left_out = ("experiment", "debug")
         groups = [g for g, o in choices.items() if usual.get(g) != o and g not in left_out and "hydra/" not in g]
         try:

@@ -12,8 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from selfdistill.config import Run, run_name
 from selfdistill.config.secrets import MASK, Redactor, is_secret_key
-from selfdistill.runs.cards import choices_of
 from selfdistill.runs.folder import RunFolder
+from selfdistill.runs.labels import labels_of
 from selfdistill.runs.provenance import provenance_files
 from selfdistill.runs.sweep import overrides_of
 
@@ -43,7 +43,7 @@ def new_run(cfg: DictConfig, run: Run, hydra_config: DictConfig) -> RunFolder:
     def companions(folder: Path) -> dict[str, str]:
         hydra: Any = OmegaConf.to_container(hydra_config, resolve=False, enum_to_str=True)
         if run.repeat:  # what was composed is the repeated run's
-            hydra["runtime"]["choices"] = choices_of(Path(run.repeat)) or hydra["runtime"]["choices"]
+            hydra["runtime"]["choices"] = labels_of(Path(run.repeat)).choices or hydra["runtime"]["choices"]
         hydra["run"] = {"dir": str(folder)}
         hydra["runtime"]["output_dir"] = str(folder.absolute())
         return {

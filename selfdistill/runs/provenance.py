@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from selfdistill import config
 from selfdistill.config.conf import PACKAGE
+from selfdistill.config.overrides import key_of
 from selfdistill.config.permissions import granted_again
 from selfdistill.config.secrets import Redactor
 from selfdistill.data.sources import EMBEDDED_PREFIX, embedded_file
@@ -30,6 +31,9 @@ LONGEST_DIFF = 5_000_000  # characters
 GIT_TIMEOUT_S = 10.0
 # What may differ in a repeated run: where it goes, and what it is called.
 FREE = ("repeat", "output_dir", "name", "group", "tags", "check", "logger")
+DECISIVE = (
+    "selfdistill", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy", "tokenizers", "vllm",
+)  # fmt: skip
 
 
 def provenance_files(folder: Path, cfg: DictConfig, run: config.Run) -> dict[str, str]:
@@ -51,7 +55,7 @@ def provenance_files(folder: Path, cfg: DictConfig, run: config.Run) -> dict[str
         "seed": run.seed,
         "git": repositories,
         "data": data_fingerprints(run),
-        "model": {file.name: fingerprint(file) for file in files_of(run.model.name)},
+        "model": model_fingerprints(run),
         "hardware": _hardware(),
         "versions": _versions(),
     }
@@ -69,7 +73,7 @@ def repeated_config(cfg: DictConfig, overrides: Sequence[str]) -> tuple[DictConf
     saved = folder.config
     again = granted_again(saved, cfg, overrides, f"repeat={cfg.repeat}")
     for override in overrides:
-        key = override.lstrip("+~").split("=")[0]
+        key = key_of(override)
         if key not in (*FREE, *again):
             raise UserError(
                 f"{key} cannot be changed when a run is repeated: its configuration is in {cfg.repeat}/config.yaml. "
@@ -101,10 +105,7 @@ def differences(folder: Path, run: config.Run) -> list[str]:
         for name in config_packages(before.get("versions") or {})
         if versions.get(name) != (there := before["versions"][name])
     ]
-    for what, now in (
-        ("data", data_fingerprints(run)),
-        ("model", {f.name: fingerprint(f) for f in files_of(run.model.name)}),
-    ):
+    for what, now in (("data", data_fingerprints(run)), ("model", model_fingerprints(run))):
         for name, then in (before.get(what) or {}).items():
             if now.get(name) != then:
                 notes.append(f"{what}: {name} is another file than it was")
@@ -113,19 +114,7 @@ def differences(folder: Path, run: config.Run) -> list[str]:
 
 def config_packages(versions: Mapping[str, str]) -> list[str]:
     """The packages on which a run's numbers depend."""
-    wanted = (
-        "selfdistill",
-        "torch",
-        "transformers",
-        "trl",
-        "peft",
-        "accelerate",
-        "datasets",
-        "numpy",
-        "tokenizers",
-        "vllm",
-    )
-    return [name for name in wanted if name in versions]
+    return [name for name in DECISIVE if name in versions]
 
 
 def data_fingerprints(run: config.Run) -> dict[str, dict[str, Any]]:
@@ -140,6 +129,11 @@ def data_fingerprints(run: config.Run) -> dict[str, dict[str, Any]]:
         elif Path(path).expanduser().is_file():
             found[path] = fingerprint(Path(path).expanduser())
     return found
+
+
+def model_fingerprints(run: config.Run) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file of the model that a run starts from, by its name; empty for one on a hub."""
+    return {file.name: fingerprint(file) for file in files_of(run.model.name)}
 
 
 def fingerprint(file: Path) -> dict[str, Any]:

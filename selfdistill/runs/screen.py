@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.control import Control
 from rich.text import Text
 
-from selfdistill.config.messages import printable
+from selfdistill.text import escaped
 
 LOG = "log.txt"
 # Of a warning on the terminal, and of one in the log.
@@ -59,7 +59,7 @@ class Screen(Console):
         """A line for the log alone."""
         if self._kept is not None:
             with suppress(OSError):
-                self._kept.write(f"{printable(_cut(text, KEPT_CHARACTERS))}\n")
+                self._kept.write(f"{escaped(_cut(text, KEPT_CHARACTERS))}\n")
 
     def close(self) -> None:
         """Close the log; nothing is lost without it."""
@@ -130,7 +130,7 @@ def heard(screen: Screen) -> Iterator[None]:
 
 
 def _line(message: str) -> str:
-    return f"warning: {printable(_cut(' '.join(message.split()), SHOWN_CHARACTERS))}"
+    return f"warning: {escaped(_cut(' '.join(message.split()), SHOWN_CHARACTERS))}"
 
 
 def _cut(text: str, characters: int) -> str:

@@ -4,7 +4,7 @@ What the main process alone does is in `record`; how the end of one process ends
 """
 
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from selfdistill import config
 from selfdistill.config.messages import fail
+from selfdistill.config.overrides import key_of
 from selfdistill.config.permissions import granted_again, resume_command
 from selfdistill.config.secrets import without_secrets
 from selfdistill.config.targets import make
@@ -55,13 +56,13 @@ def resumed_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, c
     again = granted_again(saved, cfg, overrides, f"resume={cfg.resume}")
     started_with = folder.overrides
     for override, mask in zip(overrides, without_secrets(overrides), strict=True):
-        key = override.lstrip("+~").split("=")[0]
+        key = key_of(override)
         if key not in ("resume", "check", *LENGTH, *again) and mask not in started_with:
             raise UserError(
                 f"{key} cannot be changed when a run is resumed: its configuration is in {cfg.resume}/config.yaml."
             )
     saved.resume, saved.check = cfg.resume, cfg.check
-    longer = [override.split("=")[0] for override in overrides if override.split("=")[0] in LENGTH]
+    longer = {key_of(override) for override in overrides}.intersection(LENGTH)
     if "max_steps" in longer:
         saved.max_steps, saved.epochs = cfg.max_steps, None
     for key in set(LENGTH) - {"max_steps"}:
@@ -75,7 +76,7 @@ def resumed_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, c
     return saved, checked
 
 
-def _check_unfinished(folder: RunFolder, run: config.Run, longer: list[str]) -> None:
+def _check_unfinished(folder: RunFolder, run: config.Run, longer: Set[str]) -> None:
     """A finished run is not trained any further, unless more steps are asked for."""
     status, step = folder.summary.get("status"), folder.summary.get("step") or 0
     checkpoints = marked_checkpoints(folder.path)
@@ -238,7 +239,7 @@ def recorded(cfg: DictConfig, run: config.Run, hydra_config: DictConfig) -> Iter
     """
     arguments = run.training.arguments
     processes = Processes(
-        cpu=arguments.get("use_cpu", not use_cuda(run.hardware)),
+        cpu=not use_cuda(run.hardware),
         backend=arguments.get("ddp_backend"),
         timeout_s=arguments.get("ddp_timeout", 1800),
     )
@@ -265,6 +266,7 @@ def recorded(cfg: DictConfig, run: config.Run, hydra_config: DictConfig) -> Iter
             raise
         record.close()
         processes.wait_for_all()  # a launcher ends all as soon as one is gone with an exit code
+        record.folder.check()
         if interruption.requested:
             raise SystemExit(interruption.exit_code)
 
@@ -331,9 +333,10 @@ def _how_to_go_on(run: config.Run, path: Path) -> str:
 
 
 def _disk_message(error: Exception, record: NoRecord | None) -> UserError | None:
-    """A disk that could not be written to before the run began, or whose folder is gone, is no fault of the program."""
+    """A disk that could not be written to before the run began, or a folder that is gone, is no fault of the program."""
+    if record is not None and not record.folder.is_there:  # safetensors, for one, has an error of its own for it
+        return UserError(f"the run could not be written: {error} ({record.folder.path} is gone).")
     if not isinstance(error, OSError) or isinstance(error, ConnectionError | TimeoutError):
         return None
     where = f"{error.filename}: " if error.filename else ""
-    gone = "" if record is None or record.folder.is_there else f" ({record.folder.path} is gone)"
-    return UserError(f"the run could not be written: {where}{error.strerror or error}{gone}.")
+    return UserError(f"the run could not be written: {where}{error.strerror or error}.")

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from selfdistill.config.overrides import key_of
 from selfdistill.config.permissions import GRANTS
 from selfdistill.config.secrets import without_secrets
 from selfdistill.errors import MASK, UserError, shortened, without_passwords
@@ -172,8 +173,8 @@ def resumed_arguments(arguments: Sequence[str]) -> list[str]:
     path = Path(named[-1].removeprefix("resume_sweep=").strip("'\"")).absolute()
     plan = SweepFolder(path).plan()
     recorded: list[str] = plan["arguments"]
-    hidden = {_key(argument) for argument in recorded if MASK in argument}
-    given = {_key(a): a for a in arguments if a not in named and not a.startswith("-")}
+    hidden = {key_of(argument) for argument in recorded if MASK in argument}
+    given = {key_of(a): a for a in arguments if a not in named and not a.startswith("-")}
     for key in given:
         if key not in (*hidden, "check", *GRANTS) and not _of_launcher(key):
             raise UserError(
@@ -185,7 +186,7 @@ def resumed_arguments(arguments: Sequence[str]) -> list[str]:
             f"{named[-1]}: {missing[0]} is secret and was not recorded; give it again: {named[-1]} '{missing[0]}=…'."
         )
     replaced = {*given, "hydra.sweep.dir"}
-    kept = [a for a in recorded if _key(a) not in replaced and not ("hydra/launcher" in given and _of_launcher(a))]
+    kept = [a for a in recorded if key_of(a) not in replaced and not ("hydra/launcher" in given and _of_launcher(a))]
     if Path(plan["folder"]).is_dir():
         os.chdir(plan["folder"])
     folder = os.path.relpath(path)
@@ -193,12 +194,8 @@ def resumed_arguments(arguments: Sequence[str]) -> list[str]:
     return [*kept, *flags, *given.values(), f"hydra.sweep.dir={_quoted(folder)}", f"resume_sweep={_quoted(folder)}"]
 
 
-def _key(argument: str) -> str:
-    return argument.lstrip("+~").partition("=")[0]
-
-
 def _of_launcher(argument: str) -> bool:
-    return _key(argument).startswith(("hydra/launcher", "hydra.launcher."))
+    return key_of(argument).startswith(("hydra/launcher", "hydra.launcher."))
 
 
 def _quoted(text: str) -> str:

@@ -1,7 +1,18 @@
 """Means of what every process notes between two logged steps."""
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from transformers import TrainingArguments
+
+
+def greatest_of_all_processes(number: int, args: TrainingArguments) -> int:
+    """The greatest number among the processes that train together. A collective call."""
+    if args.world_size < 2:
+        return number
+    numbers = torch.tensor([number], device=args.device)
+    torch.distributed.all_reduce(numbers, op=torch.distributed.ReduceOp.MAX)
+    return int(numbers.item())
 
 
 class Means:

@@ -1,5 +1,6 @@
 """Metrics have the same names in W&B and Trackio, whether a run was started on the command line or from Python."""
 
+from collections.abc import Callable
 from typing import Any
 
 from transformers import Trainer, TrainerCallback
@@ -17,7 +18,27 @@ def _row(logs: dict[str, Any], step: int) -> dict[str, Any]:
     return standard_names(named) | {"step": step}
 
 
-class StandardWandb(WandbCallback):
+class _StandardNames(TrainerCallback):
+    """Stands before a callback of transformers, and sends what is logged in its place."""
+
+    _initialized: bool
+    setup: Callable[..., None]
+
+    def send(self, row: dict[str, Any]) -> None:
+        """Sends a step's metrics, the step among them."""
+        raise NotImplementedError
+
+    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
+        if TOTALS in logs:
+            super().on_log(args, state, control, model=model, logs=logs, **kwargs)
+            return
+        if not self._initialized:
+            self.setup(args, state, model)
+        if state.is_world_process_zero:
+            self.send(_row(logs, state.global_step))
+
+
+class StandardWandb(_StandardNames, WandbCallback):
     """transformers' callback for W&B, which also sets up the run."""
 
     def setup(self, args: Any, state: Any, model: Any, **kwargs: Any) -> None:
@@ -26,28 +47,15 @@ class StandardWandb(WandbCallback):
             self._wandb.define_metric("step")
             self._wandb.define_metric("*", step_metric="step", step_sync=True)
 
-    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
-        if TOTALS in logs:
-            super().on_log(args, state, control, model=model, logs=logs, **kwargs)
-            return
-        if not self._initialized:
-            self.setup(args, state, model)
-        if state.is_world_process_zero:
-            self._wandb.log(_row(logs, state.global_step))
+    def send(self, row: dict[str, Any]) -> None:
+        self._wandb.log(row)
 
 
-class StandardTrackio(TrackioCallback):
+class StandardTrackio(_StandardNames, TrackioCallback):
     """transformers' callback for Trackio, which also sets up the run."""
 
-    def on_log(self, args: Any, state: Any, control: Any, model: Any = None, logs: Any = None, **kwargs: Any) -> None:
-        if TOTALS in logs:
-            super().on_log(args, state, control, model=model, logs=logs, **kwargs)
-            return
-        if not self._initialized:
-            self.setup(args, state, model)
-        if state.is_world_process_zero:
-            row = _row(logs, state.global_step)
-            self._trackio.log(row, step=row.pop("step"))
+    def send(self, row: dict[str, Any]) -> None:
+        self._trackio.log(row, step=row.pop("step"))
 
 
 def use_standard_names(trainer: Trainer) -> None:

@@ -31,7 +31,7 @@ from selfdistill.teachers.language import Speaker
 from selfdistill.tokens import encode_prompts
 from selfdistill.training import checkpoints
 from selfdistill.training.demonstrations import demonstrated_groups, demonstration_ids
-from selfdistill.training.metrics import Means
+from selfdistill.training.metrics import Means, greatest_of_all_processes
 
 
 def no_reward(completions: list, **_: Any) -> list[float]:
@@ -192,9 +192,7 @@ class RolloutTrainer(GRPOTrainer):
 
     def most_of_any_process(self, count: int) -> int:
         """The largest of the processes' numbers. A collective call."""
-        if self.accelerator.num_processes == 1:
-            return count
-        return int(self.accelerator.gather(torch.tensor([count], device=self.accelerator.device)).max())
+        return greatest_of_all_processes(count, self.args)
 
     def _demonstrated(self, count: int, num_generations: int) -> list[bool]:
         fraction, first = self.rollout.on_policy_fraction, self.accelerator.process_index * count
@@ -360,8 +358,10 @@ class RolloutTrainer(GRPOTrainer):
             return
         of_checkpoints = plugin.state_dict_type
         plugin.set_state_dict_type("FULL_STATE_DICT")
-        super().save_model(output_dir, _internal_call)
-        plugin.set_state_dict_type(of_checkpoints)
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            plugin.set_state_dict_type(of_checkpoints)
 
     def save_checkpoint(self) -> None:
         """Saves a checkpoint now, as the training does at its own times."""

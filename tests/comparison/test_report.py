@@ -163,6 +163,7 @@ def test_nothing_finished_is_said_and_no_error(tmp_path: Path, no_pictures: None
     assert "RuntimeError: no" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.long
 def test_nothing_imports_torch() -> None:
     code = "import sys, selfdistill.compare, selfdistill.comparison.charts, selfdistill.comparison.terminal as t"
     code += "; print([name for name in ('torch', 'transformers', 'trl', 'wandb') if name in sys.modules])"

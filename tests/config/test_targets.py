@@ -102,6 +102,7 @@ def test_later_arguments_go_where_they_are_named() -> None:
     assert make(None, "reward") is None
 
 
+@pytest.mark.long
 def test_a_loader_of_ones_own_gives_the_data(tmp_path: Path) -> None:
     line = f"{MINE} data._target_=mine_for_tests.load completions_per_step=4 num_generations=2 eval=none debug=fast"
     outcome = command([*line.split(), "hardware=cpu", "+data.limit=5"], tmp_path)

@@ -30,6 +30,17 @@ def test_a_folder_without_hydra_s_files_has_no_labels(tmp_path: Path) -> None:
     run.finish("finished")
 
 
+def test_a_group_of_which_nothing_was_chosen_has_no_label(tmp_path: Path) -> None:
+    """Hydra keeps such a group with null."""
+    hydra = {"mode": "RUN", "runtime": {"choices": {"experiment": None, "reward": "exact_match", "teacher": "none"}}}
+    (tmp_path / ".hydra").mkdir()
+    OmegaConf.save({"hydra": {**hydra, "job": {"override_dirname": ""}}}, tmp_path / ".hydra" / "hydra.yaml")
+    labels = labels_of(tmp_path)
+    assert labels.tags == ["reward=exact_match"]
+    assert labels.fields["experiment"] is labels.fields["teacher"] is None
+    assert labels.method == "exact_match"
+
+
 def test_jobs_of_a_sweep_are_named_by_what_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The name comes from Hydra's own override_dirname, so that every launcher carries it to its jobs."""
     names = []

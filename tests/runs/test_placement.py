@@ -80,6 +80,7 @@ def runs_of(sweep: Path) -> list[Path]:
     return [Path(line["run"]) for line in lines if line["status"] == "finished"]
 
 
+@pytest.mark.long
 def test_the_runs_of_a_sweep_lie_below_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(charts, "charts", lambda comparison: iter(()))  # pictures take seconds
     outcome = command(["--multirun", "seed=0,1", *FAST, "hydra.sweep.dir=mine"], tmp_path)
@@ -92,6 +93,7 @@ def test_the_runs_of_a_sweep_lie_below_its_folder(tmp_path: Path, monkeypatch: p
     assert "hydra.sweep.dir=mine holds a sweep already" in outcome.err
 
 
+@pytest.mark.long
 def test_a_subdir_names_the_runs_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(charts, "charts", lambda comparison: iter(()))  # pictures take seconds
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"')

@@ -1,12 +1,15 @@
 """What the main process writes down, where others fail it."""
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from selfdistill import export
+from selfdistill.runs import record
 from selfdistill.runs.loggers import WandbLogger
 from tests.command import command
 from tests.runs.test_resume import only_run, status
@@ -51,3 +54,22 @@ def test_an_export_that_cannot_be_written_harms_no_run_and_is_made_later(
     assert status(run) == "finished" and (run / "export" / "merged_16bit").is_dir()
     assert (run / "model" / "model.safetensors").read_bytes() == weights
     assert steps == [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("when", ["save_model", "close"])
+def test_a_folder_that_goes_in_the_end_is_said(when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the model is written, which has an error of its own for that, or after all was written."""
+    done = getattr(record.Record, when)
+
+    def and_gone(self: record.Record, *arguments: object) -> None:
+        if when == "save_model":
+            shutil.rmtree(self.folder.path)
+            raise SafetensorError("I/O error: No such file or directory")
+        done(self, *arguments)
+        shutil.rmtree(self.folder.path)
+
+    monkeypatch.setattr(record.Record, when, and_gone)
+    outcome = command(["debug=fast", "eval=none", "logger=none", "hardware=cpu", "hydra.run.dir=run"], tmp_path)
+    assert outcome.code == 2
+    assert "run is gone" in outcome.err
+    assert "Traceback" not in outcome.err

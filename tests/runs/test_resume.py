@@ -26,7 +26,7 @@ from tests.saboteur import VARIABLE
 ROOT = Path(__file__).parents[2]
 COMMON = [
     "reward=none", "+reward._target_=tests.saboteur.Saboteur", "trusted_prefixes=[tests]", "data=jsonl",
-    "logger=none", "monitors=default", "max_steps=10", "training.checkpoint_every=5", "num_generations=2",
+    "logger=none", "monitors=default", "training.checkpoint_every=5", "num_generations=2",
     "hardware=cpu", "hardware.per_device_batch_size=4", "hardware.accumulation_steps=2", "hardware.threads=1",
     "rollout.max_completion_tokens=8", "learning_rate=0.003",
 ]  # fmt: skip
@@ -34,16 +34,21 @@ COMMON = [
 # and third run amid the steps that share rollouts. The first run evaluates on the way.
 RUNS = {
     "grpo_with_kl": [
-        "beta=0.04", "eval.every=4", "eval.max_rows=6", "eval.max_new_tokens=8", "eval.max_rows_per_suite=2",
+        "max_steps=10", "beta=0.04", "eval.every=4", "eval.max_rows=6", "eval.max_new_tokens=8",
+        "eval.max_rows_per_suite=2",
     ],
     "teacher_average": [
-        "eval=none", "teacher=demonstration", "teacher/weights=ema", "teacher.weights.rate=0.2",
+        "max_steps=10", "eval=none", "teacher=demonstration", "teacher/weights=ema", "teacher.weights.rate=0.2",
         "teacher.weights.cadence=rollout", "policy_weight=0.5", "beta=0", "rollout.on_policy_fraction=0.7",
         "rollout.cross_entropy_weight=0.5", "+training.arguments.steps_per_generation=8",
     ],
     "adapter": [
-        "eval=none", "model.tuning=lora", "model.lora.r=4", "model.lora.dropout=0.2", "beta=0.04",
+        "max_steps=10", "eval=none", "model.tuning=lora", "model.lora.r=4", "model.lora.dropout=0.2", "beta=0.04",
         "training.num_iterations=2", "teacher=feedback", "policy_weight=1.0", "training.loss_type=dapo",
+    ],
+    "epochs_and_best": [
+        "epochs=2.5", "beta=0", "keep_best=eval/accuracy", "eval.every=2", "eval.max_rows=6",
+        "eval.max_new_tokens=8", "eval.max_rows_per_suite=2",
     ],
 }  # fmt: skip
 GRANT = "trusted_prefixes=[tests]"  # the saboteur is no module of ours
@@ -166,9 +171,8 @@ def test_terminated_and_resumed(unbroken: Any, data: Path, tmp_path: Path) -> No
     assert len(parts) == 2 and all(name.endswith(f"-{run.name}") for name in parts)
 
 
-@pytest.mark.parametrize(
-    ("name", "step"), [("grpo_with_kl", 6), pytest.param("teacher_average", 8, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("name", "step"), [("grpo_with_kl", 6), ("teacher_average", 8)])
 def test_failed_and_resumed(
     name: str, step: int, unbroken: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +196,7 @@ def test_failed_and_resumed(
     assert not (run / "error.txt").exists()
 
 
+@pytest.mark.long
 def test_killed_before_the_first_checkpoint(
     unbroken: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +254,7 @@ def test_a_run_that_has_taken_all_its_steps_goes_straight_to_its_end(
     assert without_times[0] == without_times[1]
 
 
+@pytest.mark.long
 def test_a_finished_run_is_refused_or_given_more_steps(copied: Any) -> None:
     run = copied("adapter")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}

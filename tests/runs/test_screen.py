@@ -5,9 +5,10 @@ import warnings
 
 import pytest
 
-from selfdistill.config.messages import fail, printable
+from selfdistill.config.messages import fail
 from selfdistill.runs.console import samples_table
 from selfdistill.runs.screen import Screen, heard
+from selfdistill.text import escaped
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202etxt\ud800 bell\x07 \r over"
 
@@ -53,8 +54,8 @@ def test_completions_command_no_terminal(tmp_path):
 
 
 def test_printable_leaves_words_alone():
-    assert printable("größer\t日本語 👩‍💻\nnext") == "größer\t日本語 👩‍💻\nnext"
-    assert printable("\x00\x7f") == "\\x00\\x7f"
+    assert escaped("größer\t日本語 👩‍💻\nnext") == "größer\t日本語 👩‍💻\nnext"
+    assert escaped("\x00\x7f") == "\\x00\\x7f"
 
 
 def test_a_message_that_quotes_a_completion_commands_no_terminal(capsys):

@@ -44,6 +44,7 @@ def jobs(folder: Path) -> list[dict]:
     return list({job["job"]: job for job in map(json.loads, file.read_text().splitlines())}.values())
 
 
+@pytest.mark.long
 def test_one_failing_job_stops_no_other(sweep: tuple[Path, Outcome]) -> None:
     folder, outcome = sweep
     assert outcome.code == 1
@@ -51,6 +52,7 @@ def test_one_failing_job_stops_no_other(sweep: tuple[Path, Outcome]) -> None:
     assert [job["job"] for job in jobs(folder)] == [0, 1, 2, 3]
 
 
+@pytest.mark.long
 def test_every_failure_is_said_in_one_line(sweep: tuple[Path, Outcome]) -> None:
     _, outcome = sweep
     changes = outcome.out[: outcome.out.index("4 jobs, written")].splitlines()
@@ -61,6 +63,7 @@ def test_every_failure_is_said_in_one_line(sweep: tuple[Path, Outcome]) -> None:
     assert "bad.jsonl, line 1" in lines[1]
 
 
+@pytest.mark.long
 def test_what_a_job_printed_is_kept(sweep: tuple[Path, Outcome]) -> None:
     folder, _ = sweep
     (logs,) = folder.glob("outputs/multirun/*/logs")
@@ -69,12 +72,14 @@ def test_what_a_job_printed_is_kept(sweep: tuple[Path, Outcome]) -> None:
     assert "the reward broke" in (logs / "job-0.txt").read_text()
 
 
+@pytest.mark.long
 def test_the_end_is_a_table_of_the_jobs(sweep: tuple[Path, Outcome]) -> None:
     _, outcome = sweep
     table = outcome.out[outcome.out.index("4 jobs") : outcome.out.index("1 failed, 2 refused; go on with: ")]
     assert [table.count(status) for status in (" failed ", " refused ", " finished ")] == [1, 2, 1]
 
 
+@pytest.mark.long
 def test_runs_have_their_own_ids_and_share_a_group(sweep: tuple[Path, Outcome]) -> None:
     folder, _ = sweep
     runs = [Path(job["run"]) for job in jobs(folder) if job["run"]]
@@ -88,6 +93,7 @@ def test_runs_have_their_own_ids_and_share_a_group(sweep: tuple[Path, Outcome]) 
     assert json.loads((folder / runs[1] / "summary.json").read_text())["status"] == "finished"
 
 
+@pytest.mark.long
 def test_a_checked_sweep_shows_its_jobs_and_leaves_nothing(tmp_path: Path) -> None:
     line = "--multirun experiment=sdpo beta=0,0.04 alpha=0,0.5,1 num_generations=4,8 --check"
     outcome = command(line.split(), tmp_path)

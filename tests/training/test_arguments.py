@@ -41,6 +41,7 @@ def test_other_arguments_are_passed_on(tmp_path: Path) -> None:
     assert (given.optim, given.adam_beta2) == ("sgd", 0.9)
 
 
+@pytest.mark.long
 def test_every_argument_that_a_run_sets_has_a_key_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And every one that is said to have one exists, so that neither list goes stale."""
     written: dict[str, Any] = {}

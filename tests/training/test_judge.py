@@ -57,6 +57,7 @@ def test_answers_may_be_as_long_as_in_the_training() -> None:
     assert settings("rollout.max_completion_tokens=77", "eval.max_new_tokens=5")[1].max_new_tokens == 5
 
 
+@pytest.mark.long
 def test_a_judge_that_asks_the_policy_is_given_it(tmp_path: Path) -> None:
     """And a run keeps every row with its answer and its verdict, whose mean is the accuracy."""
     line = ["dry_run=true", "logger=none", "hardware=cpu", "completions_per_step=4", "rollout.max_completion_tokens=4"]

@@ -5,7 +5,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,23 +107,26 @@ def train(stub: StubServer, data: Path, folder: Path) -> Outcome:
     return command([*COMMON, *paths], data.parent)
 
 
-@pytest.mark.parametrize(
-    "dies_after", [pytest.param(0, marks=pytest.mark.long), 11, pytest.param(12, marks=pytest.mark.long)]
-)
+def failing_after(answered: int, fault: Reply) -> Callable[[Request], Reply | None]:
+    """Answers so many requests for scores; the probe, which has one row, is not one of them."""
+    count = 0
+
+    def answer(request: Request) -> Reply | None:
+        nonlocal count
+        count += request.path.endswith("completions") and len(request.body["prompt"]) > 1
+        return fault if count > answered else None
+
+    return answer
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dies_after", [0, 11, 12])
 def test_a_run_whose_server_dies_is_interrupted_and_goes_on_where_it_was(
     dies_after: int, stub: StubServer, data: Path, tmp_path: Path
 ) -> None:
     """Two steps share the rollouts; each micro-batch is a request, so the server dies at the start or amid of them."""
     assert train(stub, data, tmp_path / "unbroken").code == 0
-    answered = 0
-
-    def dying(request: Request) -> Reply | None:
-        nonlocal answered
-        scoring = request.path.endswith("completions") and len(request.body["prompt"]) > 1  # the probe has one row
-        answered += scoring
-        return Reply(fault="reset") if answered > dies_after else None
-
-    stub.answer = dying
+    stub.answer = failing_after(dies_after, Reply(fault="reset"))
     outcome = train(stub, data, tmp_path / "broken")
     run = only_run(tmp_path / "broken")
     assert outcome.code != 0
@@ -136,6 +139,7 @@ def test_a_run_whose_server_dies_is_interrupted_and_goes_on_where_it_was(
     assert_same_end(run, only_run(tmp_path / "unbroken"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "fault", [Reply(raw=b"{"), Reply(400, {"error": {"message": "once"}})], ids=["malformed", "400"]
 )
@@ -144,14 +148,7 @@ def test_a_run_whose_server_answers_nonsense_keeps_its_last_step(
 ) -> None:
     """Nothing has changed since the step began, and so nothing is lost, whatever kind of failure it was."""
     assert train(stub, data, tmp_path / "unbroken").code == 0
-    answered = 0
-
-    def failing(request: Request) -> Reply | None:
-        nonlocal answered
-        answered += request.path.endswith("completions") and len(request.body["prompt"]) > 1
-        return fault if answered > 11 else None
-
-    stub.answer = failing
+    stub.answer = failing_after(11, fault)
     outcome = train(stub, data, tmp_path / "broken")
     run = only_run(tmp_path / "broken")
     assert (outcome.code, status(run)) == (2, "failed")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from selfdistill.errors import UserError
-from selfdistill.models.card import Card, python_usage
+from selfdistill.models.card import WHOLE_MODEL_USAGE, Card
 from selfdistill.models.export import Format
 from selfdistill.rollout import Prompt
 
@@ -39,16 +39,14 @@ class Merged16bit(Format):
         notes = (*card.notes, f"All weights in {self.dtype}, adapters merged; nothing else is needed to load it.")
         if trained.quantization is not None:
             notes += ("Trained on the base quantised to 4 bit: these are the dequantised weights plus the adapter.",)
-        usage = f"{python_usage('transformers', 'AutoModelForCausalLM')}\n\nvLLM: `vllm serve THIS_FOLDER`"
-        return replace(card, notes=notes, usage=usage)
+        return replace(card, notes=notes, usage=WHOLE_MODEL_USAGE)
 
     def verify(self, trained: "TransformersModel", folder: Path, prompts: Sequence[Prompt] = ()) -> "Verification":
         from selfdistill.models.export.merge import merged_tensors
-        from selfdistill.models.export.verify import compare, load, loaded, roomy_device, same_tensors
+        from selfdistill.models.export.verify import compare, load_written, loaded, same_tensors
         from selfdistill.models.export.vllm_check import check_with_vllm
 
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        written = load(folder, trained, dtype="auto", device_map={"": roomy_device(trained.base.device, size)})
+        written = load_written(folder, trained, dtype="auto")
         equal = same_tensors(merged_tensors(trained.base, written.dtype), written.state_dict())
         return compare(
             trained,

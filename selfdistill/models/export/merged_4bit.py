@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from selfdistill.models.card import Card, python_usage
+from selfdistill.models.card import WHOLE_MODEL_USAGE, Card
 from selfdistill.models.export import Format
 from selfdistill.rollout import Prompt
 
@@ -35,7 +35,7 @@ class Merged4bit(Format):
 
         from selfdistill.models.export.folder import write_companions
         from selfdistill.models.export.merge import write_merged
-        from selfdistill.models.export.verify import load, roomy_device
+        from selfdistill.models.export.verify import load_written
 
         dtype = torch.float16 if trained.base.dtype == torch.float16 else torch.bfloat16
         nf4 = BitsAndBytesConfig(
@@ -43,26 +43,22 @@ class Merged4bit(Format):
         )
         with TemporaryDirectory(dir=folder) as merged:
             write_merged(trained, Path(merged), dtype)
-            size = sum(file.stat().st_size for file in Path(merged).glob("*.safetensors"))
             trained.tell("quantising to nf4")
-            device = roomy_device(trained.base.device, size)
-            model = load(merged, trained, dtype=dtype, quantization_config=nf4, device_map={"": device})
+            model = load_written(Path(merged), trained, dtype=dtype, quantization_config=nf4)
         model.config._name_or_path = ""
         model.save_pretrained(folder)
         write_companions(trained, folder)
 
     def described(self, card: Card, trained: "TransformersModel", folder: Path) -> Card:
         notes = (*card.notes, "Layers in bitsandbytes' nf4 (pip install bitsandbytes), adapters merged.")
-        usage = f"{python_usage('transformers', 'AutoModelForCausalLM')}\n\nvLLM: `vllm serve THIS_FOLDER`"
-        return replace(card, notes=notes, usage=usage)
+        return replace(card, notes=notes, usage=WHOLE_MODEL_USAGE)
 
     def verify(self, trained: "TransformersModel", folder: Path, prompts: Sequence[Prompt] = ()) -> "Verification":
         from importlib.metadata import version
 
-        from selfdistill.models.export.verify import FOUR_BIT, compare, load, loaded, roomy_device
+        from selfdistill.models.export.verify import FOUR_BIT, compare, load_written, loaded
 
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        written = load(folder, trained, dtype="auto", device_map={"": roomy_device(trained.base.device, size)})
+        written = load_written(folder, trained, dtype="auto")
         return compare(
             trained,
             loaded(written, folder, trained),

@@ -165,6 +165,12 @@ def load(where: str | Path, trained: TransformersModel, **options: Any) -> PreTr
     )
 
 
+def load_written(folder: Path, trained: TransformersModel, **options: Any) -> PreTrainedModel:
+    """The whole model that lies in a folder, on the device of the trained one where both fit, otherwise on the CPU."""
+    size_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return load(folder, trained, device_map={"": roomy_device(trained.base.device, size_bytes)}, **options)
+
+
 def loaded(model: PreTrainedModel | PeftModel, folder: Path, trained: TransformersModel) -> TransformersModel:
     """A model that was loaded from `folder`, with the tokenizer that lies there, asked as the trained one is."""
     return replace(trained, model=model, tokenizer=AutoTokenizer.from_pretrained(folder))

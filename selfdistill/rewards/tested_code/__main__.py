@@ -51,8 +51,11 @@ def main():
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     with os.fdopen(task_in, "rb") as file:
         task = json.load(file)
+    task["folder"] = None
     if task["uid"] is not None and os.geteuid() == 0:
-        os.mkdir(task["folder"], 0o700)
+        from tempfile import mkdtemp  # takes a while, and most sandboxes do without
+
+        task["folder"] = mkdtemp()
         os.chown(task["folder"], task["uid"], -1)
     limit({"RLIMIT_AS": task["limits"]["RLIMIT_AS"]})
     sys.path += task["packages"]

@@ -140,7 +140,7 @@ class Judge:
             return self.exception_class(*content)
         if kind != "object":
             raise Ended(DIED)
-        return Proxy(self, *content)
+        return Proxy(self, content)
 
 
 def library(name):
@@ -164,8 +164,8 @@ def copy_back(argument, now):
 class Proxy:
     """An object in the solution's process."""
 
-    def __init__(self, judge, number, kind):
-        self.__dict__.update(_judge=judge, _number=number, _kind=kind)
+    def __init__(self, judge, number):
+        self.__dict__.update(_judge=judge, _number=number)
 
     def __call__(self, *arguments, **named):
         judge = self._judge

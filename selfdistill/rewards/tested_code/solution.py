@@ -22,7 +22,7 @@ class Solution:
         if isinstance(value, type) and issubclass(value, BaseException):
             return {"exception": [value.__name__, builtin_base(value).__name__]}
         self.objects[id(value)] = value
-        return {"object": [id(value), str(type(value).__name__)]}
+        return {"object": id(value)}
 
     def found(self, kind, content):
         if kind == "object":
