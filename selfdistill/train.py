@@ -73,9 +73,10 @@ def _train(
     cfg: DictConfig, run: config.Run, hydra_config: Any, begun: Callable[[RunFolder], None] = lambda folder: None
 ) -> None:
     """One run, from its folder to its export."""
-    from selfdistill.runs import cards, session
+    from selfdistill.runs import cards, plan, session
     from selfdistill.training.build import build
 
+    plan.check_memory(run)
     with session.recorded(cfg, run, hydra_config) as this:
         begun(this.folder)
         parts = build(run, this.folder.path, this.at_end)

@@ -1,5 +1,6 @@
-"""Peak memory of this process and of its GPU."""
+"""Peak memory of this process and of its GPU, and the memory of the machine."""
 
+import os
 import re
 import sys
 from contextlib import suppress
@@ -46,3 +47,18 @@ def _peak_rss_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def machine_memory_gib(gpu: bool) -> float | None:
+    """What the first GPU has, or this machine has for the processes of its control group; None where nobody says."""
+    if gpu:
+        import torch
+
+        return torch.cuda.get_device_properties(0).total_memory / _GIB if torch.cuda.is_available() else None
+    amounts = []
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # "max": no limit
+            amounts.append(int(Path(file).read_text()))
+    with suppress(AttributeError, ValueError, OSError):  # not on Windows
+        amounts.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(amounts, default=0) / _GIB or None

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from selfdistill.losses.head import Head
+from selfdistill.models.row_groups import in_row_order, row_groups
 
 # Where configurations keep what the logits are multiplied by: Granite and MiniCPM3 divide by the first; Cohere,
 # Falcon-H1 and Muse Glimmer multiply by theirs.
@@ -122,12 +123,25 @@ def completion_hidden(
 
     Prompt and completion go through the model side by side with all padding behind them, where a causal model never
     looks. So each row's states are what it would have alone, whatever the architecture makes of padding in front, and
-    no column is computed that is padding in every row.
+    no column is computed that is padding in every row. Rows of very different lengths go through it in several passes.
 
     Args:
         prompt_ids, prompt_mask: padded on the left.
         ids, mask: the completion's, padded on the right.
     """
+    groups = row_groups(torch.cat([prompt_mask, mask], dim=1), mask[:, :0])
+    parts = [_packed_hidden(model, *(x[group.rows] for x in (prompt_ids, prompt_mask, ids, mask))) for group in groups]
+    return parts[0] if len(parts) == 1 else in_row_order(parts, groups, ids.size(1))
+
+
+def _packed_hidden(
+    model: nn.Module,
+    prompt_ids: Int[Tensor, "B P"],
+    prompt_mask: Int[Tensor, "B P"],
+    ids: Int[Tensor, "B T"],
+    mask: Int[Tensor, "B T"],
+) -> Float[Tensor, "B T H"]:
+    """`completion_hidden` of one pass."""
     tokens, valid = torch.cat([prompt_ids, ids], dim=1), torch.cat([prompt_mask, mask], dim=1)
     width = int(valid.sum(dim=1).max())
     order = valid.argsort(dim=1, descending=True, stable=True)[:, :width]

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class Plan:
         adapter: for example "LoRA, rank 32"; empty for full training.
         teacher: for example "ema 0.99, sees a demonstration"; empty without one.
         judge: who judges the answers of the evaluation.
-        memory_gib: estimate by part, for example {"weights": 1.2, "optimizer": 0.1}.
+        memory_gib: estimate by part, for example {"weights": 1.2, "optimizer": 0.1}; None where it is shown elsewhere.
         available_gib: what the device has, where that is known.
         learning_rate: the highest of the run.
         budget: what ends the run besides its steps, for example "600 s of steps".
@@ -61,7 +61,7 @@ class Plan:
     adapter: str = ""
     teacher: str = ""
     judge: str = ""
-    memory_gib: Mapping[str, float] = field(default_factory=dict)
+    memory_gib: Mapping[str, float] | None = None
     available_gib: float | None = None
     learning_rate: float | None = None
     budget: str = ""
@@ -146,7 +146,7 @@ def plan_table(plan: Plan) -> Group:
         "learning": f"rate {plan.learning_rate:g}" if plan.learning_rate else "",
         "a step": f"{arithmetic} = {batch.completions}: {prompts:g} prompts x {plan.num_generations} generations",
         "the run": ", at most ".join(filter(None, (steps, plan.budget))),
-        "memory": memory_line(plan.memory_gib, plan.available_gib),
+        "memory": "" if plan.memory_gib is None else memory_line(plan.memory_gib, plan.available_gib),
     }
     return _facts("plan", facts)
 
@@ -161,6 +161,28 @@ def memory_line(memory_gib: Mapping[str, float], available_gib: float | None = N
     if available_gib is None:
         return Text(text)
     return Text(f"{text}, of {size(available_gib)}", style="red" if total > available_gib else "")
+
+
+def memory_table(
+    kept: Mapping[str, float], phases: Mapping[str, float], limit: float | None = None, whose: str = ""
+) -> Group:
+    """Memory by part, what each phase of a step takes beside it, and the peak, red where it is more than there is.
+
+    Args:
+        kept: GiB of what stays.
+        phases: GiB beside it, at the most; empty where it is not known.
+        limit, whose: GiB that there are, and whose memory that is.
+    """
+    if not kept:
+        return _facts("memory", {"peak": memory_line({})})
+    most = max(phases, key=phases.__getitem__, default="")
+    total = sum(kept.values()) + phases.get(most, 0.0)
+    facts: dict[str, str | Text] = {name: size(value) for name, value in kept.items()}
+    facts |= {name: f"+ {size(value)}{' at the most' if name == most else ''}" for name, value in phases.items()}
+    beyond = "" if phases else " and activations, which could not be tried without the model"
+    there_is = "" if limit is None else f", of {size(limit)} ({whose})"
+    style = "red" if limit is not None and total > limit else ""
+    return _facts("memory", {**facts, "peak": Text(f"about {size(total)}{beyond}{there_is}", style=style)})
 
 
 def change_table(before: Mapping[str, float | None], after: Mapping[str, float | None]) -> Table:

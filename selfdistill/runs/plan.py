@@ -1,6 +1,7 @@
 """What a run is going to do, before it does it."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,16 +14,29 @@ from selfdistill.config import Run
 from selfdistill.config.batch import batch_of
 from selfdistill.config.targets import make
 from selfdistill.data import DataSplits
-from selfdistill.machine.memory_estimate import ADAPTER_SHARE, estimate
+from selfdistill.machine.memory_estimate import (
+    ADAPTER_SHARE,
+    WORDING_TOKENS,
+    Forecast,
+    Lengths,
+    check_fits,
+    estimate,
+    forecast,
+    memory_limit,
+)
 from selfdistill.models.loading import resolve
 from selfdistill.models.location import files_of, parameters
 from selfdistill.models.precision import precision_line
+from selfdistill.rollout import Prompt, Rollouts
 from selfdistill.runs import console
+from selfdistill.teachers.interface import BaseTeacher
+from selfdistill.tokens import encode_prompts
 from selfdistill.training.arguments import precision, trainer_arguments, use_cuda
 from selfdistill.training.build import Parts, judge, load_data, load_probes
 from selfdistill.training.language import language_findings
 from selfdistill.training.reward_trial import try_reward
 from selfdistill.training.row_checks import check_rows
+from selfdistill.training.trainer import LONGEST_ROWS
 
 
 def show_plan(cfg: DictConfig, run: Run) -> None:
@@ -35,8 +49,8 @@ def show_plan(cfg: DictConfig, run: Run) -> None:
     screen = console.make_console(quiet=int(os.environ.get("RANK", 0)) > 0)
     reward = make(run.reward, "reward")
     settings = make(run.eval, "eval")
-    for group in ("teacher", "monitors"):
-        make(getattr(run, group), group)
+    teacher = make(run.teacher, "teacher")
+    make(run.monitors, "monitors")
     exporter = make(run.export, "export")
     arguments = trainer_arguments(_anywhere(run), Path())
     tokenizer, data = _tokenizer(run), None
@@ -51,6 +65,10 @@ def show_plan(cfg: DictConfig, run: Run) -> None:
         run = replace(run, model=replace(run.model, parameters_billion=counted / 1e9))
     console.print_all(screen, console.config_tree(cfg))
     console.print_all(screen, console.plan_table(replace(_planned(run, data, arguments.max_steps), judge=judged_by)))
+    lengths, on_gpu = lengths_of(run, tokenizer, data, teacher), _on_gpu(run)
+    memory = forecast(run, lengths, on_gpu=on_gpu)
+    console.print_all(screen, console.memory_table(memory.kept, memory.phases, memory.limit, memory.whose))
+    check_fits(run, lengths, memory, on_gpu=on_gpu)
     if data is not None and data.bad_rows:
         screen.print(f"{len(data.bad_rows)} bad rows would be skipped, the first: {data.bad_rows[0]}", markup=False)
     for note in _notes(run, tokenizer, data):
@@ -69,6 +87,49 @@ def _anywhere(run: Run) -> Run:
     return replace(
         run, hardware=replace(run.hardware, device=here, precision="fp32" if here == "cpu" else "auto", vllm=vllm)
     )
+
+
+def check_memory(run: Run) -> None:
+    """Refuses a run whose weights, gradients and optimizer alone cannot fit, before anything is loaded.
+
+    Activations are looked at by `check=true`, which takes some seconds.
+
+    Raises:
+        UserError: they cannot.
+    """
+    counted, on_gpu = parameters(run.model.name), _on_gpu(run)
+    if counted is not None:
+        run = replace(run, model=replace(run.model, parameters_billion=counted / 1e9))
+    found = Forecast(estimate(run), {}, *memory_limit(run, on_gpu))
+    check_fits(run, lengths_of(run, None, None, None), found, on_gpu=on_gpu)
+
+
+def _on_gpu(run: Run) -> bool:
+    return run.hardware.device == "cuda" or (run.hardware.device == "auto" and torch.cuda.is_available())
+
+
+def lengths_of(
+    run: Run, tokenizer: PreTrainedTokenizerBase | None, data: DataSplits | None, teacher: BaseTeacher | None
+) -> Lengths:
+    """The longest prompts of the data, the student's and the teacher's; the most that is let through without data."""
+    completion = run.rollout.max_completion_tokens
+    prompt = run.model.max_prompt_tokens or max(run.model.max_seq_tokens - completion, 1)
+    shown = prompt + completion + WORDING_TOKENS
+    if tokenizer is None or data is None:
+        return Lengths(prompt, shown, completion)
+    rows = sorted(data.train, key=lambda row: len(str(row)))[-LONGEST_ROWS:]
+
+    def longest(prompts: Sequence[Prompt | None]) -> int:
+        asked = [prompt for prompt in prompts if prompt is not None]
+        return max(map(len, encode_prompts(tokenizer, asked, run.model.chat_template_kwargs)), default=1)
+
+    rollouts = Rollouts.of_rows(rows, 1)
+    prompt = longest(rollouts.prompts)
+    if teacher is None:
+        return Lengths(prompt, 0, completion)
+    if teacher.context.needs_reward:  # what it is shown are completions and feedback that do not exist yet
+        return Lengths(prompt, prompt + completion + WORDING_TOKENS, completion)
+    return Lengths(prompt, longest(teacher.prompts(rollouts, tokenizer)), completion)
 
 
 def _tokenizer(run: Run) -> PreTrainedTokenizerBase | None:
@@ -104,8 +165,6 @@ def _planned(run: Run, data: DataSplits | None, max_steps: int) -> console.Plan:
         num_generations=run.num_generations,
         adapter=f"LoRA, rank {model.lora.r}" if model.tuning == "lora" else "",
         teacher=(run.teacher or {}).get("_target_", "").rpartition(".")[2],
-        memory_gib=estimate(run),
-        available_gib=run.hardware.memory_gib,
         learning_rate=run.learning_rate,
         budget=_budget(run),
         endless=run.max_steps is None and run.epochs is None and not run.dry_run,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -20,6 +20,7 @@ from selfdistill.config.settings import RolloutSource
 from selfdistill.errors import UserError
 from selfdistill.files import disk_space
 from selfdistill.models.card import Card, base_of, finish_folder, write_card
+from selfdistill.models.row_groups import in_row_order, row_groups
 from selfdistill.models.sharding import generate_in_step, share_tied
 from selfdistill.models.structure import has_dropout, inner_model, is_reference
 from selfdistill.rewards.adapter import ROLLOUTS
@@ -219,8 +220,10 @@ class RolloutTrainer(GRPOTrainer):
         ids = self._teacher_prompt_ids(prompts)
         return [own if p is None else i for own, p, i in zip(rollouts.prompt_ids, prompts, ids, strict=True)]
 
-    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        result = self._score_in_groups(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
         # Without gradient TRL scores the whole batch: by the policy (old log-probabilities), then by the reference.
         # It does so at the sampling temperature, and not for completions that it masks.
         if not torch.is_grad_enabled() and self._rollouts.policy_logps is None and model is self.model:
@@ -228,6 +231,37 @@ class RolloutTrainer(GRPOTrainer):
             if as_scored and not (model.training and has_dropout(model)) and not is_reference(model):
                 self._rollouts.policy_logps = result[0]
         return result
+
+    def _score_in_groups(
+        self,
+        model: Any,
+        ids: Int[Tensor, "B S"],
+        mask: Int[Tensor, "B S"],
+        completion_tokens: int,
+        batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """TRL's pass, without most of its padding: TRL pads every micro-batch to the longest prompt and to the longest
+        completion of all that are sampled together. With images the rows stay as they are."""
+        score = super()._get_per_token_logps_and_entropies
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        if given.keys() - {"compute_entropy", "compute_aux_loss"}:
+            return score(model, ids, mask, completion_tokens, batch_size, **kwargs)  # type: ignore[no-any-return]
+        prompt_tokens, found = ids.size(1) - completion_tokens, []
+        one_number_for_all = bool(given.get("compute_aux_loss"))
+        groups = row_groups(
+            mask[:, :prompt_tokens], mask[:, prompt_tokens:], most_rows=batch_size, together=one_number_for_all
+        )
+        for group in groups:
+            columns = slice(prompt_tokens - group.prompt_tokens, prompt_tokens + group.completion_tokens)
+            rows = ids[group.rows, columns], mask[group.rows, columns]
+            found.append(score(model, *rows, group.completion_tokens, **given))
+        logps, entropies, aux_losses = zip(*found, strict=True)
+        return (
+            in_row_order(logps, groups, completion_tokens),
+            None if entropies[0] is None else in_row_order(entropies, groups, completion_tokens),
+            None if aux_losses[0] is None else torch.stack(aux_losses).mean(),
+        )
 
     def _calculate_rewards(self, inputs: list, prompts: list, completions: list, completion_ids_list: list) -> Tensor:
         start, rollouts = time.perf_counter(), self._rollouts

@@ -29,6 +29,7 @@ from selfdistill.errors import UserError
 from selfdistill.losses.head import entropy_sum
 from selfdistill.models.precision import adapter_weights, restore_adapter
 from selfdistill.models.reference import copy_weights, loadable
+from selfdistill.models.row_groups import in_row_order, row_groups
 from selfdistill.models.structure import (
     aligned,
     captured_hidden,
@@ -43,6 +44,7 @@ from selfdistill.rollout import Rollouts
 from selfdistill.teachers.interface import REQUEST, BaseTeacher, TeacherRequest
 from selfdistill.teachers.language import own_findings
 from selfdistill.training.metrics import Means
+from selfdistill.training.micro_batches import sorted_by_length
 from selfdistill.training.reporting import use_standard_names
 from selfdistill.training.rollout_trainer import RolloutTrainer, no_reward
 from selfdistill.training.student_checks import check_student
@@ -275,12 +277,31 @@ class SelfDistillTrainer(RolloutTrainer):
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
-        if self._teaches and not self._teaches_by_advantage and self._buffered_inputs is not before:
+        if self._buffered_inputs is before:
+            return inputs
+        if window := self._sortable_window():
+            self._buffered_inputs = sorted_by_length(self._buffered_inputs, window, whole=self.has_policy_term)
+            inputs = self._buffered_inputs[self._step % len(self._buffered_inputs)]
+        if self._teaches and not self._teaches_by_advantage:
             assert self.teacher is not None
             for batch in self._buffered_inputs:
                 batch[REQUEST] = TeacherRequest.of(batch)
             self.teacher.prepare([batch[REQUEST] for batch in self._buffered_inputs])
         return inputs
+
+    def _sortable_window(self) -> int:
+        """Micro-batches of one optimizer step among which rows may be exchanged without a change of its loss; 0: none.
+
+        They may not where something is normalised over the rows of a micro-batch: the loss `bnpo`, a share of the
+        tokens by entropy, an entropy bonus, the load-balancing loss of a mixture of experts.
+        """
+        args, generated = self.args, self._micro_batches_per_generation
+        by_micro_batch = args.loss_type == "bnpo" or args.top_entropy_quantile < 1 or vars(args).get("entropy_coef")
+        if self.has_policy_term and (by_micro_batch or self.aux_loss_enabled or vars(args).get("use_adaptive_entropy")):
+            return 0
+        window = min(args.gradient_accumulation_steps, generated)
+        divides = generated % window == 0 and args.gradient_accumulation_steps % window == 0
+        return window if divides and window > 1 and args.per_device_train_batch_size > 1 else 0
 
     # ---- the loss ----
 
@@ -323,7 +344,12 @@ class SelfDistillTrainer(RolloutTrainer):
         """The student's hidden states: of the pass that the policy gradient made, or of the rows in `mask` alone."""
         prompt_ids, ids, attention = inputs["prompt_ids"], inputs["completion_ids"], inputs["completion_mask"]
         if captured:
-            hidden = aligned(captured[-1], ids.size(1))
+            groups = row_groups(inputs["prompt_mask"], attention, together=self.aux_loss_enabled)
+            parts = [
+                aligned(part, group.completion_tokens)
+                for part, group in zip(captured[-len(groups) :], groups, strict=True)
+            ]
+            hidden = in_row_order(parts, groups, ids.size(1))
             return lambda tokens: hidden[tokens]
         rows = mask.any(dim=1)
         if not rows.any():
@@ -387,6 +413,9 @@ class SelfDistillTrainer(RolloutTrainer):
         rows_at_once = self.args.per_device_train_batch_size
         parts: list[tuple[Tensor, dict[str, Any]]] = []
         active = mask.any(dim=1).nonzero().squeeze(1)
+        active = active[
+            (output["teacher_prompt_mask"].sum(dim=1) + output["completion_mask"].sum(dim=1))[active].argsort()
+        ]
         taken = list(active.split(rows_at_once)) if len(active) else []
         # A pass of a sharded model takes all processes: who has fewer rows goes through the first one once more.
         missing = self.most_of_any_process(len(taken)) - len(taken)

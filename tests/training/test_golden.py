@@ -45,7 +45,7 @@ def policy_loss(name: str, logps: Tensor, x: dict[str, Tensor], folder: Path) ->
     trainer.model.train()
     inputs = {
         "prompt_ids": torch.ones(rows, 1, dtype=torch.long), "prompt_mask": torch.ones(rows, 1, dtype=torch.long),
-        "completion_ids": torch.ones(rows, count, dtype=torch.long), "completion_mask": x["in_mask"],
+        "completion_ids": torch.ones(rows, count, dtype=torch.long), "completion_mask": x["in_mask"].long(),
         "advantages": x["in_advantages"], "old_per_token_logps": x["in_old_logps"],
         "num_items_in_batch": x["in_mask"].sum(),
     }  # fmt: skip
