@@ -117,9 +117,8 @@ def _kept(run: Run | DictConfig, weights: float, trained: int, trained_bytes: fl
 
 def _vllm_gib(run: Run | DictConfig) -> float:
     """What vLLM reserves on the GPU for its weights and its KV cache."""
-    hardware = run.hardware
-    colocated = hardware.vllm.mode == "colocate" and hardware.memory_gib
-    return float(hardware.memory_gib * hardware.vllm.gpu_memory_utilization) if colocated else 0.0
+    vllm, memory_gib = run.hardware.vllm, run.hardware.memory_gib or 0.0
+    return float(memory_gib * vllm.gpu_memory_utilization) if vllm.mode == "colocate" else 0.0
 
 
 def _other_model(run: Run | DictConfig) -> float:
