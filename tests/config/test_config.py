@@ -97,8 +97,8 @@ def test_what_is_built_shows_every_argument_it_takes(file: Path) -> None:
         key.split("@")[1].split(".")[0] for default in written.get("defaults", []) for key in default if "@" in key
     }
     # What an option takes over from another one of its group: eval/lm_eval has all that eval/default has.
-    above = [name for name in written.get("defaults", []) if isinstance(name, str) and name != "_self_"]
-    filled |= {str(key) for name in above for key in OmegaConf.load(file.with_name(f"{name}.yaml"))}
+    above = [file.with_name(f"{name}.yaml") for name in written.get("defaults", []) if isinstance(name, str)]
+    filled |= {str(key) for other in above if other.exists() for key in OmegaConf.load(other)}
     for where, node in targets(written):
         if node["_target_"] == "???":
             continue
@@ -238,7 +238,7 @@ def test_check_shows_the_plan_and_leaves_nothing(line: str, tmp_path: Path) -> N
     (tmp_path / "my.jsonl").write_text("".join(f'{{"prompt": "a{i}", "answer": "b"}}\n' for i in range(10)))
     outcome = command(line.split(), tmp_path)
     assert (outcome.code, outcome.err, outcome.left) == (0, "", set())
-    assert re.search(r"^memory +about", outcome.out, flags=re.M)
+    assert re.search(r"^peak +about", outcome.out, flags=re.M)
     assert re.search(r"^the run +100 steps = 3,200 completions", outcome.out, flags=re.M)
     if "qwen" in line:  # neither the model nor the GPU is here
         assert "note: model.name=Qwen/Qwen3-0.6B is not on this machine" in outcome.out
