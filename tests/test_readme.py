@@ -289,6 +289,7 @@ RULES: list[tuple[str, Callable[[str, Place], None]]] = [
     (r'eval "\$\(selfdistill ', _completion),
     (r"docker (build|run) ", _docker),
     (r"hf download \S+$", _download),
+    (r"hf auth login$", _as_it_stands),
     (r"nvidia-smi$|python -m venv \S+$|source \S+$", _as_it_stands),
 ]
 
