@@ -16,8 +16,7 @@ def make_engines_eager() -> None:
     from trl.generation import vllm_generation
     from vllm import LLM
 
-    # The blocks of keys and values that these tests need: the memory of a whole GiB outlives each engine of a process.
-    vllm_generation.LLM = partial(LLM, enforce_eager=True, num_gpu_blocks_override=512)
+    vllm_generation.LLM = partial(LLM, enforce_eager=True)
 
 
 if __name__ == "__main__":

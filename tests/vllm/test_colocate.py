@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 import tests.command
-from tests.command import Outcome, command, options
+from selfdistill import train
+from tests.command import command, options
+from tests.fuzz.forks import Trial, forked
 from tests.saboteur import VARIABLE
 from tests.vllm.conftest import NAME, ROOT, VllmServer
 
@@ -40,12 +42,20 @@ def _terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tests.command.io, "StringIO", Terminal)
 
 
-def run(folder: Path, *overrides: str) -> tuple[list[dict[str, Any]], Outcome]:
-    """The metrics of every step of a run that finishes, and what it printed."""
+def run(folder: Path, *overrides: str) -> tuple[list[dict[str, Any]], Trial]:
+    """The metrics of every step of a run that finishes, and what it printed.
+
+    It runs in a fork, since a process keeps more than a GiB of every engine that it has had.
+    """
+
+    def work() -> None:
+        sys.argv = ["selfdistill", *overrides]
+        train.main()
+
     folder.mkdir(exist_ok=True)
-    outcome = command(overrides, folder)
-    assert outcome.code == 0, outcome.err[-3000:]
-    return steps(folder), outcome
+    trial = forked(work, folder, limit_s=600)
+    assert trial.code == 0, trial.err[-3000:]
+    return steps(folder), trial
 
 
 def steps(folder: Path) -> list[dict[str, Any]]:
@@ -103,10 +113,7 @@ def test_a_killed_run_goes_on_with_the_numbers_of_an_unbroken_one(tmp_path: Path
     unbroken, _ = run(tmp_path / "unbroken", *six)
     folder = tmp_path / "killed"
     folder.mkdir()
-    # TRL has written the engine's group of processes into the environment of this one.
-    group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in group}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", VARIABLE: "kill:4"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", VARIABLE: "kill:4"}
     words = [sys.executable, "-m", "tests.vllm.eager", *six]
     killed = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert killed.returncode == -9, killed.stderr[-3000:]
