@@ -14,7 +14,8 @@ def environment(sharding: str, processes: int = 2) -> Mapping[str, str]:
 
     file = str(CONF / "accelerate" / f"{sharding}.yaml")
     parser = launch_command_parser()
-    args = parser.parse_args(["--config_file", file, "--num_processes", str(processes), "-m", "selfdistill.train"])
+    words = ["--config_file", file, "--num_processes", str(processes), "--main_process_port", "0"]  # any that is free
+    args = parser.parse_args([*words, "-m", "selfdistill.train"])
     args, defaults, _ = _validate_launch_command(args)
     if args.use_deepspeed:
         args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)

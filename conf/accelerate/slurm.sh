@@ -27,7 +27,7 @@ if [ -e "$run/config.yaml" ]; then
 else
   set -- "$@" "hydra.run.dir=$run"
 fi
-MAIN=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MAIN=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 export MAIN PORT=${MASTER_PORT:-29500}
 export CONFIG=$conf/accelerate/$sharding.yaml PROCESSES=$((SLURM_NNODES * gpus))
 

@@ -341,7 +341,7 @@ def _how_to_go_on(run: config.Run, path: Path) -> str:
 
 def _disk_message(error: Exception, record: NoRecord | None) -> UserError | None:
     """A disk that could not be written to before the run began, or a folder that is gone: no fault of the program."""
-    if record is not None and not record.folder.is_there:  # safetensors, for one, has an error of its own for it
+    if record is not None and record.begun and not record.folder.is_there:  # safetensors has an error of its own for it
         return UserError(f"the run could not be written: {error} ({record.folder.path} is gone).")
     if not isinstance(error, OSError) or isinstance(error, ConnectionError | TimeoutError):
         return None

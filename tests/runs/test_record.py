@@ -9,8 +9,10 @@ import pytest
 from safetensors import SafetensorError
 
 from selfdistill import export
+from selfdistill.errors import UserError
 from selfdistill.runs import record
 from selfdistill.runs.loggers import WandbLogger
+from selfdistill.training import build
 from tests.command import command
 from tests.runs.test_resume import only_run, status
 
@@ -73,3 +75,14 @@ def test_a_folder_that_goes_in_the_end_is_said(when: str, tmp_path: Path, monkey
     assert outcome.code == 2
     assert "run is gone" in outcome.err
     assert "Traceback" not in outcome.err
+
+
+def test_a_run_that_is_refused_before_it_begins_says_why_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder is removed, which is no fault of anyone's."""
+
+    def refuse(*_: object) -> None:
+        raise UserError("model.name=x: no such model.")
+
+    monkeypatch.setattr(build, "build", refuse)
+    outcome = command(["debug=fast", "eval=none", "logger=none", "hardware=cpu"], tmp_path)
+    assert (outcome.code, outcome.err) == (2, "selfdistill: model.name=x: no such model.\n")
