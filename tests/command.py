@@ -3,10 +3,11 @@
 import contextlib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import hydra
 import pytest
@@ -62,3 +63,15 @@ def groups() -> list[str]:
     return sorted(
         group for group in found if group not in (".", "_commands", "accelerate") and not group.startswith("hydra")
     )
+
+
+def sampled(cases: Iterable[Any], every: int = 4) -> list[Any]:
+    """All cases, of which `make test` takes one of every so many, and `make test-long` the others."""
+    return [
+        case if number % every == 0 else pytest.param(*_arguments(case), marks=pytest.mark.long)
+        for number, case in enumerate(cases)
+    ]
+
+
+def _arguments(case: Any) -> tuple[Any, ...]:
+    return case if isinstance(case, tuple) else (case,)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from tests.command import command, composed
+from tests.command import command, composed, sampled
 
 GPU = pytest.mark.skipif(
     "CUDA_VISIBLE_DEVICES" not in os.environ and Path("/dev/nvidia0").exists(), reason="there is a GPU"
@@ -303,13 +303,13 @@ def check_refusal(code: int, err: str, left: set[str], words: list[str]) -> None
     assert not left
 
 
-@pytest.mark.parametrize(("line", "words"), COMPOSITION)
+@pytest.mark.parametrize(("line", "words"), sampled(COMPOSITION))
 def test_refused_by_the_composition(line: str, words: list[str], folder: Path) -> None:
     outcome = command(line.split(), folder)
     check_refusal(outcome.code, outcome.err, outcome.left, words)
 
 
-@pytest.mark.parametrize(("line", "words"), LOADING)
+@pytest.mark.parametrize(("line", "words"), sampled(LOADING))
 def test_refused_before_the_run_begins(line: str, words: list[str], folder: Path) -> None:
     outcome = command(line.split(), folder)
     check_refusal(outcome.code, outcome.err, outcome.left, words)
@@ -371,6 +371,7 @@ def test_the_configuration_of_a_resumed_run_is_checked(folder: Path) -> None:
     check_refusal(outcome.code, outcome.err, outcome.left, ["seed cannot be changed when a run is resumed"])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("door", ["resume", "repeat"])
 @pytest.mark.parametrize(
     ("written", "given", "words"),

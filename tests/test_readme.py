@@ -50,6 +50,10 @@ COMMANDS = [(page, line) for page in PAGES for line in dict.fromkeys(commands(pa
 SWEEPS = re.compile(r"--multirun|train -m |sweep=")  # each job of one is checked, which takes long
 
 
+def _takes_long(page: Path, line: str) -> bool:
+    return page.name != "README.md" or page.parent != ROOT or bool(SWEEPS.search(line))
+
+
 @dataclass
 class Place:
     """Where a command runs: a folder with the files that the pages speak of, and a server."""
@@ -303,7 +307,7 @@ def test_commands_are_found() -> None:
 
 @pytest.mark.parametrize(
     ("page", "line"),
-    [pytest.param(*case, marks=[pytest.mark.long] if SWEEPS.search(case[1]) else []) for case in COMMANDS],
+    [pytest.param(*case, marks=[pytest.mark.long] if _takes_long(*case) else []) for case in COMMANDS],
     ids=[f"{page.relative_to(ROOT)}-{line}"[:80] for page, line in COMMANDS],
 )
 def test_a_command_of_the_pages_runs(page: Path, line: str, place: Place) -> None:

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from selfdistill import config
 from selfdistill.config.batch import Batch, batch_of
 from selfdistill.errors import UserError
-from tests.command import composed, options
+from tests.command import composed, options, sampled
 
 
 def batch(*overrides: str) -> Batch:
@@ -64,7 +64,7 @@ def _machines() -> Iterator[tuple[str, str]]:
     return ((experiment, hardware) for experiment in options("experiment") for hardware in options("hardware"))
 
 
-@pytest.mark.parametrize(("experiment", "hardware"), list(_machines()))
+@pytest.mark.parametrize(("experiment", "hardware"), sampled(_machines()))
 def test_every_experiment_fits_every_machine_and_model(
     experiment: str, hardware: str, models: dict[str, DictConfig]
 ) -> None:

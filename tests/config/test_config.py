@@ -16,7 +16,7 @@ from selfdistill.config.schema import Run
 from selfdistill.config.targets import targets
 from selfdistill.config.values import mismatch
 from selfdistill.errors import UserError
-from tests.command import CONF, command, composed, groups, options
+from tests.command import CONF, command, composed, groups, options, sampled
 
 # What an option cannot do without.
 NEEDS = {
@@ -53,7 +53,7 @@ def needed(option: str) -> list[str]:
     return [*above, *NEEDS.get(option, []), *(NEEDS[group] if missing.get(group) else [])]
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", sampled(OPTIONS))
 def test_every_option_of_every_group_composes_and_passes(option: str) -> None:
     overrides = [*needed(option), option]
     run = config.check(composed(overrides), overrides)
@@ -229,8 +229,8 @@ def test_cfg_prints_the_composed_configuration(tmp_path: Path) -> None:
     "line",
     [
         "--check",
-        "check=true",
-        "teacher=demonstration reward=none --check",
+        pytest.param("check=true", marks=pytest.mark.long),
+        pytest.param("teacher=demonstration reward=none --check", marks=pytest.mark.long),
         "model=qwen3_0_6b hardware=gpu_24gb export=lora data=jsonl data.path=my.jsonl --check",
     ],
 )

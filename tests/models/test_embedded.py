@@ -16,6 +16,7 @@ def results() -> dict[str, float]:
     return exam(*load_model(name="embedded"), count=40)
 
 
+@pytest.mark.long
 def test_the_exam_of_the_log_is_passed_again(results):
     logged = json.loads((FOLDER / "build_log.json").read_text())[-1]["exams"][-1]
     for name, share in results.items():

@@ -51,6 +51,7 @@ def test_the_form_alone() -> None:
         Form(pattern="(")
 
 
+@pytest.mark.long
 def test_each_parts_mean_is_logged(tmp_path: Path) -> None:
     line = ["reward=mix", r"reward.rewards.form.pattern=\\S", "dry_run=true", "logger=none", "eval=none"]
     line += ["hardware=cpu"]

@@ -105,6 +105,7 @@ def test_a_subdir_names_the_runs_of_a_sweep(tmp_path: Path, monkeypatch: pytest.
     assert not (tmp_path / "mine/runs/1").exists()
 
 
+@pytest.mark.long
 def test_an_own_experiment_and_an_own_primary_configuration(tmp_path: Path) -> None:
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     (tmp_path / "mine/experiment/short.yaml").write_text("# @package _global_\nmax_steps: 3\n")

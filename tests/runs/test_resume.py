@@ -230,6 +230,7 @@ def killed_at_its_end(run: Path) -> None:
     shutil.rmtree(run / "model")
 
 
+@pytest.mark.long
 def test_a_checkpoint_without_the_teacher_is_refused(copied: Any) -> None:
     run = copied("teacher_average")
     (run / "checkpoints" / "checkpoint-10" / "teacher.safetensors").unlink()
@@ -298,6 +299,7 @@ def test_no_whole_checkpoint_is_said(copied: Any) -> None:
         here([f"resume={run}", GRANT])
 
 
+@pytest.mark.long
 def test_prompts_of_the_first_step(unbroken: Any) -> None:
     """What student and teacher saw, as text, and that both scored the ids that were sampled."""
     page = (unbroken("adapter") / "prompts.md").read_text()
