@@ -67,11 +67,10 @@ def groups() -> list[str]:
 
 def sampled(cases: Iterable[Any], every: int = 4) -> list[Any]:
     """All cases, of which `make test` takes one of every so many, and `make test-long` the others."""
-    return [
-        case if number % every == 0 else pytest.param(*_arguments(case), marks=pytest.mark.long)
-        for number, case in enumerate(cases)
-    ]
+    return [case if number % every == 0 else _long(case) for number, case in enumerate(cases)]
 
 
-def _arguments(case: Any) -> tuple[Any, ...]:
-    return case if isinstance(case, tuple) else (case,)
+def _long(case: Any) -> Any:
+    if isinstance(case, type(pytest.param())):
+        return pytest.param(*case.values, marks=[*case.marks, pytest.mark.long], id=case.id)
+    return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.long)
