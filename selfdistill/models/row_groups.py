@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-# What a further pass costs, in tokens that might as well be padding. Measured by experiments/benchmarks/padding.py on a
-# CPU; on a GPU it is the time of starting the kernels of a model's layers, estimated.
+# What a further pass costs, in tokens that might as well be padding. Both are estimates; on a GPU it is the time of
+# starting the kernels of a model's layers. experiments/benchmarks/padding.py measures it.
 PASS_TOKENS_CPU, PASS_TOKENS_GPU = 128, 1024
 # Where a pass is a collective call, every process makes as many as it must, whatever they cost.
 NEVER_FURTHER = 10**12
