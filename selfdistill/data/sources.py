@@ -59,6 +59,10 @@ def open_source(
     if path.startswith(EMBEDDED_PREFIX):
         return _file_source(embedded_file(path.removeprefix(EMBEDDED_PREFIX), key), path, "jsonl")
     file = Path(path).expanduser()
+    try:
+        file.exists()
+    except OSError as error:  # such as a name that is too long
+        raise UserError(f"{key}={path}: {error.strerror}.") from None
     format = format or _guess_format(path, file, key)
     if format == "hub":
         return RowSource(path, "row", hub_records(path, key, split, subset, local_files_only))
