@@ -80,7 +80,7 @@ def test_bash_completes_in_a_terminal(tmp_path: Path) -> None:
         os.execvpe("bash", ["bash", "--norc", "--noprofile", "-i"], environment)
     try:
         _type(terminal, 'eval "$(selfdistill --shell-completion install=bash)"; echo rea""dy\n', until="ready")
-        assert "train " in _type(terminal, "selfdistill tra\t", until="train ")
+        assert "selfdistill train" in _type(terminal, "selfdistill tra\t", until="train")
         assert "experiment=opsd" in _type(terminal, " experiment=ops\t", until="opsd")
     finally:
         os.kill(pid, 9)
