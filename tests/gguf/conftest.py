@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from selfdistill.models.export.llama_cpp import find
+from tests.engines import items_below, say_loudly
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(os.environ.get("SELFDISTILL_GGUF", ROOT / ".venv-gguf"))
@@ -21,14 +22,12 @@ MISSING = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.long)
-            if LACKS:
-                item.add_marker(pytest.mark.skip(reason=MISSING))
+    for item in items_below(Path(__file__).parent, items):
+        item.add_marker(pytest.mark.long)
+        if LACKS:
+            item.add_marker(pytest.mark.skip(reason=MISSING))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     if LACKS:
-        terminalreporter.section("llama.cpp", sep="!", red=True)
-        terminalreporter.line(MISSING, red=True)
+        say_loudly(terminalreporter, "llama.cpp", MISSING)

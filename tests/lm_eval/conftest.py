@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.engines import items_below, say_loudly
 from tests.reference import ROOT
 
 PYTHON = Path(os.environ.get("SELFDISTILL_LM_EVAL", ROOT / ".venv-lm-eval")) / "bin" / "python"
@@ -19,14 +20,12 @@ MISSING = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.long)
-            if not PYTHON.is_file():
-                item.add_marker(pytest.mark.skip(reason=MISSING))
+    for item in items_below(Path(__file__).parent, items):
+        item.add_marker(pytest.mark.long)
+        if not PYTHON.is_file():
+            item.add_marker(pytest.mark.skip(reason=MISSING))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     if not PYTHON.is_file():
-        terminalreporter.section("lm-eval", sep="!", red=True)
-        terminalreporter.line(MISSING, red=True)
+        say_loudly(terminalreporter, "lm-eval", MISSING)

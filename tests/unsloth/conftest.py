@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.engines import items_below, say_loudly
+
 os.environ["UNSLOTH_ALLOW_CPU"] = "1"
 os.environ["UNSLOTH_COMPILE_LOCATION"] = tempfile.mkdtemp(prefix="unsloth-")  # what it writes is not for this folder
 HERE = find_spec("unsloth") is not None
@@ -22,12 +24,11 @@ MISSING = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if not HERE and Path(__file__).parent in item.path.parents:
+    for item in items_below(Path(__file__).parent, items):
+        if not HERE:
             item.add_marker(pytest.mark.skip(reason=MISSING))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     if not HERE:
-        terminalreporter.section("unsloth", sep="!", red=True)
-        terminalreporter.line(MISSING, red=True)
+        say_loudly(terminalreporter, "unsloth", MISSING)

@@ -22,6 +22,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from selfdistill.models.loading import resolve
+from tests.engines import items_below, say_loudly
 
 ROOT = Path(__file__).parents[2]
 HERE = find_spec("vllm") is not None
@@ -44,9 +45,7 @@ ELSEWHERE = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if Path(__file__).parent not in item.path.parents:
-            continue
+    for item in items_below(Path(__file__).parent, items):
         if not PYTHON.exists():
             item.add_marker(pytest.mark.skip(reason=MISSING))
         elif not HERE and item.path.name in COLOCATED:
@@ -55,8 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     if not PYTHON.exists() or not HERE:
-        terminalreporter.section("vLLM", sep="!", red=True)
-        terminalreporter.line(ELSEWHERE if PYTHON.exists() else MISSING, red=True)
+        say_loudly(terminalreporter, "vLLM", ELSEWHERE if PYTHON.exists() else MISSING)
 
 
 class VllmServer:
