@@ -36,6 +36,12 @@ def quoted(value: Any) -> str:
     return shortened(repr(value))
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says; its class where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
 def one_line(text: str) -> str:
     """A text that came out of a file, with line ends and other control characters written as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

@@ -3,7 +3,6 @@
 A GPU takes the real sizes; `tiny` is the same work on a CPU, in a size that shows that every script runs.
 """
 
-import os
 import platform
 import subprocess
 import threading
@@ -78,15 +77,6 @@ class Device:
         peak = peak_memory_gib()
         return peak["cuda"] if self.on_gpu else peak["rss"]
 
-    def prepare_vllm(self) -> None:
-        """Lets vLLM run inside this process; called before its engine is made."""
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        if not self.on_gpu:
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-            _keep_weights_of_cpu_layers()
-
     def described(self) -> dict[str, Any]:
         """The machine and the versions, for the record of a case."""
         versions = {}
@@ -99,16 +89,6 @@ class Device:
             found |= {"memory_gib": round(total / GIB, 1), "free_gib": round(free / GIB, 1)}
             found |= {"cuda": torch.version.cuda, "driver": _driver()}
         return found
-
-
-def _keep_weights_of_cpu_layers() -> None:
-    """vLLM's CPU layers pack their weights away, so that the trainer's could not be copied into them any more."""
-    from vllm.model_executor.layers import utils
-
-    def plain(layer: torch.nn.Module, *_: Any, **__: Any) -> None:
-        layer.cpu_linear = torch.nn.functional.linear
-
-    utils.dispatch_cpu_unquantized_gemm = plain
 
 
 class UsedMemory:

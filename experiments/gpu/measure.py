@@ -8,6 +8,7 @@
 
 import argparse
 import json
+import os
 import time
 from contextlib import ExitStack
 from datetime import date
@@ -27,6 +28,7 @@ from experiments.gpu.models import model_folder, shape_of
 from experiments.gpu.trainers import our_trainer, trl_trainer
 from experiments.gpu.workload import composed, overrides, work_of
 from selfdistill.losses import chunked_token_divergence
+from selfdistill.training.engine import COLOCATED
 
 # As far apart as a student and a teacher that knows a little more: 3 spreads the logits as a trained head does.
 LOGIT_SPREAD, TEACHER_NOISE = 3.0, 0.3
@@ -59,7 +61,8 @@ def measure(case: Case, device: Device, work: Path, started: float) -> dict[str,
 
 def _training(case: Case, device: Device, work: Path, meter: Meter) -> dict[str, Any]:
     if case.sampler == "vllm":
-        device.prepare_vllm()
+        for name, value in COLOCATED.items():
+            os.environ.setdefault(name, value)
     disable_progress_bar()
     run = composed(overrides(case, device, work))
     with TemporaryDirectory() as folder, ExitStack() as at_end:

@@ -20,8 +20,9 @@ from selfdistill.config.targets import make
 from selfdistill.models.loading import load_configured, lora_config
 from selfdistill.rewards.scorer import PolicyScorer
 from selfdistill.teachers import templates
-from selfdistill.training.arguments import trainer_arguments
+from selfdistill.training.arguments import trainer_arguments, use_cuda
 from selfdistill.training.build import build, load_data
+from selfdistill.training.engine import starting_vllm
 
 # What ours and TRL's other trainers call by the same name and mean the same by. `beta` is not among them: it is the
 # weight of a KL penalty in GRPO, and the divergence's interpolation in Distillation.
@@ -45,7 +46,8 @@ def trl_trainer(case: Case, run: Run, folder: Path) -> Any:
     rows = load_data(run, tokenizer).train
     adapter = lora_config(**asdict(run.model.lora)) if run.model.tuning == "lora" else None
     shared = {"model": model, "processing_class": tokenizer, "peft_config": adapter}
-    return PEERS[case.work](run, folder, rows, shared)
+    with starting_vllm(run.hardware.vllm, cuda=use_cuda(run.hardware)):
+        return PEERS[case.work](run, folder, rows, shared)
 
 
 def _arguments(kind: type, run: Run, folder: Path, **own: Any) -> Any:

@@ -14,7 +14,7 @@ from selfdistill.config.conf import CONF
 from selfdistill.config.schema import Run
 from selfdistill.config.suggestions import closest
 from selfdistill.config.trl_names import OUR_KEYS, instead_of
-from selfdistill.errors import UserError, bounded, shortened
+from selfdistill.errors import UserError, bounded, first_line, shortened
 from selfdistill.text import escaped
 
 # What Hydra and OmegaConf raise for a mistake on the command line or in a configuration file.
@@ -113,7 +113,7 @@ def _argument(name: str) -> str:
 
 
 def _syntax(error: OverrideParseException) -> str:
-    first = str(error).strip().splitlines()[0]
+    first = first_line(error)
     quoted = "quotes around special characters: 'KEY=\"VALUE\"'"
     return f"{shortened(str(error.override))} cannot be read: {first}. Write KEY=VALUE, and {quoted}."
 

@@ -17,7 +17,7 @@ from selfdistill.config.schema import Run
 from selfdistill.config.secrets import escaped
 from selfdistill.config.suggestions import closest
 from selfdistill.config.values import as_hinted, mismatch
-from selfdistill.errors import UserError, quoted
+from selfdistill.errors import UserError, first_line, quoted
 
 # Whole libraries are not trusted: torch.load, transformers.pipeline and many others run code that a file brings.
 TRUSTED = ("selfdistill", "trl.rewards")
@@ -211,5 +211,5 @@ def make(node: Mapping[str, Any] | None, key: str, **later: Any) -> Any:
         cause = error.__cause__ or error
         if isinstance(cause, UserError):
             raise UserError(str(cause)) from error
-        raise UserError(f"{key} cannot be built: {str(cause).strip().splitlines()[0]}") from error
+        raise UserError(f"{key} cannot be built: {first_line(cause)}") from error
     return built(**given) if given else built

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import httpx
 from omegaconf import DictConfig
 
+from selfdistill.errors import first_line
 from selfdistill.machine.findings import Line, error, ok, warning
 
 GIB = 2**30
@@ -59,7 +60,7 @@ def look_at_accelerator() -> Accelerator:
     try:
         import torch
     except (ImportError, OSError) as problem:
-        return Accelerator(None, driver=driver, failure=str(problem).strip().splitlines()[0])
+        return Accelerator(None, driver=driver, failure=first_line(problem))
     failure, gpus = None, []
     if torch.version.cuda is not None:
         try:
@@ -72,7 +73,7 @@ def look_at_accelerator() -> Accelerator:
             else:
                 failure = "torch finds no GPU"
         except RuntimeError as problem:
-            failure = str(problem).strip().splitlines()[0]
+            failure = first_line(problem)
     return Accelerator(torch.__version__, torch.version.cuda, driver, tuple(gpus), failure)
 
 

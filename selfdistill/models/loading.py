@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -73,7 +73,7 @@ def load_model(
         hint = "a folder with config.json and weights, or a hub name that this machine can reach"
         if local_files_only:
             hint += "; with model.local_files_only=true it must be in the local cache already"
-        raise UserError(f"{key}={name} cannot be loaded: {str(error).strip().splitlines()[0]} Write {hint}.") from error
+        raise UserError(f"{key}={name} cannot be loaded: {first_line(error)} Write {hint}.") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if adapter_path:

@@ -60,9 +60,7 @@ def show_plan(cfg: DictConfig, run: Run) -> None:
         check_rows(reward, data.train, run.rollout, str(run.data.get("path", run.data["_target_"])), tokenizer)
         try_reward(reward, data.train, str(run.data.get("path", run.data["_target_"])))
     judged_by = "nothing" if settings is None else judge(run, settings, reward)[1]
-    counted = parameters(run.model.name)
-    if counted is not None:
-        run = replace(run, model=replace(run.model, parameters_billion=counted / 1e9))
+    run = _counted(run)
     console.print_all(screen, console.config_tree(cfg))
     console.print_all(screen, console.plan_table(replace(_planned(run, data, arguments.max_steps), judge=judged_by)))
     lengths, on_gpu = lengths_of(run, tokenizer, data, teacher), _on_gpu(run)
@@ -97,11 +95,15 @@ def check_memory(run: Run) -> None:
     Raises:
         UserError: they cannot.
     """
-    counted, on_gpu = parameters(run.model.name), _on_gpu(run)
-    if counted is not None:
-        run = replace(run, model=replace(run.model, parameters_billion=counted / 1e9))
+    run, on_gpu = _counted(run), _on_gpu(run)
     found = Forecast(estimate(run), {}, *memory_limit(run, on_gpu))
     check_fits(run, lengths_of(run, None, None, None), found, on_gpu=on_gpu)
+
+
+def _counted(run: Run) -> Run:
+    """The run with its model's size as its files have it, where they are here."""
+    count = parameters(run.model.name)
+    return run if count is None else replace(run, model=replace(run.model, parameters_billion=count / 1e9))
 
 
 def _on_gpu(run: Run) -> bool:

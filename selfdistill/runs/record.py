@@ -181,7 +181,9 @@ class Record(NoRecord):
         if parts.trainer.card is not None:
             add_results(parts.trainer.card, self.folder)
         if any(evaluations.values()):
-            self.screen.print(console.change_table(_short(evaluations["before"]), _short(evaluations["after"])))
+            self.screen.print(
+                console.change_table(short_names(evaluations["before"]), short_names(evaluations["after"]))
+            )
         exported: dict[str, Exported] = {}
         if parts.exporter is not None and status == "finished" and not self.run.dry_run:
             # The model is saved and the evaluation written: whatever happens to an export, the run is whole.
@@ -240,7 +242,7 @@ class Record(NoRecord):
         summary, evaluated = self.folder.summary, self.folder.summary.get("eval") or {}
         names = ("status", "step", "wall_s", "tokens_generated", "peak_memory_gib")
         known = {name: summary[name] for name in names if summary.get(name) is not None}
-        sides = {side: _short(evaluated[side]) for side in ("before", "after") if evaluated.get(side)}
+        sides = {side: short_names(evaluated[side]) for side in ("before", "after") if evaluated.get(side)}
         self._recorder.show(lambda: self.logger.summary({**known, **sides}))
         self._recorder.show(lambda: self.logger.files("report", self._there(*REPORT)))
 
@@ -248,5 +250,6 @@ class Record(NoRecord):
         return [path for name in names if (path := self.folder.path / name).is_file()]
 
 
-def _short(metrics: Mapping[str, float]) -> dict[str, float]:
+def short_names(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of an evaluation without `eval/` before their names."""
     return {name.removeprefix("eval/"): value for name, value in metrics.items()}

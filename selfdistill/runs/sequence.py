@@ -29,7 +29,7 @@ from selfdistill.evaluation.transfer import AccuracyMatrix
 from selfdistill.runs.folder import RunFolder, Status
 from selfdistill.runs.loggers import NoLogger
 from selfdistill.runs.placement import new_run
-from selfdistill.runs.record import MODEL
+from selfdistill.runs.record import MODEL, short_names
 from selfdistill.runs.screen import LOG, Screen
 from selfdistill.runs.sequence_report import REPORT, matrix_table, write_report
 
@@ -211,7 +211,7 @@ class Sequence:
         try:
             logger.start(self.folder, self.cfg)
             logger.catch_up(self.folder.metrics(), [])
-            short = {side: _short(metrics) for side, metrics in (("before", before), ("after", after))}
+            short = {side: short_names(metrics) for side, metrics in (("before", before), ("after", after))}
             logger.summary({"status": self.folder.summary["status"], "step": self.folder.summary["step"], **short})
             there = (self.folder.path / name for name in ("summary.json", "metrics.jsonl", *REPORT))
             logger.files("report", [path for path in there if path.is_file()])
@@ -237,7 +237,3 @@ def _forgotten(start: Metrics, metrics: Metrics) -> Metrics:
     """What of the old skills is lost since the start of the sequence."""
     lost = forgetting(start, metrics) if any(name.startswith(RETENTION) for name in start) else None
     return {} if lost is None else {"eval/forgetting": lost}
-
-
-def _short(metrics: Metrics) -> Metrics:
-    return {name.removeprefix("eval/"): value for name, value in metrics.items()}

@@ -9,7 +9,7 @@ import torch
 from selfdistill.config.batch import batch_of
 from selfdistill.config.schema import Hardware, Run, Vllm
 from selfdistill.config.secrets import masked
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, first_line
 from selfdistill.training.trl_trainer import GRPOConfig
 
 
@@ -94,9 +94,7 @@ def trainer_arguments(run: Run, output_dir: Path) -> SelfDistillConfig:
     try:
         return SelfDistillConfig(**shared | arguments | _vllm_arguments(run.hardware.vllm) | others)
     except (ValueError, TypeError) as error:
-        raise UserError(
-            f"training: trl.GRPOConfig refuses this combination: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise UserError(f"training: trl.GRPOConfig refuses this combination: {first_line(error)}") from error
 
 
 def _vllm_arguments(vllm: Vllm) -> dict[str, Any]:

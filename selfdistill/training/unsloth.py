@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from selfdistill.config.schema import Run
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, first_line
 from selfdistill.machine.packages import CONFLICTS, Facts, installed
 from selfdistill.models.loading import resolve
 
@@ -38,8 +38,8 @@ def import_unsloth() -> None:
     try:
         importlib.import_module("unsloth")
     except (ImportError, NotImplementedError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model.loader=unsloth: it cannot be imported: {reason} Mend that, {_OTHERWISE}") from error
+        said = first_line(error)
+        raise UserError(f"model.loader=unsloth: it cannot be imported: {said} Mend that, {_OTHERWISE}") from error
     put_trl_back()
 
 
@@ -120,8 +120,7 @@ def load(run: Run) -> tuple["PeftModel", "PreTrainedTokenizerBase"]:
     try:
         model, tokenizer = FastLanguageModel.from_pretrained(**loading_arguments(run))
     except (OSError, ValueError, ImportError, NotImplementedError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model.name={run.model.name} cannot be loaded by unsloth: {reason}") from error
+        raise UserError(f"model.name={run.model.name} cannot be loaded by unsloth: {first_line(error)}") from error
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

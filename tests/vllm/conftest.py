@@ -82,7 +82,7 @@ class VllmServer:
             str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", MODEL,
             "--served-model-name", self._name, "--host", "127.0.0.1", "--port", str(self.port),
             "--dtype", "float32", "--enforce-eager", "--max-model-len", str(CONTEXT_TOKENS),
-            "--max-logprobs", str(vocabulary), "--max-num-seqs", "16",
+            "--max-logprobs", str(vocabulary), "--max-num-seqs", "16", "--enable-tokenizer-info-endpoint",
             *self._options,
         ]  # fmt: skip
         with self._log.open("ab") as log:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from selfdistill import doctor, generate_data
 from selfdistill.config import doors
@@ -16,10 +17,11 @@ from selfdistill.data import load_data
 from selfdistill.errors import UserError
 from selfdistill.losses import TopTokens
 from selfdistill.machine.served_teacher import check_server
+from selfdistill.teachers.language import Speaker
 from selfdistill.teachers.server import ServerTeacher
 from tests.command import command, composed
 from tests.teachers.server.stub_server import LetterTokenizer
-from tests.vllm.conftest import CONTEXT_TOKENS, NAME, VllmServer
+from tests.vllm.conftest import CONTEXT_TOKENS, MODEL, NAME, VllmServer
 
 pytestmark = pytest.mark.timeout(900)
 TOLERANCE = 1e-4  # nats
@@ -90,6 +92,29 @@ def test_the_check_finds_what_is_wrong(server: VllmServer, tokenizer: Any) -> No
     refused(rf"at most {vocabulary} log-probabilities", top_k=vocabulary + 1)
     refused(r"another tokenizer", tokenizer=LetterTokenizer())
     refused(rf"context of {CONTEXT_TOKENS} tokens", longest_tokens=CONTEXT_TOKENS)
+
+
+def test_it_tells_how_it_is_asked_and_ends(server: VllmServer) -> None:
+    def findings(template: str | None = None, end: str | None = None, **settings: Any) -> list[str]:
+        """Of the server beside a student whose template has `template` for its end of turn."""
+        own = AutoTokenizer.from_pretrained(MODEL)
+        own.eos_token = end or own.eos_token
+        own.chat_template = own.chat_template.replace("<|end|>", template or "<|end|>")
+        teacher = ServerTeacher(server.url, NAME, top_k=3, **settings)
+        try:
+            teacher.check(own)
+            return teacher.compare(Speaker(own, None, {}))
+        finally:
+            teacher.close()
+
+    assert findings() == []
+    assert findings(chat_template_kwargs={}) == []
+    asked, ends = findings(template="<|user|>")
+    assert "the server's own writes otherwise" in asked
+    assert "teacher.model=embedded" in asked
+    assert "distill/divergence_last" in ends
+    with pytest.raises(UserError, match=r"^teacher.model=embedded: the student ends its answers with '<.user.>', the"):
+        findings(template="<|user|>", end="<|user|>")
 
 
 def test_a_row_beyond_the_context_and_an_unknown_token_are_refused_in_the_servers_words(server: VllmServer) -> None:
