@@ -1,13 +1,14 @@
 # make demo   own environment, then a model that learns: SDPO on the embedded one
 # make test   own environment, then the tests
 # make test-long   the tests marked long
-# make test-engines   those against a real vLLM, unsloth, llama.cpp and lm-eval, as far as `make vllm`, `make unsloth`,
-#                     `make gguf` and `make lm_eval` were run
+# make test-engines   those against a real vLLM, unsloth, llama.cpp, lm-eval and DeepSpeed, as far as `make vllm`,
+#                     `make unsloth`, `make gguf`, `make lm_eval` and `make deepspeed` were run
 # make torture   kills, signals, full disks, damage and hostile input; writes the tables of docs/ROBUSTNESS.md
 # make vllm   a real vLLM for the CPU, in an environment of its own with this project
 # make unsloth   unsloth in an environment of its own with this project, to hold our calls against it
 # make gguf   llama.cpp in an environment of its own, for export=gguf
 # make lm_eval   EleutherAI's lm-eval beside the project's packages, for eval=lm_eval
+# make deepspeed   DeepSpeed beside the project's packages, to try ZeRO-2 and ZeRO-3 in two processes on a CPU
 # make study NAME=grpo   the sweeps of a folder in experiments/studies, and the figures of its page; goes on where it was
 # make paper   the papers' headlines in miniature, three seeds: experiments/paper
 # make lint   style and types
@@ -20,9 +21,9 @@ export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM = false
 
 # Each by the Python of an environment of its own.
-ENGINES := $(addprefix --ignore tests/,vllm unsloth gguf lm_eval)
+ENGINES := $(addprefix --ignore tests/,vllm unsloth gguf lm_eval deepspeed)
 
-.PHONY: demo test test-long test-engines torture study paper lint vllm unsloth gguf lm_eval clean
+.PHONY: demo test test-long test-engines torture study paper lint vllm unsloth gguf lm_eval deepspeed clean
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +47,7 @@ test-engines: $(BIN)/.installed
 	OMP_NUM_THREADS=1 $$(test -f .venv-unsloth/.installed && echo .venv-unsloth/bin || echo $(BIN))/python -m pytest tests/unsloth
 	$(BIN)/python -m pytest tests/gguf
 	$(BIN)/python -m pytest tests/lm_eval
+	$$(test -f .venv-deepspeed/.installed && echo .venv-deepspeed/bin || echo $(BIN))/python -m pytest tests/deepspeed
 
 torture: $(BIN)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.torture
@@ -103,15 +105,25 @@ gguf: .venv-gguf/.installed
 	  && PYTHONPATH=. .venv-gguf/bin/python selfdistill/models/export/llama_cpp.py && touch $@ ) \
 	  || echo "llama.cpp could not be built here: its tests will be skipped"
 
-# lm-eval with what it lacks, on top of the project's own packages: in there it would slow every start
+# Two that lie on top of the project's own packages: in there lm-eval would slow every start, and DeepSpeed is imported by
+# all that finds it.
+define on_top
+	-( $(PYTHON) -m venv $(1) \
+	  && $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	     > "$$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/selfdistill.pth" \
+	  && $(1)/bin/python -m pip install --quiet $(2) && touch $@ ) \
+	  || echo "$(3) could not be installed here: its tests will be skipped"
+endef
+
 lm_eval: .venv-lm-eval/.installed
 
 .venv-lm-eval/.installed: $(BIN)/.installed
-	-( $(PYTHON) -m venv .venv-lm-eval \
-	  && $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
-	     > "$$(.venv-lm-eval/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/selfdistill.pth" \
-	  && .venv-lm-eval/bin/python -m pip install --quiet "lm_eval>=0.4.13,<0.5" && touch $@ ) \
-	  || echo "lm-eval could not be installed here: its tests will be skipped"
+	$(call on_top,.venv-lm-eval,lm_eval~=0.4.13,lm-eval)
+
+deepspeed: .venv-deepspeed/.installed
+
+.venv-deepspeed/.installed: $(BIN)/.installed
+	$(call on_top,.venv-deepspeed,deepspeed==0.19.8 ninja,DeepSpeed)
 
 clean:
-	rm -rf $(VENV) .venv-vllm .venv-unsloth .venv-gguf .venv-lm-eval build dist *.egg-info outputs
+	rm -rf $(VENV) .venv-vllm .venv-unsloth .venv-gguf .venv-lm-eval .venv-deepspeed build dist *.egg-info outputs

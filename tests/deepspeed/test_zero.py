@@ -1,0 +1,62 @@
+"""ZeRO-2 and ZeRO-3 in two processes on a CPU, as accelerate starts them: the numbers of one process."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import accelerated
+from tests.launched import Launcher
+from tests.sharded import CASES, Train, assert_same_numbers, trained
+from tests.test_processes import COMMON, METHODS, gathered, only_run, summary
+
+# Those whose teacher keeps no copy of the divided weights.
+WITHOUT_COPY = ["grpo in full", "the student itself teaches"]
+ROWS = ["completions_per_step=16", "hardware.per_device_batch_size=8", "logger=none"]
+
+
+@pytest.fixture(scope="module")
+def launch() -> Iterator[Launcher]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        launcher = Launcher()
+        yield launcher
+        launcher.close()
+
+
+@pytest.fixture(scope="module")
+def train(launch: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    return trained(launch, tmp_path_factory)
+
+
+@pytest.mark.parametrize(
+    ("case", "configuration"), [*((case, "zero2") for case in CASES), *((case, "zero3") for case in WITHOUT_COPY)]
+)
+def test_two_processes_give_the_numbers_of_one(case: str, configuration: str, train: Train) -> None:
+    assert_same_numbers(train, case, configuration)
+
+
+@pytest.mark.parametrize(
+    ("configuration", "method"),
+    [("zero2", [*METHODS["sdft"], "teacher/weights=ema"]), ("zero3", METHODS["grpo"])],
+)
+def test_an_interrupted_run_continues(configuration: str, method: list[str], launch: Launcher, tmp_path: Path) -> None:
+    environment, overrides = accelerated.environment(configuration), [*COMMON, *method, *ROWS]
+    whole = launch(overrides, tmp_path / "whole", environment=environment)
+    assert whole.code == 0, whole.terminal
+    incident = "1 1 os.kill(os.getpid(), signal.SIGTERM)"
+    launch(overrides, tmp_path / "cut", incident=incident, environment=environment)
+    run = only_run(tmp_path / "cut")
+    assert summary(run)["status"] == "interrupted"
+    again = launch([f"resume={run}"], tmp_path / "cut", environment=environment)
+    assert again.code == 0, again.terminal
+    assert gathered(run) == gathered(only_run(tmp_path / "whole"))
+
+
+def test_a_teacher_that_copies_divided_weights_is_refused(launch: Launcher, tmp_path: Path) -> None:
+    overrides = [*COMMON, *METHODS["sdft"], *ROWS]
+    done = launch(overrides, tmp_path, environment=accelerated.environment("zero3"))
+    assert done.code != 0
+    said = " ".join(done.terminal.split())
+    assert "Train with FSDP2" in said
+    assert "Traceback" not in said
