@@ -15,14 +15,16 @@ def rows() -> list[Row]:
     """What came of the attacks of each kind, and of code that means no harm."""
     found = sandbox.bubblewrap()
     boxes: list[sandbox.Sandbox] = [sandbox.Bare() if isinstance(found, str) else found, sandbox.Bare()]
-    kinds = dict.fromkeys(attack.kind for attack in ATTACKS)
+    kinds, where = (
+        dict.fromkeys(attack.kind for attack in ATTACKS),
+        boxes[0].name.partition(" (")[0],
+    )  # without its path
     tried = [
-        counted(f"{kind}, {boxes[0].name}", [_attacked(one, boxes[0]) for one in ATTACKS if one.kind == kind])
-        for kind in kinds
+        counted(f"{kind}, {where}", [_attacked(one, boxes[0]) for one in ATTACKS if one.kind == kind]) for kind in kinds
     ]
     forged = [one for one in ATTACKS if one.kind in ("results", "hack")]
     tried.append(counted("results and hacks, without a sandbox", [_attacked(one, boxes[1]) for one in forged]))
-    return [*tried, counted(f"innocent code, {boxes[0].name}", [_innocent(name, boxes[0]) for name in INNOCENT])]
+    return [*tried, counted(f"innocent code, {where}", [_innocent(name, boxes[0]) for name in INNOCENT])]
 
 
 def _attacked(attack: Attack, box: sandbox.Sandbox) -> tuple[str, str]:
