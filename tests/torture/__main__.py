@@ -96,7 +96,7 @@ def write_page(found: dict[str, list[Row]], minutes: float) -> None:
     for name, rows in found.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         before, _, rest = page.partition(begin)
-        page = f"{before}{begin}\n{table(rows)}\n\n{end}{rest.partition(end)[2]}" if rest else page
+        page = f"{before}{begin}\n{table(rows).rstrip()}\n\n{end}{rest.partition(end)[2]}" if rest else page
     total = sum(row.times for rows in found.values() for row in rows)
     said = f"{total:,} trials, {sum(len(row.faults) for rows in found.values() for row in rows)} of them faults, "
     begin, end = "<!-- total -->", "<!-- /total -->"
