@@ -6,7 +6,7 @@ import pytest
 
 from selfdistill.comparison import compare, load_runs
 from selfdistill.comparison.analysis import FieldResult
-from selfdistill.comparison.settings import sort_runs
+from selfdistill.comparison.settings import shown, sort_runs
 from selfdistill.errors import UserError
 from tests.comparison.synthetic import SMALL, write_run, write_sweep
 
@@ -73,11 +73,69 @@ def test_runs_under_other_conditions_are_not_compared_unless_told(tmp_path: Path
         assert len(result.field.runs) == 9
 
 
-def test_other_data_behind_the_same_path_are_other_data(tmp_path: Path) -> None:
+def provenance(**files: str) -> dict[str, dict[str, dict[str, object]]]:
+    """As runs write it, with these hashes."""
+    hashes = {"data": "aa", "model": "bb"} | files
+    return {
+        "data": {
+            "data/train.jsonl": {"bytes": 47757, "blake2b": hashes["data"]},
+            "embedded:retention": {"bytes": 78182, "blake2b": "cc"},
+        },
+        "model": {"model.safetensors": {"bytes": 3208424, "blake2b": hashes["model"]}},
+    }
+
+
+@pytest.mark.parametrize("what", ["data", "model"])
+def test_other_content_behind_the_same_path_is_not_averaged(tmp_path: Path, what: str) -> None:
     for seed in SEEDS:
         for content in ("old", "new"):
-            write_run(tmp_path / f"{content}-{seed}", {"seed": seed}, provenance={"data": {"train": content}})
-    assert len(compare(load_runs(tmp_path)).fields) == 2
+            told = {"seed": seed}
+            write_run(tmp_path / f"{content}-{seed}", told, provenance=provenance(**{what: content}))
+    first, second = compare(load_runs(tmp_path)).fields
+    assert first.field.conditions.keys() == {f"{what}.fingerprint"}
+    assert [len(one.field.runs) for one in (first, second)] == [3, 3]
+    (told_to,) = compare(load_runs(tmp_path), by=[what]).fields
+    assert [row.setting.seeds for row in told_to.rows] == [["1", "2", "3"]] * 2
+
+
+def test_what_runs_wrote_down_is_believed_beside_those_that_wrote_nothing(tmp_path: Path) -> None:
+    """A job that was refused has no folder, and a finished run without a fingerprint may have had any data."""
+    for content in ("old", "new"):
+        for seed in SEEDS:
+            write_run(tmp_path / f"{content}-{seed}", {"seed": seed}, provenance=provenance(data=content))
+    job = '{"job": 9, "overrides": ["alpha=5", "seed=1"], "status": "refused", "message": "alpha=5 is out of range."}\n'
+    (tmp_path / "jobs.jsonl").write_text(job)
+    assert [len(one.field.runs) for one in compare(load_runs(tmp_path)).fields] == [3, 3]
+    write_run(tmp_path / "unknown", {"seed": 1})
+    assert [len(one.field.runs) for one in compare(load_runs(tmp_path)).fields] == [3, 3, 1]
+
+
+def test_a_path_that_is_compared_along_brings_its_own_content(tmp_path: Path) -> None:
+    for seed in SEEDS:
+        for name in ("one", "two"):
+            told = {"data.path": f"{name}.jsonl", "seed": seed}
+            write_run(tmp_path / f"{name}-{seed}", told, provenance=provenance(data=name))
+    (result,) = compare(load_runs(tmp_path), by=["data.path"]).fields
+    assert values(result) == [{"data.path": "one.jsonl"}, {"data.path": "two.jsonl"}]
+    write_run(tmp_path / "changed", {"data.path": "two.jsonl", "seed": 4}, provenance=provenance(data="2"))
+    assert [len(one.field.runs) for one in compare(load_runs(tmp_path), by=["data.path"]).fields] == [3, 3, 1]
+
+
+def test_every_digit_of_a_seed_counts(tmp_path: Path) -> None:
+    for seed in (20251121, 20251122, 20251123):
+        write_run(tmp_path / str(seed), {"seed": seed})
+    comparison = compare(load_runs(tmp_path))
+    assert comparison.fields[0].rows[0].setting.seeds == ["20251121", "20251122", "20251123"]
+    assert not comparison.sorted.left_out
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(20251121, "20251121"), (20251121.0, "20251121"), (0.1 + 0.2, "0.3"), (1e-7, "1e-07"), (1.0, "1"), (1e18, "1e+18"),
+     (2**62 + 1, "4611686018427387905"), (float("inf"), "inf"), (True, "true"), (float("nan"), "–"), (None, "null")],
+)  # fmt: skip
+def test_values_are_short_and_keep_what_tells_them_apart(value: object, text: str) -> None:
+    assert shown(value) == text
 
 
 def test_by_averages_over_the_other_keys_and_pairs_by_seed(tmp_path: Path) -> None:
