@@ -237,7 +237,7 @@ def _item_tests(found: RunSet, first: Setting, second: Setting) -> dict[str, McN
     for unit in [unit for unit in first.runs if unit in second.runs]:
         ours, theirs = found.verdicts(first.runs[unit]), found.verdicts(second.runs[unit])
         if len(ours) and ours.index.equals(theirs.index):
-            test = statistics.mcnemar(ours.to_numpy(dtype=bool), theirs.to_numpy(dtype=bool))
+            test = statistics.mcnemar(ours.to_numpy(), theirs.to_numpy())
             tests[" ".join((*unit[0], f"seed={unit[1]}"))] = test
     return tests
 
@@ -275,6 +275,7 @@ def _turned(claim: Claim) -> Claim:
             **vars(difference),
             "widened": Interval(-seen.widened.high, -seen.widened.low) if seen.widened else None,
             "p_holm": seen.p_holm,
+            "tested": seen.tested,
         }
     )
     improvement = None if claim.improvement is None else 1 - claim.improvement

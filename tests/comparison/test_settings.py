@@ -1,5 +1,6 @@
 """Which runs are repetitions of a setting, which may be compared, and what is left out and why."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from selfdistill.comparison import compare, load_runs
 from selfdistill.comparison.analysis import FieldResult
 from selfdistill.comparison.settings import shown, sort_runs
+from selfdistill.comparison.statistics import wilson
+from selfdistill.comparison.tables import runs_table
 from selfdistill.errors import UserError
 from tests.comparison.synthetic import SMALL, write_run, write_sweep
 
@@ -187,7 +190,7 @@ def test_failed_stopped_and_torn_runs_are_listed_with_their_reason(tmp_path: Pat
     assert why["stopped"] == "stopped: at step 6 of 12: entropy: too low."
     assert why["failed"] == "failed: at step 6 of 12: RuntimeError: the reward broke"
     assert why["killed"] == "running: at step 6 of 12, or killed there"
-    assert why["torn"].startswith("unreadable: cannot be read")
+    assert why["torn"].startswith("unreadable: summary.json cannot be read: unexpected end of data")
     assert why[f"{tmp_path.name}#9"] == "refused: alpha=5 is out of range."
     assert [row.setting.label for row in comparison.fields[0].rows] == ["alpha=1", "alpha=0"]
     assert comparison.found.curves["step"].max() == 12
@@ -238,6 +241,60 @@ def test_items_are_compared_where_both_runs_answered_them(tmp_path: Path) -> Non
     assert (tests["seed=1"].only_first, tests["seed=1"].only_second) == (10, 0)
     assert len(found.items) == 119
     assert list(found.items.columns[:3]) == ["run", "step", "suite"]
+
+
+def test_the_items_are_those_of_the_model_that_was_kept(tmp_path: Path) -> None:
+    """With keep_best the accuracy beside them is that of the best step, not of the last one."""
+    run = write_run(tmp_path / "run", {"seed": 1}, accuracy=0.75, verdicts=[True] + [False] * 3)
+    better = [{"step": 6, "suite": None, "row": row, "prompt": f"p{row}", "verdict": row != 0} for row in range(4)]
+    with (run / "evaluation.jsonl").open("a") as file:
+        file.write("".join(json.dumps(item) + "\n" for item in better))
+    summary = json.loads((run / "summary.json").read_text())
+
+    def listed() -> dict[str, float]:
+        row = runs_table(compare(load_runs(tmp_path))).iloc[0]
+        return {name: row[name] for name in ("items", "wilson_low", "wilson_high") if name in row}
+
+    of_the_last = wilson(1, 4)
+    assert listed() == {"items": 4, "wilson_low": of_the_last.low, "wilson_high": of_the_last.high}
+    for step, count in ((6, 4), (7, 0)):  # a metric of the training may be best where nothing was evaluated
+        best = {"metric": "eval/accuracy", "step": step, "value": 0.75}
+        (run / "summary.json").write_text(json.dumps({**summary, "best": best}))
+        of_the_best = wilson(3, 4)
+        kept = {"items": 4, "wilson_low": of_the_best.low, "wilson_high": of_the_best.high}
+        assert listed() == (kept if count else {})
+
+
+def test_rows_of_other_data_are_other_items(tmp_path: Path) -> None:
+    for seed in SEEDS:
+        for name in ("near", "far"):
+            told = {"data.path": name, "seed": seed}
+            run = write_run(tmp_path / f"{name}-{seed}", told, verdicts=[name == "near"] * 20)
+            items = (run / "evaluation.jsonl").read_text().replace('"prompt": "p', f'"prompt": "{name} ')
+            (run / "evaluation.jsonl").write_text(items)
+    (result,) = compare(load_runs(tmp_path), by=["data.path"]).fields
+    assert result.claims and not any(claim.items for claim in result.claims)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("provenance.json", '{"data": ', "provenance.json cannot be read: unexpected end of data"),
+        ("provenance.json", "[1]", "provenance.json cannot be read: it holds no mapping"),
+        (".hydra/overrides.yaml", "- [", "overrides.yaml cannot be read: while parsing a flow node"),
+        (".hydra/overrides.yaml", "alpha: 1", "overrides.yaml cannot be read: it holds no list"),
+        ("config.yaml", "\x00", "config.yaml cannot be read: unacceptable character"),
+        ("summary.json", None, "summary.json cannot be read: No such file or directory"),
+    ],
+)
+def test_a_damaged_file_is_named_and_ends_nothing(tmp_path: Path, name: str, content: str | None, why: str) -> None:
+    write_sweep(tmp_path, [{"alpha": 0}, {"alpha": 1}], SEEDS)
+    file = tmp_path / "run-0-2" / name
+    file.unlink(missing_ok=True) if content is None else file.write_text(content)
+    comparison = compare(load_runs(tmp_path))
+    (left,) = comparison.sorted.left_out
+    assert Path(left["run"]).name == "run-0-2" and left["why"].startswith(f"unreadable: {why}")
+    assert len(comparison.fields[0].field.runs) == 5
 
 
 def test_without_an_evaluation_the_last_rewards_are_compared(tmp_path: Path) -> None:
