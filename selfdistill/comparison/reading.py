@@ -32,8 +32,8 @@ class RunSet:
 
     Attributes:
         runs: one row a run: `run_id`, `status`, `reason` (why it is not finished), `seed`, `group`, `started`,
-            `wall_s`, `peak_memory_gib`, `alarms`, `best_step` (whose weights `keep_best` kept), and its last evaluation under the metrics' own names
-            (`eval/accuracy`), that of the start under `before/…`.
+            `wall_s`, `peak_memory_gib`, `alarms`, `best_step` (whose weights `keep_best` kept), and its
+            last evaluation under the metrics' own names (`eval/accuracy`), that of the start under `before/…`.
         configs: one row a run and one column for each key of the configuration, nested ones with dots; the groups that
             were chosen on the command line (`experiment`) stand beside them.
         chosen: the keys that were written on a run's command line, in the order of their first use.
@@ -59,11 +59,14 @@ class RunSet:
         return pd.DataFrame(lines) if lines else pd.DataFrame(columns=columns)
 
     def verdicts(self, run: str, step: int | None = None) -> "pd.Series[bool]":
-        """Whether the model after a step, when None the run's own, answered the task's items rightly, by row and prompt; empty where it is not known.
+        """Whether the task's items were answered rightly, by row and prompt; empty where it is not known.
 
-        A run's own model is that of the last evaluation or, with `keep_best`, that of the best step. Rows have numbers, which
-        other data have as well, so that only the prompt beside it says which item one is. Items with partial credit (a
-        verdict between 0 and 1) are no yes or no, so they make it empty.
+        Rows have numbers, which other data have as well, so that only the prompt beside it says which item one is.
+        Items with partial credit (a verdict between 0 and 1) are no yes or no, so they make it empty.
+
+        Args:
+            step: the evaluation after this one; when None that of the run's model, which is the last one, or with
+                `keep_best` the best one.
         """
         if (run, step) in self._verdicts:
             return self._verdicts[run, step]

@@ -22,7 +22,12 @@ CONDITIONS: dict[str, tuple[str, ...]] = {
     "data": ("data", "tasks"),
     "evaluation": ("eval", "probes"),
     "model": (
-        "model", "model.name", "model.revision", "model.adapter_path", "model.load_in_4bit", "model.fingerprint",
+        "model",
+        "model.name",
+        "model.revision",
+        "model.adapter_path",
+        "model.load_in_4bit",
+        "model.fingerprint",
     ),
     "budget": ("max_steps", "epochs", "budget_s", "budget_tokens", "completions_per_step", "dry_run"),
 }

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable
 
-from selfdistill.comparison.analysis import Claim, Comparison, FieldResult, Level, is_better_higher
+from selfdistill.comparison.analysis import Claim, Comparison, FieldResult, Level
 from selfdistill.comparison.statistics import ENOUGH_FOR_A_TEST, MOST_SEEDS, Interval, smallest_p
+from selfdistill.goals import is_more_better
 
 NAMES = {"eval/accuracy": "accuracy", "eval/retention": "retention", "eval/forgetting": "forgetting"}
 
@@ -98,7 +99,7 @@ def _unsigned(interval: Interval | None, mean: float) -> Interval | None:
 def verdict(result: FieldResult) -> tuple[str, str, str]:
     """Which setting is best, how sure that is in one line, and what that rests on."""
     best, metric, others = result.rows[0], result.metrics[0], len(result.rows) - 1
-    word = "Highest" if is_better_higher(metric) else "Lowest"
+    word = "Highest" if is_more_better(metric) else "Lowest"
     head = f"{word} {name_of(metric)}: {best.setting.label} with {level(best.levels[metric])}."
     if not others:
         return (

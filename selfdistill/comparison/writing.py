@@ -39,8 +39,8 @@ def report(
 
     Args:
         paths: runs' folders, folders of sweeps, or globs.
-        folder: where the report goes; `report/` in the first path where that is a sweep's folder, otherwise in the
-            folder above the first run.
+        folder: where the report goes; `report/` in the first path where that is a sweep's folder, beside it where that
+            is a run's, and of a glob in the folder that it starts from, above its first wildcard.
         metric, baseline, by, force: see `compare`.
 
     Returns:
@@ -62,10 +62,12 @@ def report(
 
 
 def _place(found: RunSet, first: str | Path) -> Path:
-    path = Path(first)
-    return (
-        path if path.is_dir() and str(path.absolute()) not in found.runs.index else path.absolute().parent
-    ) / "report"
+    path = Path(first).absolute()
+    if not path.is_dir():
+        path = next(above for above in path.parents if not re.search(r"[*?[]", str(above)))
+    elif str(path) in found.runs.index:
+        path = path.parent
+    return path / "report"
 
 
 def write(comparison: Comparison, folder: Path, command: str | None = None) -> None:

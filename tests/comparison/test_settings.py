@@ -257,12 +257,12 @@ def test_the_items_are_those_of_the_model_that_was_kept(tmp_path: Path) -> None:
 
     of_the_last = wilson(1, 4)
     assert listed() == {"items": 4, "wilson_low": of_the_last.low, "wilson_high": of_the_last.high}
-    for step, count in ((6, 4), (7, 0)):  # a metric of the training may be best where nothing was evaluated
+    of_the_best = wilson(3, 4)
+    kept = {"items": 4, "wilson_low": of_the_best.low, "wilson_high": of_the_best.high}
+    for step, expected in ((6, kept), (7, {})):  # a metric of the training may be best where nothing was evaluated
         best = {"metric": "eval/accuracy", "step": step, "value": 0.75}
         (run / "summary.json").write_text(json.dumps({**summary, "best": best}))
-        of_the_best = wilson(3, 4)
-        kept = {"items": 4, "wilson_low": of_the_best.low, "wilson_high": of_the_best.high}
-        assert listed() == (kept if count else {})
+        assert listed() == expected
 
 
 def test_rows_of_other_data_are_other_items(tmp_path: Path) -> None:
