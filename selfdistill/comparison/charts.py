@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -307,7 +308,7 @@ def _heat(result: FieldResult, first: str, second: str) -> Chart:
             if np.isfinite(value) and grid.size <= 64:
                 colour = "black" if value > middle else "white"
                 canvas.axes.text(place[1] + 0.5, place[0] + 0.5, figure(value), color=colour, ha="center", va="center")
-        turned = {"rotation": 35, "ha": "right"} if max(map(len, across)) > 8 else {}
+        turned: dict[str, Any] = {"rotation": 35, "ha": "right"} if max(map(len, across)) > 8 else {}
         canvas.axes.set_xticks(np.arange(len(across)) + 0.5, across, **turned)
         canvas.axes.set_yticks(np.arange(len(down)) + 0.5, down)
         canvas.axes.set_xlabel(first)

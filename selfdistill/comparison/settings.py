@@ -167,10 +167,11 @@ def shown(value: Any) -> str:
         return ABSENT if value is not None else "null"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, Integral) or (isinstance(value, Real) and float(value).is_integer() and abs(value) < 1e15):
+    if isinstance(value, Integral):
         return str(int(value))  # of a seed every digit counts
     if isinstance(value, Real):
-        return f"{value:.6g}"
+        as_float = float(value)
+        return f"{as_float:.0f}" if as_float.is_integer() and abs(as_float) < 1e15 else f"{as_float:.6g}"
     return value if isinstance(value, str) else orjson.dumps(value, default=str).decode()
 
 
