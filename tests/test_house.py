@@ -12,7 +12,7 @@ PACKAGE = ROOT / "selfdistill"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up. A room imports from its own floor and from those below.
 FLOORS: tuple[set[str], ...] = (
-    {"errors", "rollout", "limits", "statistics", "files", "text", "tokens"},
+    {"errors", "rollout", "limits", "statistics", "goals", "files", "text", "tokens"},
     {"losses"},
     {"config"},
     {"data", "models", "rewards", "teachers", "evaluation", "machine", "comparison"},

@@ -136,7 +136,7 @@ def test_a_claim_against_the_start(page: ModuleType, sweep: str, tmp_path: Path)
 def test_runs_without_a_spread_are_judged_by_their_items(page: ModuleType, tmp_path: Path) -> None:
     for seed in (1, 2):
         run = write_run(tmp_path / "runs" / str(seed), {"seed": seed}, accuracy=0.0, verdicts=[False] * 10)
-        before = [{"step": 0, "suite": None, "row": row, "verdict": row < 6} for row in range(10)]
+        before = [{"step": 0, "suite": None, "row": row, "prompt": f"p{row}", "verdict": row < 6} for row in range(10)]
         with (run / "evaluation.jsonl").open("a") as file:
             file.write("".join(json.dumps(line) + "\n" for line in before))
     asked = f"{shlex.quote(str(tmp_path / 'runs'))} baseline=start claim='all runs'"

@@ -126,13 +126,11 @@ def against_start(result: FieldResult, metric: str, comparison: Comparison) -> l
 
 def item_tests(row: Row, comparison: Comparison) -> dict[str, McNemar]:
     """McNemar's tests of each run's answers after the training against those before it."""
-    items = comparison.found.items
     tests = {}
     for (_, seed), run in row.setting.runs.items():
-        answers = items[(items["run"] == run) & (items["suite"].isna() | (items["suite"] == "task"))]
-        right = answers.pivot_table(index="row", columns="step", values="verdict", aggfunc="first").astype(bool)
-        if right.shape[1] > 1:
-            tests[f"seed={seed}"] = mcnemar(right[right.columns[-1]].to_numpy(), right[right.columns[0]].to_numpy())
+        after, before = comparison.found.verdicts(run), comparison.found.verdicts(run, step=0)
+        if len(after) and after.index.equals(before.index):
+            tests[f"seed={seed}"] = mcnemar(after.to_numpy(), before.to_numpy())
     return tests
 
 

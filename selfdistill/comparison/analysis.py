@@ -8,14 +8,14 @@ import numpy as np
 import pandas as pd
 
 from selfdistill.comparison import statistics
-from selfdistill.comparison.reading import RunSet
+from selfdistill.comparison.reading import COMPLETE, RunSet
 from selfdistill.comparison.settings import Field, Setting, Sorted, Unit, number, shown, sort_runs
 from selfdistill.comparison.statistics import Difference, Interval, McNemar
 from selfdistill.errors import UserError
+from selfdistill.goals import is_more_better
 
 ACCURACY = "eval/accuracy"
 RETENTION = "eval/retention"
-LOWER_IS_BETTER = ("eval/forgetting", "eval/task_forgetting", "loss", "cross_entropy", "kl")
 # A metric of the training counts as the mean of this share of its last logged steps.
 LAST_SHARE = 0.1
 
@@ -77,7 +77,7 @@ class Claim:
         """Whether `first` is the better one; None where that is not decided."""
         if not self.difference.is_decided:
             return None
-        return (self.difference.mean > 0) == is_better_higher(self.metric)
+        return (self.difference.mean > 0) == is_more_better(self.metric)
 
 
 @dataclass(frozen=True)
@@ -125,10 +125,6 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
 
 
-def is_better_higher(metric: str) -> bool:
-    return metric not in LOWER_IS_BETTER
-
-
 def compare(
     found: RunSet,
     *,
@@ -153,7 +149,8 @@ def compare(
     if not _has(found.runs, metric) and metric == ACCURACY and "reward" in found.curves:
         metric = "reward"
         notes.append("No run was evaluated: the mean reward of the last tenth of the steps is compared.")
-    if not _has(found.runs, metric):
+    # Where no run is finished there is nothing to compare, but reasons to read.
+    if not _has(found.runs, metric) and (found.runs["status"] == COMPLETE).any():
         found = _with_last_steps(found, metric)
     ordered = sort_runs(found, metric, by, force)
     metrics = [metric] + [RETENTION] * (metric != RETENTION and _has(found.runs, RETENTION))
@@ -185,7 +182,7 @@ def _field_result(
 ) -> FieldResult:
     known = [metric for metric in metrics if found.runs.loc[one.runs, metric].notna().all()]
     levels = [{metric: _level(found, setting, metric) for metric in known} for setting in one.settings]
-    sign = -1 if is_better_higher(known[0]) else 1
+    sign = -1 if is_more_better(known[0]) else 1
     # A setting with a single seed stands behind those that were repeated: its place is luck.
     order = sorted(
         range(len(levels)),
@@ -237,7 +234,7 @@ def _item_tests(found: RunSet, first: Setting, second: Setting) -> dict[str, McN
     for unit in [unit for unit in first.runs if unit in second.runs]:
         ours, theirs = found.verdicts(first.runs[unit]), found.verdicts(second.runs[unit])
         if len(ours) and ours.index.equals(theirs.index):
-            test = statistics.mcnemar(ours.to_numpy(dtype=bool), theirs.to_numpy(dtype=bool))
+            test = statistics.mcnemar(ours.to_numpy(), theirs.to_numpy())
             tests[" ".join((*unit[0], f"seed={unit[1]}"))] = test
     return tests
 
@@ -275,6 +272,7 @@ def _turned(claim: Claim) -> Claim:
             **vars(difference),
             "widened": Interval(-seen.widened.high, -seen.widened.low) if seen.widened else None,
             "p_holm": seen.p_holm,
+            "tested": seen.tested,
         }
     )
     improvement = None if claim.improvement is None else 1 - claim.improvement

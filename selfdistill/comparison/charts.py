@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,8 @@ MOST_ROWS = 16  # settings in a picture that has a line for each
 MOST_THIN = 72  # runs that a picture of curves shows
 MOST_POINTS = 32  # of a curve; the steps between are averaged
 MOST_KEYS = 6  # whose effects are drawn
+MOST_VALUES = 12  # of a key in a heat map
+CLASSES = 5  # of a key with more numbers than that
 MOST_DOTS = 200
 LEAST_HEIGHT = 0.05  # of retention, in the picture of new skill against old ones
 AXES = {
@@ -273,17 +276,27 @@ def _effect(result: FieldResult, effect: Effect) -> Chart:
     return Chart(file, "effects", f"{name_of(effect.metric)} by {effect.key}", draw, HEIGHT_IN * 0.85)
 
 
+def _classes(result: FieldResult, knob: str) -> dict[str, str]:
+    """Of each value of a key the row or column of a heat map that it is in, in order.
+
+    Many numbers, as a search draws them, are put together into classes of equally many; of many words those of the best
+    settings are shown.
+    """
+    values = list(dict.fromkeys(row.setting.values[knob] for row in result.rows))
+    if len(values) > MOST_VALUES and all(number(value) is not None for value in values):
+        parts = np.array_split(sorted(values, key=float), CLASSES)
+        return {value: f"{float(part[0]):.2g} to {float(part[-1]):.2g}" for part in parts for value in part}
+    shown = sorted(values[:MOST_VALUES], key=lambda text: (number(text) is None, number(text) or 0.0, text))
+    return {value: value for value in shown}
+
+
 def _heat(result: FieldResult, first: str, second: str) -> Chart:
     metric = result.metrics[0]
-
-    def values_of(knob: str) -> list[str]:
-        found = {row.setting.values[knob] for row in result.rows}
-        return sorted(found, key=lambda text: (number(text) is None, number(text) or 0.0, text))[:12]
-
-    across, down = values_of(first), values_of(second)
-    cells: dict[tuple[str, str], list[float]] = {}
+    columns, lines = _classes(result, first), _classes(result, second)
+    across, down = list(dict.fromkeys(columns.values())), list(dict.fromkeys(lines.values()))
+    cells: dict[tuple[str | None, str | None], list[float]] = {}
     for row in result.rows:
-        key = row.setting.values[second], row.setting.values[first]
+        key = lines.get(row.setting.values[second]), columns.get(row.setting.values[first])
         cells.setdefault(key, []).append(row.levels[metric].mean)
     grid = np.array([[np.mean(cells.get((y, x), [np.nan])) for x in across] for y in down])
 
@@ -295,7 +308,8 @@ def _heat(result: FieldResult, first: str, second: str) -> Chart:
             if np.isfinite(value) and grid.size <= 64:
                 colour = "black" if value > middle else "white"
                 canvas.axes.text(place[1] + 0.5, place[0] + 0.5, figure(value), color=colour, ha="center", va="center")
-        canvas.axes.set_xticks(np.arange(len(across)) + 0.5, across)
+        turned: dict[str, Any] = {"rotation": 35, "ha": "right"} if max(map(len, across)) > 8 else {}
+        canvas.axes.set_xticks(np.arange(len(across)) + 0.5, across, **turned)
         canvas.axes.set_yticks(np.arange(len(down)) + 0.5, down)
         canvas.axes.set_xlabel(first)
         canvas.axes.set_ylabel(second)

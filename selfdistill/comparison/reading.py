@@ -3,7 +3,7 @@
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -14,7 +14,7 @@ import pandas as pd
 import yaml
 
 from selfdistill.config.overrides import key_and_value
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, first_line
 
 try:
     from yaml import CSafeLoader as YamlLoader
@@ -32,8 +32,8 @@ class RunSet:
 
     Attributes:
         runs: one row a run: `run_id`, `status`, `reason` (why it is not finished), `seed`, `group`, `started`,
-            `wall_s`, `peak_memory_gib`, `alarms`, and its last evaluation under the metrics' own names
-            (`eval/accuracy`), that of the start under `before/…`.
+            `wall_s`, `peak_memory_gib`, `alarms`, `best_step` (whose weights `keep_best` kept), and its
+            last evaluation under the metrics' own names (`eval/accuracy`), that of the start under `before/…`.
         configs: one row a run and one column for each key of the configuration, nested ones with dots; the groups that
             were chosen on the command line (`experiment`) stand beside them.
         chosen: the keys that were written on a run's command line, in the order of their first use.
@@ -46,7 +46,7 @@ class RunSet:
     chosen: list[str]
     curves: pd.DataFrame
     provenance: dict[str, dict[str, Any]]
-    _verdicts: dict[str, "pd.Series[bool]"] = field(default_factory=dict, repr=False)
+    _verdicts: dict[tuple[str, int | None], "pd.Series[bool]"] = field(default_factory=dict, repr=False)
 
     @cached_property
     def items(self) -> pd.DataFrame:
@@ -58,21 +58,28 @@ class RunSet:
         columns = ["run", "step", "suite", "row", "prompt", "answer", "verdict"]
         return pd.DataFrame(lines) if lines else pd.DataFrame(columns=columns)
 
-    def verdicts(self, run: str) -> "pd.Series[bool]":
-        """Whether the task's items were answered rightly at the last evaluation, by row; empty where it is not known.
+    def verdicts(self, run: str, step: int | None = None) -> "pd.Series[bool]":
+        """Whether the task's items were answered rightly, by row and prompt; empty where it is not known.
 
+        Rows have numbers, which other data have as well, so that only the prompt beside it says which item one is.
         Items with partial credit (a verdict between 0 and 1) are no yes or no, so they make it empty.
+
+        Args:
+            step: the evaluation after this one; when None that of the run's model, which is the last one, or with
+                `keep_best` the best one.
         """
-        if run in self._verdicts:
-            return self._verdicts[run]
+        if (run, step) in self._verdicts:
+            return self._verdicts[run, step]
         lines = [line for line in _lines(Path(run) / "evaluation.jsonl") if line.get("suite") in (None, "task")]
-        last = max((line["step"] for line in lines), default=None)
-        found = {str(line.get("row")): line.get("verdict") for line in lines if line["step"] == last}
-        known = {row: float(verdict) for row, verdict in found.items() if isinstance(verdict, bool | int | float)}
+        best = self.runs["best_step"].get(run) if "best_step" in self.runs and step is None else step
+        last = max((line["step"] for line in lines), default=None) if pd.isna(best) else best
+        lines = [line for line in lines if line["step"] == last]
+        found = {(str(line.get("row")), line.get("prompt")): line.get("verdict") for line in lines}
+        known = {item: float(verdict) for item, verdict in found.items() if isinstance(verdict, bool | int | float)}
         if not set(known.values()) <= {0.0, 1.0}:
             known = {}
-        self._verdicts[run] = pd.Series({row: verdict == 1.0 for row, verdict in known.items()}, dtype=bool)
-        return self._verdicts[run]
+        self._verdicts[run, step] = pd.Series({item: verdict == 1.0 for item, verdict in known.items()}, dtype=bool)
+        return self._verdicts[run, step]
 
 
 def load_runs(*paths: str | Path) -> RunSet:
@@ -146,6 +153,8 @@ def _jobs_without_a_folder(place: Path, known: set[str]) -> Iterator[tuple[str, 
                     "reason": str(line.get("message") or "no folder was left")[:QUOTED],
                     "seed": _plain(overrides.get("seed")),
                     "started": None,
+                    "group": None,
+                    "alarms": [],
                 },
                 overrides,
             )
@@ -153,39 +162,56 @@ def _jobs_without_a_folder(place: Path, known: set[str]) -> Iterator[tuple[str, 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]:
     """A row of `runs`, the flat configuration, the command line's keys, and the provenance of one run."""
-    trouble = []
-    summary: dict[str, Any] = {}
-    config: dict[str, Any] = {}
+    reason = None
     try:
-        summary = orjson.loads((folder / "summary.json").read_bytes())
-        config = _flat_config((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, AttributeError, RecursionError) as error:
-        trouble.append(f"cannot be read: {error}"[:QUOTED])
-        summary, config = {}, {}
+        summary = _part(folder / "summary.json", orjson.loads)
+        config = _part(folder / "config.yaml", _flat_config)
+        provenance = _part(folder / "provenance.json", orjson.loads, optional=True)
+        written = _part(folder / ".hydra" / "overrides.yaml", _yaml, list, optional=True)
+    except ValueError as error:
+        reason = str(error)
+        summary, config, provenance, written = {}, {}, {}, []
     evaluations = summary.get("eval") or {}
     run = {
         "run_id": summary.get("run_id", folder.name),
-        "status": "unreadable" if trouble else summary.get("status", "unknown"),
-        "reason": trouble[0] if trouble else None,
+        "status": "unreadable" if reason else summary.get("status", "unknown"),
+        "reason": reason,
         "seed": config.get("seed"),
         "group": config.get("group"),
-        "started": summary.get("started") if trouble else summary.get("started", ""),
+        "started": None if reason else summary.get("started", ""),
         "wall_s": summary.get("wall_s"),
         "peak_memory_gib": max((summary.get("peak_memory_gib") or {}).values(), default=None),
         "alarms": summary.get("alarms") or [],
+        "best_step": (summary.get("best") or {}).get("step"),
         **{f"before/{name}": value for name, value in (evaluations.get("before") or {}).items()},
         **(evaluations.get("after") or {}),
     }
-    provenance: dict[str, Any] = {}
-    if (folder / "provenance.json").is_file():
-        provenance = orjson.loads((folder / "provenance.json").read_bytes())
     # What the summary says is shorter: the packages that matter, one commit.
     provenance |= {key: summary[key] for key in ("command", "git", "versions", "host", "folder") if summary.get(key)}
-    written: list[str] = []
-    if (folder / ".hydra" / "overrides.yaml").is_file():
-        written = yaml.load((folder / ".hydra" / "overrides.yaml").read_bytes(), Loader=YamlLoader) or []
     overrides = _overrides(written)
     return run, config, {key: config.get(key, value) for key, value in overrides.items()}, provenance
+
+
+def _part(file: Path, parse: Callable[[str], Any], kind: type = dict, *, optional: bool = False) -> Any:
+    """What one of a run's files says, empty for an optional one that is not there.
+
+    Raises:
+        ValueError: it is not there or damaged; the message names it.
+    """
+    if optional and not file.is_file():
+        return kind()
+    try:
+        content = parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, RecursionError) as error:
+        said = error.strerror if isinstance(error, OSError) else None
+        raise ValueError(f"{file.name} cannot be read: {said or first_line(error)}"[:QUOTED]) from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{file.name} cannot be read: it holds no {'list' if kind is list else 'mapping'}")
+    return content
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, Loader=YamlLoader) or []
 
 
 def _why(run: Mapping[str, Any], config: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Which runs are repetitions of one setting, which keys set settings apart, and what may be compared with what."""
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import orjson
@@ -20,10 +21,18 @@ WITHOUT_EFFECT += ("training.checkpoint_every", "training.keep_checkpoints", "tr
 CONDITIONS: dict[str, tuple[str, ...]] = {
     "data": ("data", "tasks"),
     "evaluation": ("eval", "probes"),
-    "model": ("model", "model.name", "model.revision", "model.adapter_path", "model.load_in_4bit"),
+    "model": (
+        "model",
+        "model.name",
+        "model.revision",
+        "model.adapter_path",
+        "model.load_in_4bit",
+        "model.fingerprint",
+    ),
     "budget": ("max_steps", "epochs", "budget_s", "budget_tokens", "completions_per_step", "dry_run"),
 }
-FINGERPRINT = "data.fingerprint"
+# Of what stood in the files, where a run's provenance has it: keys that are not in its configuration.
+FINGERPRINTS = {"data": "data.fingerprint", "model": "model.fingerprint"}
 ABSENT = "–"
 
 Unit = tuple[tuple[str, ...], Any]
@@ -118,12 +127,14 @@ def sort_runs(found: RunSet, metric: str, by: Sequence[str] = (), force: bool = 
             known = [one for one in found.chosen if one in causes] or causes
             raise UserError(f"by={key}: the runs do not differ in it; {closest(key, known)}")
     chosen = [key for key in found.chosen if key in causes]
-    others = sorted(set(causes) - set(chosen), key=lambda key: (key.count("."), len(key), key))
+    prints = tuple(FINGERPRINTS.values())
+    others = sorted(set(causes) - set(chosen), key=lambda key: (key in prints, key.count("."), len(key), key))
     named = [cause for key in by for cause in [*chosen, *others] if _below(cause, key)]
-    knobs = _telling([*named, *chosen, *others], texts, always=[*named, *chosen])
+    knobs = _telling([*named, *chosen, *others], texts, always=[key for key in [*named, *chosen] if key not in prints])
 
     complete, left_out = _complete(found, metric)
-    told = [] if force else [key for key in causes if _condition(key) and not any(_below(key, one) for one in by)]
+    told = [] if force else [key for key in causes if _condition(key) and not _below_any(key, by)]
+    told = [key for key in told if key not in prints or not _follows(key, named, texts.loc[complete])]
     fields = []
     for _, group in texts.loc[complete].groupby(told, sort=False) if told else [("", texts.loc[complete])]:
         conditions = _telling([key for key in [*chosen, *others] if key in told], texts.loc[complete], always=[])
@@ -156,8 +167,11 @@ def shown(value: Any) -> str:
         return ABSENT if value is not None else "null"
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, Integral):
+        return str(int(value))  # of a seed every digit counts
     if isinstance(value, Real):
-        return f"{value:.6g}"
+        as_float = float(value)
+        return f"{as_float:.0f}" if as_float.is_integer() and abs(as_float) < 1e15 else f"{as_float:.6g}"
     return value if isinstance(value, str) else orjson.dumps(value, default=str).decode()
 
 
@@ -170,19 +184,25 @@ def number(text: str) -> float | None:
 
 
 def _texts(found: RunSet) -> pd.DataFrame:
-    """Every key that can have an effect, as comparable text; the data's fingerprint counts as a key."""
+    """Every key that can have an effect, as comparable text; the fingerprints of data and model count as keys.
+
+    A run that has none is not known to have had the data of those that have one, so that it is not averaged with them.
+    """
     configs = found.configs[[key for key in found.configs.columns if not _below_any(str(key), WITHOUT_EFFECT)]]
     texts = configs.map(lambda value: shown(_canonical(value))).drop(columns="seed", errors="ignore")
-    prints = {run: _fingerprint(found.provenance[str(run)]) for run in configs.index}
-    if all(prints.values()):
-        texts[FINGERPRINT] = pd.Series(prints)
-        found.configs[FINGERPRINT] = texts[FINGERPRINT]
+    for what, key in FINGERPRINTS.items():
+        prints = pd.Series({run: _fingerprint(found.provenance[str(run)].get(what)) for run in configs.index})
+        if (prints != ABSENT).any():
+            texts[key] = found.configs[key] = prints
     return texts
 
 
-def _fingerprint(provenance: Mapping[str, Any]) -> str | None:
-    data = provenance.get("data") or provenance.get("fingerprints")
-    return orjson.dumps(data, option=orjson.OPT_SORT_KEYS, default=str).decode()[-16:] if data else None
+def _fingerprint(files: Any) -> str:
+    """One short hash of a run's files with their sizes and hashes; absent where it wrote down none."""
+    if not files:
+        return ABSENT
+    content = orjson.dumps(files, option=orjson.OPT_SORT_KEYS, default=str)
+    return hashlib.blake2b(content, digest_size=6).hexdigest()
 
 
 def _canonical(value: Any) -> Any:
@@ -195,6 +215,12 @@ def _follows_seed(key: str, configs: pd.DataFrame) -> bool:
     """Whether a key is the run's seed in every run that has it; a run without a teacher has no seed of a teacher's."""
     there = configs[key].notna()
     return "seed" in configs and bool(there.any() and (configs[key] == configs["seed"])[there].all())
+
+
+def _follows(key: str, named: Iterable[str], texts: pd.DataFrame) -> bool:
+    """Whether a fingerprint only says that the paths differ, which are the keys that `by` names."""
+    paths = [one for one in named if _condition(one) == _condition(key)]
+    return bool(paths) and bool((texts.groupby(paths)[key].nunique() < 2).all())
 
 
 def _below(key: str, parent: str) -> bool:

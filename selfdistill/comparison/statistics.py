@@ -48,10 +48,11 @@ class Difference:
         widened: the same, so wide that all comparisons of its family hold together in 95% of cases (Bonferroni).
         agreeing: pairs whose difference has the sign of the mean.
         p: of the exact paired permutation test, two-sided; None for fewer than six pairs, which cannot be significant.
-        p_holm: p after Holm's correction for the family; None where p is.
+        p_holm: p after Holm's correction for those of the family that have a p; None where p is.
+        tested: how many of the family have a p.
         smallest_p: the smallest p that so many pairs can give.
-        needed: pairs with which a difference of this size would be found in 80% of cases; None where it is not known
-            or more than 1,000.
+        needed: pairs with which the t test finds a difference of this size in 80% of cases, and more than there are
+            where the permutation test says that those do not decide; None where it is not known or more than 1,000.
     """
 
     values: tuple[float, ...]
@@ -61,6 +62,7 @@ class Difference:
     agreeing: int
     p: float | None
     p_holm: float | None
+    tested: int
     smallest_p: float
     needed: int | None
 
@@ -117,11 +119,20 @@ def differences(families: Sequence[Values]) -> list[Difference]:
             agreeing=int(np.sum(np.sign(values) == np.sign(np.mean(values)))),
             p=p,
             p_holm=None if p is None else next(corrected),
+            tested=sum(p is not None for p in tested),
             smallest_p=smallest_p(len(values)),
-            needed=seeds_needed(float(np.mean(values)), float(np.std(values, ddof=1))) if len(values) > 1 else None,
+            needed=_needed(values, p),
         )
         for values, p in zip(families, tested, strict=True)
     ]
+
+
+def _needed(values: Values, p: float | None) -> int | None:
+    if len(values) < 2:
+        return None
+    needed = seeds_needed(float(np.mean(values)), float(np.std(values, ddof=1)))
+    open_still = p is not None and p >= 1 - CONFIDENCE
+    return max(needed, len(values) + 1) if needed is not None and open_still else needed
 
 
 def smallest_p(pairs: int) -> float:

@@ -7,7 +7,7 @@ import pandas as pd
 
 from selfdistill.comparison import statistics
 from selfdistill.comparison.analysis import ACCURACY, Comparison, FieldResult
-from selfdistill.comparison.settings import label
+from selfdistill.comparison.settings import label, shown
 from selfdistill.comparison.wording import figure, name_of, span
 
 LAST_SHARE = 0.1
@@ -138,9 +138,9 @@ def left_out_table(comparison: Comparison) -> pd.DataFrame:
 
 
 def _setting_of(comparison: Comparison, run: str) -> str:
-    shown, seed = comparison.sorted.shown, comparison.found.runs.at[run, "seed"]
-    values = {str(key): str(shown.at[run, key]) for key in shown} if run in shown.index else {}
-    return label({**values, "seed": "" if pd.isna(seed) else f"{seed:g}" if isinstance(seed, float) else str(seed)})
+    keys, seed = comparison.sorted.shown, comparison.found.runs.at[run, "seed"]
+    values = {str(key): str(keys.at[run, key]) for key in keys} if run in keys.index else {}
+    return label({**values, "seed": "" if pd.isna(seed) else shown(seed)})
 
 
 def origin(comparison: Comparison) -> dict[str, list[str]]:

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable
 
-from selfdistill.comparison.analysis import Claim, Comparison, FieldResult, Level, is_better_higher
+from selfdistill.comparison.analysis import Claim, Comparison, FieldResult, Level
 from selfdistill.comparison.statistics import ENOUGH_FOR_A_TEST, MOST_SEEDS, Interval, smallest_p
+from selfdistill.goals import is_more_better
 
 NAMES = {"eval/accuracy": "accuracy", "eval/retention": "retention", "eval/forgetting": "forgetting"}
 
@@ -63,8 +64,7 @@ def sentence(claim: Claim) -> str:
             f"not decided with {seeds(count)}{over}: {needed} would be needed"
         )
     if seen.p is not None:
-        corrected = f", {seen.p_holm:.3g} after Holm's correction for {claim.together}" if claim.together > 1 else ""
-        parts.append(f"permutation p = {seen.p:.3g}{corrected}")
+        parts.append(f"permutation p = {seen.p:.3g}{_corrected(claim)}")
     if seen.is_decided and not seen.is_decided_among_all:
         parts.append(f"not decided when all {claim.together} comparisons are taken together")
     if claim.left_out:
@@ -78,6 +78,18 @@ def sentence(claim: Claim) -> str:
     return "; ".join(parts) + "."
 
 
+def _corrected(claim: Claim) -> str:
+    """What Holm's correction makes of a p, and for how many comparisons: only those of enough pairs have a p."""
+    tested = claim.difference.tested
+    if claim.together == 1:
+        return ""
+    if tested == 1:
+        return f", not corrected: of {claim.together} comparisons no other has {ENOUGH_FOR_A_TEST} pairs"
+    of = f"the {tested} of {claim.together} comparisons that have {ENOUGH_FOR_A_TEST} pairs"
+    whom = of if tested < claim.together else tested
+    return f", {claim.difference.p_holm:.3g} after Holm's correction for {whom}"
+
+
 def _unsigned(interval: Interval | None, mean: float) -> Interval | None:
     if interval is None or mean > 0:
         return interval
@@ -87,7 +99,7 @@ def _unsigned(interval: Interval | None, mean: float) -> Interval | None:
 def verdict(result: FieldResult) -> tuple[str, str, str]:
     """Which setting is best, how sure that is in one line, and what that rests on."""
     best, metric, others = result.rows[0], result.metrics[0], len(result.rows) - 1
-    word = "Highest" if is_better_higher(metric) else "Lowest"
+    word = "Highest" if is_more_better(metric) else "Lowest"
     head = f"{word} {name_of(metric)}: {best.setting.label} with {level(best.levels[metric])}."
     if not others:
         return (
@@ -98,19 +110,26 @@ def verdict(result: FieldResult) -> tuple[str, str, str]:
     if not result.best:
         return head, "Not decided: it shares no seed with another setting, so nothing can be paired.", ""
     alone = [claim for claim in result.best if claim.better]
-    sure = [claim for claim in alone if claim.difference.is_decided_among_all]
     open_ones = [claim for claim in result.best if claim not in alone]
     nearest = next((claim for claim in open_ones if len(claim.difference.values) > 1), (open_ones or result.best)[0])
     count = seeds(max(len(claim.difference.values) for claim in result.best))
-    if len(sure) == others:
+    unpaired = others - len(result.best)
+    if is_decided(result):
         how = f"Decided with {count}: better than {_each(others)}" + (", taken together." if others > 1 else ".")
     elif len(alone) == others:
         how = f"Likely with {count}: better than {_each(others)} one by one, not when all are taken together."
     elif others == 1:
         how = f"Not decided with {count}: the other setting may be as good."
     else:
-        how = f"Not decided with {count}: {len(open_ones)} of the {others} other settings may be as good."
+        how = f"Not decided with {count}: {others - len(alone)} of the {others} other settings may be as good"
+        how += f", of which {unpaired} {'shares' if unpaired == 1 else 'share'} no seed with it." if unpaired else "."
     return head, how, sentence(nearest)
+
+
+def is_decided(result: FieldResult) -> bool:
+    """Whether the best setting is known to be better than each other one, when all are taken together."""
+    sure = [claim for claim in result.best if claim.better and claim.difference.is_decided_among_all]
+    return len(sure) == len(result.rows) - 1 > 0
 
 
 def _each(others: int) -> str:
@@ -123,8 +142,10 @@ def together(result: FieldResult) -> str:
     most = max(counts, default=1)
     if most < 2:
         return ""
-    few = any(len(claim.difference.values) < ENOUGH_FOR_A_TEST for claim in result.claims)
-    how = "intervals widened by Bonferroni" if few else "p corrected by Holm"
+    tested = max(claim.difference.tested for claim in result.claims if claim.together == most)
+    how = "intervals widened by Bonferroni"
+    if tested > 1:
+        how += ", p corrected by Holm" + (f" for the {tested} that have one" if tested < most else "")
     return (
         f"{most} comparisons with the baseline for each metric: of intervals at 95% about {most * 0.05:.1g} would miss "
         f"by chance alone; what is decided when all are taken together ({how}) is said. The best of "

@@ -16,7 +16,7 @@ from selfdistill.comparison import tables
 from selfdistill.comparison.analysis import ACCURACY, Claim, Comparison, FieldResult, compare
 from selfdistill.comparison.reading import RunSet, load_runs
 from selfdistill.comparison.settings import label
-from selfdistill.comparison.wording import all_text, name_of, ordered, sentence, together, verdict
+from selfdistill.comparison.wording import all_text, is_decided, name_of, ordered, sentence, together, verdict
 from selfdistill.errors import UserError
 from selfdistill.files import write_atomically
 
@@ -39,8 +39,8 @@ def report(
 
     Args:
         paths: runs' folders, folders of sweeps, or globs.
-        folder: where the report goes; `report/` in the first path where that is a sweep's folder, otherwise in the
-            folder above the first run.
+        folder: where the report goes; `report/` in the first path where that is a sweep's folder, beside it where that
+            is a run's, and of a glob in the folder that it starts from, above its first wildcard.
         metric, baseline, by, force: see `compare`.
 
     Returns:
@@ -62,10 +62,12 @@ def report(
 
 
 def _place(found: RunSet, first: str | Path) -> Path:
-    path = Path(first)
-    return (
-        path if path.is_dir() and str(path.absolute()) not in found.runs.index else path.absolute().parent
-    ) / "report"
+    path = Path(first).absolute()
+    if not path.is_dir():
+        path = next(above for above in path.parents if not re.search(r"[*?[]", str(above)))
+    elif str(path) in found.runs.index:
+        path = path.parent
+    return path / "report"
 
 
 def write(comparison: Comparison, folder: Path, command: str | None = None) -> None:
@@ -179,7 +181,6 @@ def _page(
 
     result = comparison.fields[0] if comparison.fields else None
     head, sure, why = verdict(result) if result else ("No run finished.", "There is nothing to compare.", "")
-    rows = list(result.best) if result else []
     suites = [name for name in runs if str(name).startswith("eval/retention/")]
     shown = _texts(runs.drop(columns=suites))
     unfinished = shown[shown["status"] != "finished"]
@@ -198,7 +199,7 @@ def _page(
         head=head,
         sure=sure,
         why=why,
-        decided=bool(rows) and all(claim.difference.is_decided_among_all for claim in rows),
+        decided=result is not None and is_decided(result),
         notes=comparison.notes,
         claim_groups=[group for one in comparison.fields for group in _claim_groups(one, len(comparison.fields) > 1)],
         together=together(result) if result else "",

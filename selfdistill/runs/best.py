@@ -12,13 +12,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from selfdistill.config.suggestions import closest
 from selfdistill.errors import UserError
 from selfdistill.evaluation.monitors import standard_names
+from selfdistill.goals import is_more_better
 from selfdistill.runs.folder import RunFolder
 from selfdistill.training.checkpoints import CHECKPOINTS
 from selfdistill.training.trainer import SelfDistillTrainer
 
 # A metric of every step is noisy: the mean of so many steps counts, and so many lie between two checkpoints.
 WINDOW = 10
-LESS_IS_BETTER = {"eval/forgetting", "loss", "kl", "cross_entropy", "distill/divergence"}
 
 
 class KeepBest(TrainerCallback):
@@ -37,7 +37,7 @@ class KeepBest(TrainerCallback):
     def __init__(self, metric: str, folder: RunFolder) -> None:
         self.metric, self.folder = metric, folder
         self._evaluated = metric.startswith("eval/")
-        self._sign = -1.0 if metric in LESS_IS_BETTER else 1.0
+        self._sign = 1.0 if is_more_better(metric) else -1.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._values: deque[float] = deque(maxlen=WINDOW)

@@ -20,6 +20,7 @@ from rich.tree import Tree
 
 from selfdistill.config.batch import Batch
 from selfdistill.config.secrets import Redactor
+from selfdistill.goals import is_more_better
 from selfdistill.text import escaped
 
 
@@ -190,7 +191,7 @@ def change_table(before: Mapping[str, float | None], after: Mapping[str, float |
 
     Args:
         before: metrics before the training, for example {"accuracy": 0.1, "retention/sort": 1.0, "forgetting": 0.0}.
-            More is better, except of names with "forgetting", "loss" or "perplexity".
+            Green is what is better: see `goals`.
         after: the same after it; a metric that is missing on one side shows "-".
     """
     table = _titled("before and after")
@@ -317,10 +318,9 @@ def _number(value: float | None) -> str:
 
 def _change(name: str, difference: float) -> Text:
     text = f"{difference:+.3f}" if difference == 0 or abs(difference) >= 0.001 else f"{difference:+.1e}"
-    less_is_better = any(word in name for word in ("forgetting", "loss", "perplexity"))
     if difference == 0:
         return Text(text)
-    return Text(text, style="green" if (difference < 0) == less_is_better else "red")
+    return Text(text, style="green" if (difference > 0) == is_more_better(name) else "red")
 
 
 def _one_text(value: Any) -> str:

@@ -12,6 +12,8 @@ import pytest
 
 from selfdistill import compare
 from selfdistill.comparison import charts, load_runs, report
+from selfdistill.comparison import compare as compare_runs
+from selfdistill.comparison.drawing import render
 from tests.command import command
 from tests.comparison.synthetic import write_run, write_sweep
 
@@ -90,6 +92,28 @@ def test_the_page_is_one_file_in_the_promised_order(sweep: Path) -> None:
     assert "ValueError: &lt;script&gt;" in text
 
 
+def test_a_heat_map_of_drawn_numbers_has_classes_of_equally_many(tmp_path: Path) -> None:
+    for number in range(30):  # as a search draws them, with one result each
+        drawn = {"alpha": round(0.01 + number / 33, 4), "beta": round(0.9**number, 6), "seed": 1}
+        write_run(tmp_path / f"run-{number}", drawn, accuracy=number / 100)
+    comparison = compare_runs(load_runs(tmp_path))
+    svg = render(next(one for one in charts.charts(comparison) if one.name.startswith("heat")), tmp_path)
+    classes = charts._classes(comparison.fields[0], "alpha")
+    assert len(classes) == 30
+    assert list(dict.fromkeys(classes.values()))[:2] == ["0.01 to 0.16", "0.19 to 0.34"]
+    assert all(f">{text}<" in svg for text in classes.values())
+    for mean in (0.025, 0.265):  # of the first six and of the last six, in each of their classes of beta
+        assert f">{mean:.3f}<" in svg
+
+
+def test_a_heat_map_of_many_words_shows_those_of_the_best(tmp_path: Path) -> None:
+    for number in range(20):
+        drawn = {"experiment": f"e{number}", "alpha": number % 2, "seed": 1}
+        write_run(tmp_path / f"run-{number}", drawn, accuracy=number / 100)
+    (result,) = compare_runs(load_runs(tmp_path)).fields
+    assert set(charts._classes(result, "experiment")) == {f"e{number}" for number in range(8, 20)}
+
+
 def test_colours_are_the_pages_own(sweep: Path) -> None:
     text = (sweep / "report.html").read_text()
     assert "var(--c0)" in text and "var(--ink)" in text
@@ -153,6 +177,53 @@ def test_mistakes_are_one_message(no_pictures: None, tmp_path: Path, arguments: 
     assert outcome.code == 2
     assert said in outcome.err
     assert outcome.left == set()
+
+
+def test_runs_that_failed_before_their_first_step_are_listed_with_their_reasons(
+    tmp_path: Path, no_pictures: None
+) -> None:
+    for seed in (1, 2):
+        failed = {"status": "failed", "error": f"RuntimeError: no reward {seed}"}
+        run = write_run(tmp_path / "sweep" / f"run-{seed}", {"seed": seed}, **failed)
+        (run / "metrics.jsonl").unlink()
+    job = '{"job": 9, "overrides": ["seed=3"], "status": "refused", "message": "seed=3 is out of range."}\n'
+    (tmp_path / "sweep" / "jobs.jsonl").write_text(job)
+    for number, folder in enumerate((tmp_path / "sweep", tmp_path / "refused")):
+        if number:  # not one of its jobs came as far as to a folder
+            folder.mkdir()
+            (folder / "jobs.jsonl").write_text(job)
+        outcome = command([folder.name], tmp_path, compare)
+        assert (outcome.code, outcome.err) == (0, "")
+        assert "No run finished" in outcome.out
+        content = json.loads((folder / "report" / "report.json").read_text())
+        reasons = [
+            "failed: at step 0 of 12: RuntimeError: no reward 1",
+            "failed: at step 0 of 12: RuntimeError: no reward 2",
+        ]
+        reasons = [*([] if number else reasons), "refused: seed=3 is out of range."]
+        assert [run["reason"] for run in content["runs"]] == reasons
+        assert [one["why"] for one in content["left_out"]] == reasons
+        assert all(reason in (folder / "report" / "report.html").read_text() for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    ("runs", "place"),
+    [
+        ("all/*/run-*", "all/report"),
+        ("all/a/run-0-*", "all/a/report"),
+        ("al?/a/run-0-1", "report"),
+        ("all/a", "all/a/report"),
+        ("all/a/run-0-1", "all/a/report"),
+    ],
+)
+def test_the_report_of_a_glob_lies_above_its_first_wildcard(
+    tmp_path: Path, no_pictures: None, runs: str, place: str
+) -> None:
+    for name in ("a", "b"):
+        write_sweep(tmp_path / "all" / name, [{"alpha": 0}, {"alpha": 1}], (1,))
+    outcome = command([runs], tmp_path, compare)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert {str(Path(file).parent) for file in outcome.left if file.endswith("report.html")} == {place}
 
 
 def test_nothing_finished_is_said_and_no_error(tmp_path: Path, no_pictures: None) -> None:

@@ -1,12 +1,15 @@
 """Which runs are repetitions of a setting, which may be compared, and what is left out and why."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from selfdistill.comparison import compare, load_runs
 from selfdistill.comparison.analysis import FieldResult
-from selfdistill.comparison.settings import sort_runs
+from selfdistill.comparison.settings import shown, sort_runs
+from selfdistill.comparison.statistics import wilson
+from selfdistill.comparison.tables import runs_table
 from selfdistill.errors import UserError
 from tests.comparison.synthetic import SMALL, write_run, write_sweep
 
@@ -73,11 +76,69 @@ def test_runs_under_other_conditions_are_not_compared_unless_told(tmp_path: Path
         assert len(result.field.runs) == 9
 
 
-def test_other_data_behind_the_same_path_are_other_data(tmp_path: Path) -> None:
+def provenance(**files: str) -> dict[str, dict[str, dict[str, object]]]:
+    """As runs write it, with these hashes."""
+    hashes = {"data": "aa", "model": "bb"} | files
+    return {
+        "data": {
+            "data/train.jsonl": {"bytes": 47757, "blake2b": hashes["data"]},
+            "embedded:retention": {"bytes": 78182, "blake2b": "cc"},
+        },
+        "model": {"model.safetensors": {"bytes": 3208424, "blake2b": hashes["model"]}},
+    }
+
+
+@pytest.mark.parametrize("what", ["data", "model"])
+def test_other_content_behind_the_same_path_is_not_averaged(tmp_path: Path, what: str) -> None:
     for seed in SEEDS:
         for content in ("old", "new"):
-            write_run(tmp_path / f"{content}-{seed}", {"seed": seed}, provenance={"data": {"train": content}})
-    assert len(compare(load_runs(tmp_path)).fields) == 2
+            told = {"seed": seed}
+            write_run(tmp_path / f"{content}-{seed}", told, provenance=provenance(**{what: content}))
+    first, second = compare(load_runs(tmp_path)).fields
+    assert first.field.conditions.keys() == {f"{what}.fingerprint"}
+    assert [len(one.field.runs) for one in (first, second)] == [3, 3]
+    (told_to,) = compare(load_runs(tmp_path), by=[what]).fields
+    assert [row.setting.seeds for row in told_to.rows] == [["1", "2", "3"]] * 2
+
+
+def test_what_runs_wrote_down_is_believed_beside_those_that_wrote_nothing(tmp_path: Path) -> None:
+    """A job that was refused has no folder, and a finished run without a fingerprint may have had any data."""
+    for content in ("old", "new"):
+        for seed in SEEDS:
+            write_run(tmp_path / f"{content}-{seed}", {"seed": seed}, provenance=provenance(data=content))
+    job = '{"job": 9, "overrides": ["alpha=5", "seed=1"], "status": "refused", "message": "alpha=5 is out of range."}\n'
+    (tmp_path / "jobs.jsonl").write_text(job)
+    assert [len(one.field.runs) for one in compare(load_runs(tmp_path)).fields] == [3, 3]
+    write_run(tmp_path / "unknown", {"seed": 1})
+    assert [len(one.field.runs) for one in compare(load_runs(tmp_path)).fields] == [3, 3, 1]
+
+
+def test_a_path_that_is_compared_along_brings_its_own_content(tmp_path: Path) -> None:
+    for seed in SEEDS:
+        for name in ("one", "two"):
+            told = {"data.path": f"{name}.jsonl", "seed": seed}
+            write_run(tmp_path / f"{name}-{seed}", told, provenance=provenance(data=name))
+    (result,) = compare(load_runs(tmp_path), by=["data.path"]).fields
+    assert values(result) == [{"data.path": "one.jsonl"}, {"data.path": "two.jsonl"}]
+    write_run(tmp_path / "changed", {"data.path": "two.jsonl", "seed": 4}, provenance=provenance(data="2"))
+    assert [len(one.field.runs) for one in compare(load_runs(tmp_path), by=["data.path"]).fields] == [3, 3, 1]
+
+
+def test_every_digit_of_a_seed_counts(tmp_path: Path) -> None:
+    for seed in (20251121, 20251122, 20251123):
+        write_run(tmp_path / str(seed), {"seed": seed})
+    comparison = compare(load_runs(tmp_path))
+    assert comparison.fields[0].rows[0].setting.seeds == ["20251121", "20251122", "20251123"]
+    assert not comparison.sorted.left_out
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(20251121, "20251121"), (20251121.0, "20251121"), (0.1 + 0.2, "0.3"), (1e-7, "1e-07"), (1.0, "1"), (1e18, "1e+18"),
+     (2**62 + 1, "4611686018427387905"), (float("inf"), "inf"), (True, "true"), (float("nan"), "–"), (None, "null")],
+)  # fmt: skip
+def test_values_are_short_and_keep_what_tells_them_apart(value: object, text: str) -> None:
+    assert shown(value) == text
 
 
 def test_by_averages_over_the_other_keys_and_pairs_by_seed(tmp_path: Path) -> None:
@@ -129,7 +190,7 @@ def test_failed_stopped_and_torn_runs_are_listed_with_their_reason(tmp_path: Pat
     assert why["stopped"] == "stopped: at step 6 of 12: entropy: too low."
     assert why["failed"] == "failed: at step 6 of 12: RuntimeError: the reward broke"
     assert why["killed"] == "running: at step 6 of 12, or killed there"
-    assert why["torn"].startswith("unreadable: cannot be read")
+    assert why["torn"].startswith("unreadable: summary.json cannot be read: unexpected end of data")
     assert why[f"{tmp_path.name}#9"] == "refused: alpha=5 is out of range."
     assert [row.setting.label for row in comparison.fields[0].rows] == ["alpha=1", "alpha=0"]
     assert comparison.found.curves["step"].max() == 12
@@ -180,6 +241,60 @@ def test_items_are_compared_where_both_runs_answered_them(tmp_path: Path) -> Non
     assert (tests["seed=1"].only_first, tests["seed=1"].only_second) == (10, 0)
     assert len(found.items) == 119
     assert list(found.items.columns[:3]) == ["run", "step", "suite"]
+
+
+def test_the_items_are_those_of_the_model_that_was_kept(tmp_path: Path) -> None:
+    """With keep_best the accuracy beside them is that of the best step, not of the last one."""
+    run = write_run(tmp_path / "run", {"seed": 1}, accuracy=0.75, verdicts=[True] + [False] * 3)
+    better = [{"step": 6, "suite": None, "row": row, "prompt": f"p{row}", "verdict": row != 0} for row in range(4)]
+    with (run / "evaluation.jsonl").open("a") as file:
+        file.write("".join(json.dumps(item) + "\n" for item in better))
+    summary = json.loads((run / "summary.json").read_text())
+
+    def listed() -> dict[str, float]:
+        row = runs_table(compare(load_runs(tmp_path))).iloc[0]
+        return {name: row[name] for name in ("items", "wilson_low", "wilson_high") if name in row}
+
+    of_the_last = wilson(1, 4)
+    assert listed() == {"items": 4, "wilson_low": of_the_last.low, "wilson_high": of_the_last.high}
+    of_the_best = wilson(3, 4)
+    kept = {"items": 4, "wilson_low": of_the_best.low, "wilson_high": of_the_best.high}
+    for step, expected in ((6, kept), (7, {})):  # a metric of the training may be best where nothing was evaluated
+        best = {"metric": "eval/accuracy", "step": step, "value": 0.75}
+        (run / "summary.json").write_text(json.dumps({**summary, "best": best}))
+        assert listed() == expected
+
+
+def test_rows_of_other_data_are_other_items(tmp_path: Path) -> None:
+    for seed in SEEDS:
+        for name in ("near", "far"):
+            told = {"data.path": name, "seed": seed}
+            run = write_run(tmp_path / f"{name}-{seed}", told, verdicts=[name == "near"] * 20)
+            items = (run / "evaluation.jsonl").read_text().replace('"prompt": "p', f'"prompt": "{name} ')
+            (run / "evaluation.jsonl").write_text(items)
+    (result,) = compare(load_runs(tmp_path), by=["data.path"]).fields
+    assert result.claims and not any(claim.items for claim in result.claims)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("provenance.json", '{"data": ', "provenance.json cannot be read: unexpected end of data"),
+        ("provenance.json", "[1]", "provenance.json cannot be read: it holds no mapping"),
+        (".hydra/overrides.yaml", "- [", "overrides.yaml cannot be read: while parsing a flow node"),
+        (".hydra/overrides.yaml", "alpha: 1", "overrides.yaml cannot be read: it holds no list"),
+        ("config.yaml", "\x00", "config.yaml cannot be read: unacceptable character"),
+        ("summary.json", None, "summary.json cannot be read: No such file or directory"),
+    ],
+)
+def test_a_damaged_file_is_named_and_ends_nothing(tmp_path: Path, name: str, content: str | None, why: str) -> None:
+    write_sweep(tmp_path, [{"alpha": 0}, {"alpha": 1}], SEEDS)
+    file = tmp_path / "run-0-2" / name
+    file.unlink(missing_ok=True) if content is None else file.write_text(content)
+    comparison = compare(load_runs(tmp_path))
+    (left,) = comparison.sorted.left_out
+    assert Path(left["run"]).name == "run-0-2" and left["why"].startswith(f"unreadable: {why}")
+    assert len(comparison.fields[0].field.runs) == 5
 
 
 def test_without_an_evaluation_the_last_rewards_are_compared(tmp_path: Path) -> None:

@@ -42,7 +42,17 @@ def test_few_seeds_have_no_p_and_six_have_one() -> None:
     assert few.p is None and few.p_holm is None
     assert six.p == pytest.approx(0.03125)
     assert six.p_holm == pytest.approx(0.03125)  # the only test in its family
+    assert few.tested == six.tested == 1
     assert few.is_decided and six.is_decided
+
+
+def test_more_seeds_are_needed_than_did_not_decide() -> None:
+    """The t interval excludes 0, and the permutation test, which has six pairs, does not agree."""
+    (seen,) = statistics.differences([[0.10, 0.11, 0.09, 0.10, 0.105, -0.01]])
+    assert seen.interval is not None and seen.interval.excludes_zero
+    assert seen.p == pytest.approx(0.0625)
+    assert statistics.seeds_needed(seen.mean, float(np.std(seen.values, ddof=1))) == 5
+    assert not seen.is_decided and seen.needed == 7
 
 
 def test_one_pair_and_equal_pairs_decide_nothing() -> None:

@@ -7,10 +7,13 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from html import escape
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
+from selfdistill.comparison import report
 from tests.reference import ROOT
 
 pytestmark = pytest.mark.long
@@ -56,6 +59,32 @@ def latest(folder: Path) -> dict[int, dict]:
     return {line["job"]: line for line in lines(folder)}
 
 
+def assert_reported(place: Path, jobs: list[dict]) -> None:
+    """The report lists every job with its status, and the means are those of the finished ones."""
+    content = json.loads((place / "report.json").read_text())
+    page = (place / "report.html").read_text()
+    listed = {run["run"]: run for run in content["runs"]}
+    assert len(listed) == len(content["runs"]) == len(jobs)
+    rewards: dict[str, list[float]] = {}
+    for job in jobs:
+        name = Path(job["run"]).name if job.get("run") else f"job {job['job']}"
+        run = listed[name]
+        # A run that was killed is entered as failed by the sweep, with the signal for a reason.
+        assert run["status"] == {"killed": "failed"}.get(job["status"], job["status"])
+        assert f"<td>{name}<" in page
+        if job["status"] == "finished":
+            kind = next(text.partition("=")[2] for text in job["overrides"] if "kind" in text)
+            rewards.setdefault(kind, []).append(job["objective"])
+            assert run["reward"] == pytest.approx(job["objective"])
+        else:
+            assert run["reason"].startswith(f"{run['status']}: ")
+            said = {"failed": "RuntimeError: the reward broke", "killed": "was ended by SIGKILL"}.get(job["status"], "")
+            assert said in run["reason"] and escape(run["reason"]) in page
+    (field,) = content["fields"]
+    means = {one["values"]["reward.kind"]: one["metrics"]["reward"]["mean"] for one in field["settings"]}
+    assert means == pytest.approx({kind: fmean(values) for kind, values in rewards.items()})
+
+
 def test_every_job_is_accounted_for(tmp_path: Path) -> None:
     (tmp_path / "survival_reward.py").write_text(REWARD)
     sweep = start(tmp_path, "--multirun", *FIXED, *GRID)
@@ -80,6 +109,9 @@ def test_every_job_is_accounted_for(tmp_path: Path) -> None:
     assert "the reward broke" in (tmp_path / broken["run"] / "error.txt").read_text()
     killed = next(job for job in jobs.values() if job["status"] == "killed")
     assert "SIGKILL" in (tmp_path / killed["run"] / "error.txt").read_text()
+    report(tmp_path / "sweep", folder=tmp_path / "between", metric="reward")
+    assert_reported(tmp_path / "between", list(jobs.values()))
+    failed = [job for job in jobs.values() if job["status"] == "failed"]
     finished = {number: job for number, job in jobs.items() if job["status"] == "finished"}
     written = {n: (tmp_path / job["run"] / "summary.json").read_bytes() for n, job in finished.items()}
     stopped = {number: job["run"] for number, job in jobs.items() if job["status"] in ("interrupted", "killed")}
@@ -101,4 +133,5 @@ def test_every_job_is_accounted_for(tmp_path: Path) -> None:
         metrics = [json.loads(line) for line in (tmp_path / job["run"] / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in metrics if line["step"]] == list(range(1, 9))
         assert job["objective"] == metrics[-1]["reward"]
+    assert_reported(tmp_path / "sweep" / "report", [*jobs.values(), *failed])  # what failed was repeated beside it
     assert {p.parent.name for p in tmp_path.glob("sweep/*/config.yaml")} >= {Path(j["run"]).name for j in jobs.values()}

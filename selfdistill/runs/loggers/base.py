@@ -8,19 +8,17 @@ from typing import Any
 from omegaconf import DictConfig
 
 from selfdistill.config.secrets import Redactor
+from selfdistill.goals import is_more_better
 from selfdistill.runs.console import flat
 from selfdistill.runs.folder import RunFolder
 from selfdistill.runs.step_log import jsonable
 
 # What curves can be drawn over; the first is the axis that is shown unless another one is chosen.
 X_AXES = ("step", "tokens/generated", "time/total_s")
-# What is best of a metric; the summary has it beside the last value.
+# Of these metrics the summary has the best value beside the last one.
 BEST = {
-    "eval/accuracy": "max",
-    "eval/retention": "max",
-    "eval/forgetting": "min",
-    "reward": "max",
-    "distill/divergence": "min",
+    name: "max" if is_more_better(name) else "min"
+    for name in ("eval/accuracy", "eval/retention", "eval/forgetting", "reward", "distill/divergence")
 }
 
 
