@@ -66,7 +66,7 @@ class CheckSweep(Callback):
                 still = [number for number, job in folder.settled().items() if job.status == "running"]
                 if still:
                     raise UserError(f"resume_sweep={folder.path}: job {still[0]} is still running. Stop it first.")
-            _check_granted(OmegaConf.masked_copy(config, [key for key in config if key != "hydra"]), config)
+            _check_granted(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]), config)
             _name_by_swept_keys(config)
             # The jobs are forks of this process, which therefore must not take hold of a GPU.
             os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")

@@ -51,10 +51,10 @@ def check(*line: str) -> None:
         ("training.arguments.anything", []),
     ],
 )
-@pytest.mark.parametrize("program", [f"{{_target_: {SANDBOX}, program: evil}}", f"{{_target_: {WORKER}, python: evil}}"])
+@pytest.mark.parametrize("program", [f"{SANDBOX}, program: evil", f"{WORKER}, python: evil"])
 def test_a_class_of_ours_that_runs_programs_stands_nowhere(key: str, line: list[str], program: str) -> None:
     with pytest.raises(UserError, match=rf"^{key}\._target_=selfdistill\.[\w.]+ is (not an? |not |nothing )"):
-        check(*line, f"++{key}={program}")
+        check(*line, f"++{key}={{_target_: {program}}}")
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ GRANTING = [
 
 
 @pytest.mark.parametrize("grant", GRANTING)
-def test_what_lets_a_sweep_run_code_is_granted_anew(grant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_lets_jobs_run_code_is_granted_anew(grant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     sweep = SweepFolder("sweep")
     sweep.begin(["--multirun", "allow_code_execution=false", grant, "seed=1,2"], None)

@@ -175,14 +175,14 @@ def generate(settings: DatasetSettings, keep: Callable[..., Any] | None = None) 
         ) as client,
         Progress(*columns, console=console) as progress,
     ):
-        source = settings.source()  # a file that is not there is said before a server is waited for
+        asked = settings.source()  # a file that is not there is said before a server is waited for
         with replace(client, patience_s=client.start_patience_s) as first:
             served = first.run(find_model(first, settings.model))
         cache = ReplyCache(folder / "answers")
         writer = Writer(
             client, settings.model, settings.sampling(), cache, served.identity, keep, settings.keep_at_least
         )
-        generation = Generation(settings, writer, source)
+        generation = Generation(settings, writer, asked)
         try:
             client.run(generation.run(progress))
         except (KeyboardInterrupt, ServerUnavailable):

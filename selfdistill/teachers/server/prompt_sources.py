@@ -174,9 +174,7 @@ class TopicPrompts(PromptSource):
         UserError: no topics, or a template without {count} or {topic}.
     """
 
-    def __init__(
-        self, topics: str | Sequence[str], template: str | None, per_request: int, system: str | None
-    ) -> None:
+    def __init__(self, topics: str | Sequence[str], template: str | None, per_request: int, system: str | None) -> None:
         super().__init__()
         self._template = template if template is not None else TOPIC_TEMPLATE
         for name in ("{count}", "{topic}"):
