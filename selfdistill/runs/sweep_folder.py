@@ -199,13 +199,16 @@ def resumed_arguments(arguments: Sequence[str]) -> list[str]:
             f"{named[-1]}: its {PLAN} has {missing[0]}, which lets it run code that is not ours. If you know where the "
             f"folder comes from, add {shlex.quote(missing[0])}"
         )
-    replaced = {*given, "hydra.sweep.dir"}
-    kept = [a for a in recorded if key_of(a) not in replaced and not ("hydra/launcher" in given and _of_launcher(a))]
+    others = [
+        a for a in recorded if key_of(a) != "hydra.sweep.dir" and not ("hydra/launcher" in given and _of_launcher(a))
+    ]
+    kept = [given.get(key_of(a), a) for a in others]  # in their places: a job is known by its keys in their order
+    new = [a for a in given.values() if a not in kept]
     if Path(plan["folder"]).is_dir():
         os.chdir(plan["folder"])
     folder = os.path.relpath(path)
     flags = [a for a in arguments if a.startswith("--check")]
-    return [*kept, *flags, *given.values(), f"hydra.sweep.dir={_quoted(folder)}", f"resume_sweep={_quoted(folder)}"]
+    return [*kept, *flags, *new, f"hydra.sweep.dir={_quoted(folder)}", f"resume_sweep={_quoted(folder)}"]
 
 
 def _granting(arguments: Sequence[str]) -> list[str]:
