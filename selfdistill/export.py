@@ -19,6 +19,13 @@ from selfdistill.config.conf import CONF
 from selfdistill.errors import UserError
 
 
+@dataclass  # a frozen one could not be merged with the configuration
+class Granted:
+    """What the run's model may do."""
+
+    trust_remote_code: bool
+
+
 @dataclass(frozen=True)
 class ExportSettings:
     """Which run is exported, and how; the keys of conf/export_run.yaml, which explains them."""
@@ -28,6 +35,7 @@ class ExportSettings:
     force: bool
     export: Any  # a mapping with `_target_`
     trusted_prefixes: list[str]
+    model: Granted
 
     def __post_init__(self) -> None:
         if self.export is None:
@@ -43,7 +51,8 @@ def run(cfg: DictConfig) -> None:
     from selfdistill.runs.finished import load_policy, read_run
     from selfdistill.runs.folder import RunFolder
 
-    finished = read_run(settings.run, checkpoint=settings.checkpoint, force=settings.force)
+    trusted = settings.model.trust_remote_code
+    finished = read_run(settings.run, checkpoint=settings.checkpoint, force=settings.force, trusted=trusted)
     exports = doors.built(cfg, "export")
     if len(exports.missing()) == len(exports.formats):  # before weights load
         raise UserError(" ".join(exports.missing()))

@@ -376,22 +376,12 @@ def test_the_configuration_of_a_resumed_run_is_checked(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("written", "given", "words"),
     [
-        (
-            ["trusted_prefixes=[os]"],
-            [],
-            ["trusted_prefixes=[os]", "code that is not ours", "add trusted_prefixes=[os]"],
-        ),
-        (["allow_code_execution=true"], [], ["allow_code_execution=true"]),
-        (["model.trust_remote_code=true"], [], ["model.trust_remote_code=true"]),
-        (["+training.arguments.trust_remote_code=true"], [], ["add ++training.arguments.trust_remote_code=true"]),
-        (["trusted_prefixes=[os]", "beta=-1"], ["trusted_prefixes=[os]"], ["beta=-1 is out of range"]),
         (["reward._target_=numpy.load"], [], ["only selfdistill, trl.rewards are trusted"]),
-        (["trusted_prefixes=[m]"], ["trusted_prefixes=[n]"], ["its config.yaml has trusted_prefixes=[m]"]),
         (["+training.arguments.hub_token='***'"], [], ["training.arguments.hub_token is secret and was not recorded"]),
         (["+training.arguments.hub_token='***'", "beta=-1"], ["++training.arguments.hub_token=x"], ["beta=-1 is out"]),
     ],
 )
-def test_a_folder_from_somebody_else_is_granted_nothing(
+def test_a_folder_from_somebody_else_has_no_trust_and_no_secrets(
     door: str, written: list[str], given: list[str], words: list[str], folder: Path
 ) -> None:
     (folder / "old").mkdir()

@@ -7,6 +7,7 @@ import tomllib
 from importlib.metadata import packages_distributions
 
 import pytest
+from packaging.requirements import Requirement
 
 from tests.reference import ROOT
 
@@ -19,6 +20,13 @@ FOR_OTHERS = {"jinja2"}
 
 def names(requirements: list[str]) -> set[str]:
     return {re.split(r"[^\w-]", requirement)[0].lower() for requirement in requirements}
+
+
+def test_hydra_is_the_one_whose_composition_is_guarded() -> None:
+    """`config.hydra_keys` wraps how 1.3.8 composes, and checks what it builds."""
+    (hydra,) = (Requirement(text) for text in PROJECT["dependencies"] if text.startswith("hydra-core"))
+    allowed = [version for version in ("1.3.2", "1.3.7", "1.3.8", "1.4.0") if version in hydra.specifier]
+    assert allowed == ["1.3.8"]
 
 
 CORE = names(PROJECT["dependencies"])

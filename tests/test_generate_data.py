@@ -12,6 +12,7 @@ from selfdistill.config import doors
 from selfdistill.config.conf import CONF
 from selfdistill.errors import UserError
 from selfdistill.rewards import ExactMatch
+from selfdistill.teachers.server import client
 from selfdistill.teachers.server.client import ServerUnavailable
 from selfdistill.teachers.server.dataset import DatasetSettings
 from selfdistill.teachers.server.dataset import generate as generate_dataset
@@ -199,6 +200,27 @@ def test_the_golden_response_is_shown_when_asked_for_and_not_in_the_data(tmp_pat
         {"prompt": "p", "golden_response": ["re: p / g1\ng2"]},
         {"prompt": "q", "golden_response": ["re: q"]},
     ]
+
+
+@pytest.mark.parametrize("key", ["prompts", "topics"])
+def test_an_absent_file_is_said_before_any_server_is_asked(key: str, tmp_path: Path) -> None:
+    with StubServer() as stub:
+        with pytest.raises(UserError, match=rf"{key}=absent\.txt"):
+            generate(stub, tmp_path, f"{key}=absent.txt")
+        with pytest.raises(UserError, match=r"topic_template lacks \{count\}"):
+            generate(stub, tmp_path, "topics=[food]", "topic_template='about {topic}'")
+        assert not stub.requests
+
+
+def test_an_absent_server_is_said_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "START_PATIENCE_S", 0.3)
+    outcome = command(
+        ["model=m", "topics=[food]", "base_url=http://127.0.0.1:9/v1", "patience_s=300"], tmp_path, generate_data
+    )
+    assert (outcome.code, outcome.left) == (2, set())
+    assert "No usable answer from http://127.0.0.1:9/v1" in outcome.err
+    assert "base_url=http://HOST:PORT/v1" in outcome.err
+    assert "Waiting longer" not in outcome.err  # it would not be waited for longer
 
 
 def test_settings_reach_the_server(tmp_path: Path) -> None:

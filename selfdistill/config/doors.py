@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from selfdistill.config.help import command_line
 from selfdistill.config.hydra_keys import guarded_composition
 from selfdistill.config.messages import COMPOSITION_ERRORS, explain, fail
-from selfdistill.config.targets import bind, check_trust, make, targets
+from selfdistill.config.targets import check_target, check_trust, make, targets
 from selfdistill.errors import UserError
 
 Settings = TypeVar("Settings")
@@ -78,10 +78,11 @@ def built(cfg: DictConfig, key: str) -> Any:
     """Builds a group, once its `_target_`s are trusted and their arguments fit; None where the group is null.
 
     Raises:
-        UserError: a `_target_` that is not trusted or does not exist, or an argument that it refuses.
+        UserError: a `_target_` that is not trusted, does not exist or is of another kind, or an argument that it
+            refuses.
     """
     node: Any = OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key]
     for where, inner in targets(node, key):
         check_trust(where, inner["_target_"], cfg.trusted_prefixes)
-        bind(where, inner)
+        check_target(where, inner)
     return make(node, key)

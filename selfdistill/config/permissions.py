@@ -5,19 +5,24 @@ person who types the command, not by the file.
 """
 
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from selfdistill.config.overrides import key_of
+from selfdistill.config.overrides import key_and_value, key_of
 from selfdistill.config.schema import Run
 from selfdistill.config.secrets import masked_keys
 from selfdistill.errors import UserError, shortened
 
-# Keys of a stored configuration that let it run code.
-GRANTS = ("trusted_prefixes", "allow_code_execution", "model.trust_remote_code")
+# Keys of a stored configuration that let it run code; so does a key of the same name in any of its groups.
+GRANTS = ("trusted_prefixes", "allow_code_execution", "model.trust_remote_code", "export.llama_cpp")
+NAMES = frozenset(key.rpartition(".")[2] for key in GRANTS)
+ALWAYS_THERE = GRANTS[:3]  # others are written with `++`: what the command line composes may lack their group
+NOTHING = ("", "false", "null", "[]")
 
 
 def granted_again(saved: DictConfig, given: DictConfig, overrides: Iterable[str], command: str) -> set[str]:
@@ -36,16 +41,8 @@ def granted_again(saved: DictConfig, given: DictConfig, overrides: Iterable[str]
         UserError: something that runs code is not granted on the command line, or a secret is missing.
     """
     written = {key_of(override): override for override in overrides}
-    remote = [path for path in _remote_code(OmegaConf.to_container(saved, resolve=False)) if path not in GRANTS]
-    for key in (*GRANTS, *remote):
-        wanted, allowed = OmegaConf.select(saved, key), OmegaConf.select(given, key) if key in written else None
-        if not _within(wanted, allowed):
-            value = f"[{','.join(map(str, wanted))}]" if OmegaConf.is_list(wanted) else str(wanted).lower()
-            grant = f"{'++' if key in remote else ''}{key}={shortened(value)}"
-            raise UserError(
-                f"{command}: its config.yaml has {grant.lstrip('+')}, which lets it run code that is not ours. If "
-                f"you know where the folder comes from, add {grant}"
-            )
+    wanted = asked_for(saved)
+    check_granted(wanted, {key: _value(given, key) for key in wanted if key in written}, command)
     hidden = list(dict.fromkeys(key.split("[")[0] for key in masked_keys(saved)))
     for key in hidden:
         if key not in written:
@@ -54,35 +51,88 @@ def granted_again(saved: DictConfig, given: DictConfig, overrides: Iterable[str]
                 f"'{key}=${{oc.env:VARIABLE}}' when a run is started, it is found by itself."
             )
         OmegaConf.update(saved, key, OmegaConf.select(given, key))
-    return {key for key in written if key in (*GRANTS, *remote, *hidden)}
+    return {key for key in written if key in (*GRANTS, *wanted, *hidden)}
+
+
+def asked_for(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """What in a configuration runs code that is not ours, by key.
+
+    A group may repeat what stands above it, as `reward.allow_code_execution` does: that is granted with it.
+    """
+    found = dict(_named(_plain(config) if isinstance(config, DictConfig) else config))
+
+    def repeated(key: str) -> bool:
+        for grant in GRANTS:
+            group, _, name = grant.rpartition(".")
+            if key != grant and key.endswith(f".{name}") and key.startswith(f"{group}." if group else ""):
+                return _within(found[key], found.get(grant))
+        return False
+
+    return {key: value for key, value in found.items() if not repeated(key)}
+
+
+def check_granted(
+    wanted: Mapping[str, Any], allowed: Mapping[str, Any], command: str, where: str = "its config.yaml"
+) -> None:
+    """Raises UserError for the first of what is asked for `where` that the command line does not allow."""
+    for key, value in wanted.items():
+        if not _within(value, allowed.get(key)):
+            grant = shortened(_grant(key, value))
+            raise UserError(
+                f"{command}: {where} has {grant.lstrip('+')}, which lets it run code that is not ours. If "
+                f"you know where the folder comes from, add {grant}"
+            )
+
+
+def granting(arguments: Iterable[str]) -> list[str]:
+    """Those of a command line that let what it composes run code that is not ours."""
+    pairs = ((argument, *key_and_value(argument)) for argument in arguments)
+    return [
+        argument
+        for argument, key, value in pairs
+        if key.rpartition(".")[2] in NAMES and value not in NOTHING or any(name in value for name in NAMES)
+    ]
 
 
 def resume_command(run: Run, folder: Path) -> str:
     """The command that continues a run, with what its configuration has to be granted again."""
-    words = [f"resume={shlex.quote(str(folder))}"]
-    if run.trusted_prefixes:
-        words.append(shlex.quote(f"trusted_prefixes=[{','.join(run.trusted_prefixes)}]"))
-    if run.allow_code_execution:
-        words.append(f"allow_code_execution={str(run.allow_code_execution).lower()}")
-    if run.model.trust_remote_code:
-        words.append("model.trust_remote_code=true")
-    return f"python -m selfdistill.train {' '.join(words)}"
+    grants = [shlex.quote(_grant(key, value)) for key, value in asked_for(asdict(run)).items()]
+    return " ".join(["python -m selfdistill.train", f"resume={shlex.quote(str(folder))}", *grants])
+
+
+def _grant(key: str, value: Any) -> str:
+    """What is written on the command line to allow it."""
+    text = f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
+    text = text.lower() if isinstance(value, bool) else text
+    return f"{'' if key in ALWAYS_THERE else '++'}{key}={text}"
+
+
+def _plain(config: DictConfig) -> Any:
+    try:
+        return OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException:  # what cannot be resolved is refused, by its name, when the configuration is checked
+        return OmegaConf.to_container(config, resolve=False)
+
+
+def _value(config: DictConfig, key: str) -> Any:
+    value = OmegaConf.select(config, key)
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def _within(wanted: Any, allowed: Any) -> bool:
-    if OmegaConf.is_list(wanted):
-        return set(wanted) <= set(allowed or ())
-    return not wanted or wanted == allowed
+    if isinstance(wanted, list):
+        return isinstance(allowed, list) and {*map(str, wanted)} <= {*map(str, allowed)}
+    return bool(wanted == allowed)
 
 
-def _remote_code(value: Any, path: str = "") -> Iterator[str]:
-    """The keys named `trust_remote_code`, at any depth, that are true."""
-    if isinstance(value, dict):
+def _named(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The keys of those names, at any depth, that are neither false nor empty."""
+    if isinstance(value, Mapping):
         for key, item in value.items():
             inner = f"{path}.{key}" if path else str(key)
-            if key == "trust_remote_code" and item:
-                yield inner
-            yield from _remote_code(item, inner)
+            if key in NAMES and item:
+                yield inner, item
+            yield from _named(item, inner)
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            yield from _remote_code(item, f"{path}[{index}]")
+            yield from _named(item, f"{path}[{index}]")

@@ -19,7 +19,7 @@ def check_call(key: str, node: Mapping[str, Any], target: Any) -> None:
 
     Raises:
         UserError: a class that would be called instead of built, a function that would be called once instead of
-            for each batch, or a signature that does not take what a reward is given.
+            for each batch, a class that cannot be called, or a signature that does not take what a reward is given.
     """
     name, is_partial, is_class = node["_target_"], bool(node.get("_partial_")), inspect.isclass(target)
     if is_class and is_partial:
@@ -28,6 +28,8 @@ def check_call(key: str, node: Mapping[str, Any], target: Any) -> None:
         if _takes(target, GIVEN[:2]):  # otherwise it is a function that makes a reward
             raise UserError(f"{key}._target_={name} is a function, which each batch calls: write {key}._partial_=true.")
         return
+    if is_class and not any("__call__" in vars(base) for base in target.__mro__):
+        raise UserError(f"{key}._target_={name} is a class without __call__: it is called as {CALL}.")
     called = target.__call__ if is_class else target
     parameters = _parameters(called)
     if parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):

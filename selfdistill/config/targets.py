@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
+from selfdistill.config.kinds import REWARD, check_kind, kind_of
 from selfdistill.config.reward_calls import check_call
 from selfdistill.config.schema import Run
 from selfdistill.config.secrets import escaped
@@ -51,24 +52,31 @@ def check_trust(key: str, target: Any, prefixes: Iterable[str]) -> None:
 
 
 def check_targets(run: Run, trainer_arguments: Collection[str]) -> None:
-    """Checks the arguments of everything that the run will build, without building anything.
+    """Checks the kind and the arguments of everything that the run will build, without building anything.
 
     Args:
         trainer_arguments: what `training.arguments` may hold.
 
     Raises:
-        UserError: an argument that is unknown, missing or of the wrong type.
+        UserError: what cannot stand where it does, or an argument that is unknown, missing or of the wrong type.
     """
     for key, node in targets(asdict(run)):
-        if re.fullmatch(r"(reward|eval\.(retention_)?scorer)(\.rewards\.[^.]+)?", key):
-            check_call(key, node, find(key, node["_target_"]))
-        bind(key, node)
+        check_target(key, node)
     for argument in run.training.arguments:
         if argument not in trainer_arguments:
             raise UserError(
                 f"training.arguments.{argument}: trl.GRPOConfig takes no such argument; "
                 f"{closest(argument, trainer_arguments)}"
             )
+
+
+def check_target(key: str, node: Mapping[str, Any]) -> None:
+    """Raises UserError unless what a `_target_` names is of the kind that stands there, and takes its arguments."""
+    target = find(key, node["_target_"])
+    check_kind(key, node, target)
+    if kind_of(key) is REWARD:
+        check_call(key, node, target)
+    bind(key, node)
 
 
 def find(key: str, name: str) -> Callable[..., Any]:

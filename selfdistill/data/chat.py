@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfdistill import tokens
 from selfdistill.config.suggestions import guess
-from selfdistill.errors import UserError
+from selfdistill.errors import UserError, first_line
 from selfdistill.rollout import Prompt
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ class Prompts:
             line = getattr(error, "lineno", None)
             place = f", line {line}" if line else ""
             raise UserError(
-                f"data.chat_template={self.chat_template}{place}: the template fails on one user message: {error}"
+                f"data.chat_template={self.chat_template}{place}: the template fails on one user message: "
+                f"{first_line(error)}"
             ) from None
         if tokens.PROBE not in rendered:
             raise UserError(

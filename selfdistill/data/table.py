@@ -7,7 +7,7 @@ from selfdistill.config.suggestions import guess
 from selfdistill.data.chat import Prompts, lengths
 from selfdistill.data.rows import OPTIONAL, BadRow, CheckedRow, RowReader
 from selfdistill.data.sources import RowSource
-from selfdistill.errors import UserError, bounded, one_line
+from selfdistill.errors import UserError, bounded, first_line, one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -160,7 +160,8 @@ class TableReader:
                 kept.append(row)
             except Exception as error:  # templates refuse roles or orders of turns by raising what they like
                 way_out = self.prompts.way_out(tokenizer, row.columns["prompt"])
-                self._refuse(source, row.line, f"the chat template refuses these messages: {error}{way_out}")
+                reason = f"the chat template refuses these messages: {first_line(error)}{way_out}"
+                self._refuse(source, row.line, reason)
         for row, tokens in zip(kept, self._lengths(texts, limit), strict=True):
             if tokens.count <= limit:
                 short.append(row)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+from selfdistill.config import Run
 from selfdistill.models.export import Exported
 from selfdistill.runs.folder import RunFolder
 
@@ -20,6 +21,7 @@ def note_exports(run: RunFolder, exported: Mapping[str, Exported]) -> None:
     run.update_summary(export={**(run.summary.get(EXPORT) or {}), **entries})
 
 
-def export_command(run: Path, name: str) -> str:
+def export_command(run: Run, folder: Path, name: str) -> str:
     """The command that exports a run to this format."""
-    return f"python -m selfdistill.export {shlex.quote(f'run={run}')} export={name}"
+    trusted = " model.trust_remote_code=true" if run.model.trust_remote_code else ""
+    return f"python -m selfdistill.export {shlex.quote(f'run={folder}')} export={name}{trusted}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
+from selfdistill.config.permissions import asked_for, check_granted
 from selfdistill.errors import UserError
 from selfdistill.models.card import Card
 from selfdistill.rollout import Prompt
@@ -49,21 +50,25 @@ class FinishedRun:
         return self.folder / EXPORT / self.name
 
 
-def read_run(folder: str | Path, *, checkpoint: str | None = None, force: bool = False) -> FinishedRun:
+def read_run(
+    folder: str | Path, *, checkpoint: str | None = None, force: bool = False, trusted: bool = False
+) -> FinishedRun:
     """Find what the export needs; nothing heavy is loaded.
 
     Args:
         checkpoint: a step, such as 50, or a checkpoint's folder; None: the final weights, else the newest checkpoint.
         force: also accept a run that is not over.
+        trusted: whether its model may bring code of its own (`model.trust_remote_code`).
 
     Raises:
-        UserError: no such folder, not a run, not over yet, or without weights.
+        UserError: no such folder, not a run, not over yet, without weights, or code of its own that is not granted.
     """
     run = RunFolder.open(Path(folder), write=False)
     config: Any = OmegaConf.to_container(run.config, resolve=True)
     model = config.get("model")
     if not isinstance(model, dict) or not model.get("name"):
         raise UserError(f"{run.path / 'config.yaml'} has no model.name, so it is not the configuration of a run.")
+    check_granted(asked_for({"model": model}), {"model.trust_remote_code": trusted}, f"run={folder}")
     if not force and run.is_running:
         raise UserError(
             f"run={folder} is still running. Wait until it is over; force=true exports its newest checkpoint as it is."

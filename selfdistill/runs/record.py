@@ -206,7 +206,7 @@ class Record(NoRecord):
         self.screen.print(console.where_table(places))
         for name, one in exported.items():
             if one.error is not None:
-                again = export_command(self.folder.path, name)
+                again = export_command(self.run, self.folder.path, name)
                 self.say([f"not exported: {one.error}", f"  again: {again}"])
         self._hand_over()
 
@@ -214,7 +214,7 @@ class Record(NoRecord):
         """The trained model; where the processes have shards of it, the one that was saved."""
         if not parts.trainer.sharded:
             return parts.trainer.model
-        model, _ = load_policy(read_run(self.folder.path, force=True))
+        model, _ = load_policy(read_run(self.folder.path, force=True, trusted=self.run.model.trust_remote_code))
         return model
 
     def end_early(self, end: EarlyEnd) -> None:

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import shlex
 import sys
 import traceback
 from collections import Counter
@@ -19,6 +18,8 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from selfdistill.config import COMPOSITION_ERRORS, check, explain, fail
+from selfdistill.config.overrides import key_of
+from selfdistill.config.permissions import asked_for, check_granted
 from selfdistill.config.secrets import without_secrets
 from selfdistill.config.targets import check_targets
 from selfdistill.errors import UserError
@@ -65,6 +66,7 @@ class CheckSweep(Callback):
                 still = [number for number, job in folder.settled().items() if job.status == "running"]
                 if still:
                     raise UserError(f"resume_sweep={folder.path}: job {still[0]} is still running. Stop it first.")
+            _check_granted(OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"]), config)
             _name_by_swept_keys(config)
             # The jobs are forks of this process, which therefore must not take hold of a GPU.
             os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -131,7 +133,10 @@ def check_jobs(config: DictConfig) -> list[list[str]]:
     (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     known = SweepFolder(config.hydra.sweep.dir).jobs()
     ahead = [job for number, job in enumerate(jobs) if number not in known or not known[number].is_done]
-    runs = [check(compose(config.hydra.job.config_name, list(job)), list(job)) for job in ahead]
+    composed = [compose(config.hydra.job.config_name, list(job)) for job in ahead]
+    for cfg in composed:
+        _check_granted(cfg, config)
+    runs = [check(cfg, list(job)) for cfg, job in zip(composed, ahead, strict=True)]
     for run in runs:
         look_for_files(run)
 
@@ -140,6 +145,17 @@ def check_jobs(config: DictConfig) -> list[list[str]]:
     for run in runs:
         check_targets(run, ARGUMENTS)
     return [list(job) for job in jobs]
+
+
+def _check_granted(cfg: DictConfig, config: DictConfig) -> None:
+    """Raises UserError where a sweep that goes on gets leave to run code from a file, which may have come with it.
+
+    Its command line's grants were typed again, without which it does not come so far (`resumed_arguments`).
+    """
+    if (folder := config.get("resume_sweep")) is not None:
+        typed = {key_of(override) for override in overrides_of(config.hydra)}
+        wanted = {key: value for key, value in asked_for(cfg).items() if key not in typed}
+        check_granted(wanted, {}, f"resume_sweep={folder}", "the configuration of one of its jobs")
 
 
 class ThisJob:
@@ -244,7 +260,7 @@ def print_jobs(folder: Path) -> bool:
     left = [job for job in jobs if not job.is_done]
     if left:
         counts = ", ".join(f"{count} {status}" for status, count in Counter(job.status for job in left).items())
-        again = f"python -m selfdistill.train resume_sweep={shlex.quote(str(folder))}"
+        again = SweepFolder(folder).resume_command()
         screen.print(f"{counts}; go on with: {again}", markup=False, soft_wrap=True)
     return not left
 

@@ -9,13 +9,14 @@ report/        the runs compared
 import fcntl
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from selfdistill.config.overrides import key_of
-from selfdistill.config.permissions import GRANTS
+from selfdistill.config.permissions import NAMES, granting
 from selfdistill.config.secrets import without_secrets
 from selfdistill.errors import MASK, UserError, shortened, without_passwords
 from selfdistill.files import write_atomically
@@ -24,6 +25,7 @@ from selfdistill.runs.step_log import jsonable
 
 PLAN, JOBS, LOGS = "sweep.json", "jobs.jsonl", "logs"
 GOOD = ("finished", "stopped", "checked")
+COMMANDS = ("setup", "additional_parameters")  # what of SLURM's launcher runs in a shell
 
 JobStatus = Literal[
     "waiting", "running", "finished", "stopped", "checked", "interrupted", "killed", "failed", "refused"
@@ -100,6 +102,12 @@ class SweepFolder:
                 f"resume_sweep={shortened(str(self.path))}: {PLAN} of a sweep is not there, or cannot be read."
             ) from None
 
+    def resume_command(self) -> str:
+        """The command that goes on with the sweep, with what it has to be granted again."""
+        recorded = self.plan()["arguments"] if (self.path / PLAN).exists() else []
+        words = [f"resume_sweep={shlex.quote(str(self.path))}", *map(shlex.quote, _granting(recorded))]
+        return " ".join(["python -m selfdistill.train", *words])
+
     def mask(self, overrides: Sequence[str]) -> None:
         """Takes the secrets of these overrides out of the multirun.yaml that Hydra's sweepers write."""
         file, masked = self.path / "multirun.yaml", without_secrets(overrides)
@@ -161,11 +169,11 @@ def objective_of(run: RunFolder) -> float | None:
 def resumed_arguments(arguments: Sequence[str]) -> list[str]:
     """The command line of the sweep that `resume_sweep=FOLDER` names, with what is given anew; otherwise as it is.
 
-    The launcher may be another one; secrets, which are not recorded, are given again. The current folder becomes that
-    in which the sweep was started, so that relative paths mean what they meant.
+    The launcher may be another one; secrets, which are not recorded, and what runs code of others are given again. The
+    current folder becomes that in which the sweep was started, so that relative paths mean what they meant.
 
     Raises:
-        UserError: not a sweep's folder, another key beside it, or a secret is missing.
+        UserError: not a sweep's folder, another key beside it, or a secret or a grant is missing.
     """
     named = [a for a in arguments if a.startswith("resume_sweep=")]
     if not named or named[-1] == "resume_sweep=null":
@@ -176,7 +184,8 @@ def resumed_arguments(arguments: Sequence[str]) -> list[str]:
     hidden = {key_of(argument) for argument in recorded if MASK in argument}
     given = {key_of(a): a for a in arguments if a not in named and not a.startswith("-")}
     for key in given:
-        if key not in (*hidden, "check", *GRANTS) and not _of_launcher(key):
+        again = key in hidden or key.rpartition(".")[2] in NAMES or given[key] in recorded
+        if not again and key != "check" and not _of_launcher(key):
             raise UserError(
                 f"{shortened(key)} cannot be changed when a sweep goes on: its jobs are in "
                 f"{shortened(str(path))}/{JOBS}."
@@ -185,13 +194,27 @@ def resumed_arguments(arguments: Sequence[str]) -> list[str]:
         raise UserError(
             f"{named[-1]}: {missing[0]} is secret and was not recorded; give it again: {named[-1]} '{missing[0]}=…'."
         )
-    replaced = {*given, "hydra.sweep.dir"}
-    kept = [a for a in recorded if key_of(a) not in replaced and not ("hydra/launcher" in given and _of_launcher(a))]
+    if missing := [a for a in _granting(recorded) if key_of(a) not in given]:
+        raise UserError(
+            f"{named[-1]}: its {PLAN} has {missing[0]}, which lets it run code that is not ours. If you know where the "
+            f"folder comes from, add {shlex.quote(missing[0])}"
+        )
+    others = [
+        a for a in recorded if key_of(a) != "hydra.sweep.dir" and not ("hydra/launcher" in given and _of_launcher(a))
+    ]
+    kept = [given.get(key_of(a), a) for a in others]  # in their places: a job is known by its keys in their order
+    new = [a for a in given.values() if a not in kept]
     if Path(plan["folder"]).is_dir():
         os.chdir(plan["folder"])
     folder = os.path.relpath(path)
     flags = [a for a in arguments if a.startswith("--check")]
-    return [*kept, *flags, *given.values(), f"hydra.sweep.dir={_quoted(folder)}", f"resume_sweep={_quoted(folder)}"]
+    return [*kept, *flags, *new, f"hydra.sweep.dir={_quoted(folder)}", f"resume_sweep={_quoted(folder)}"]
+
+
+def _granting(arguments: Sequence[str]) -> list[str]:
+    """Those of a sweep's command line that run code of others, in its jobs or in their launcher's shell."""
+    shell = [a for a in arguments if _of_launcher(a) and any(name in a for name in COMMANDS)]
+    return [*granting(arguments), *shell]
 
 
 def _of_launcher(argument: str) -> bool:

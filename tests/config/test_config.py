@@ -242,6 +242,7 @@ def test_check_shows_the_plan_and_leaves_nothing(line: str, tmp_path: Path) -> N
     assert re.search(r"^the run +100 steps = 3,200 completions", outcome.out, flags=re.M)
     if "qwen" in line:  # neither the model nor the GPU is here
         assert "note: model.name=Qwen/Qwen3-0.6B is not on this machine" in outcome.out
+        assert ("torch sees no GPU here" in outcome.out) != Path("/dev/nvidia0").exists()
     else:
         assert "400 rows to train on, 200 held out" in outcome.out
     assert re.search(r"^judge +exact_match", outcome.out, flags=re.M)

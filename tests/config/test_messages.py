@@ -1,8 +1,11 @@
 """What a command says when it is refused."""
 
+from pathlib import Path
+
 import pytest
 
 from selfdistill.config import messages
+from tests.command import command
 
 
 def test_of_several_processes_the_first_one_speaks(
@@ -15,3 +18,13 @@ def test_of_several_processes_the_first_one_speaks(
         waited.clear()
         assert (messages.fail("no", alone=alone), waited) == (2, wait)
         assert capsys.readouterr().err == "selfdistill: no\n"
+
+
+def test_a_sweeper_that_is_not_installed_names_what_brings_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "hydra/sweeper=optuna" in messages.SWEEP_EXTRA
+    monkeypatch.setattr(messages, "SWEEP_EXTRA", ("hydra/sweeper=absent",))  # optuna itself may be installed here
+    outcome = command(["--multirun", "hydra/sweeper=absent", "seed=1,2"], tmp_path)
+    assert (outcome.code, outcome.left) == (2, set())
+    assert outcome.err == (
+        "selfdistill: hydra/sweeper=absent is not installed: pip install 'selfdistill[sweep]' brings it.\n"
+    )

@@ -50,6 +50,8 @@ def test_a_tokenizer_without_a_template(tmp_path):
     ("{% for message in messages %}\n{{ message['content'] }}\n{% endfro %}", "line 3: the template fails"),
     ("{{ messages[0]['content'] | nothing }}", "the template fails on one user message"),
     ("{{ raise_exception('not today') }}", "not today"),
+    ("{{ 'x' * 10**15 }}", "user message: MemoryError"),  # Python's own has no words
+    ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
     ("hello", "leaves out what the user says"),
     ("", "leaves out what the user says"),
 ])  # fmt: skip

@@ -290,6 +290,10 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
         assert not list(run.glob("checkpoints/*/damaged"))
 
 
+def test_no_checkpoint_at_all_is_said(tmp_path: Path) -> None:
+    assert whole_checkpoint(tmp_path) == (None, ["the run has no checkpoint yet: it starts again at step 0"])
+
+
 def test_no_whole_checkpoint_is_said(copied: Any) -> None:
     run = copied("grpo_with_kl")
     killed_at_its_end(run)

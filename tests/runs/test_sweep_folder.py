@@ -1,6 +1,8 @@
 """What a sweep's folder holds, and the command line that goes on with it."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -100,3 +102,27 @@ def test_what_cannot_go_on_is_said(folder: SweepFolder, given: list[str], said: 
     Path("broken/sweep.json").write_text(json.dumps({"folder": "."}))
     with pytest.raises(UserError, match=said):
         resumed_arguments(given)
+
+
+GRANTING = [
+    "trusted_prefixes=[os]",
+    "allow_code_execution=true",
+    "model.trust_remote_code=true",
+    "+training.arguments.trust_remote_code=true",
+    "export.llama_cpp=evil",
+    "reward={_target_: selfdistill.rewards.PythonTests, allow_code_execution: true}",
+    "hydra.launcher.setup=[./evil]",
+]
+
+
+@pytest.mark.parametrize("grant", GRANTING)
+def test_what_lets_jobs_run_code_is_granted_anew(grant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep = SweepFolder("sweep")
+    sweep.begin(["--multirun", "eval.trusted_prefixes=[]", grant, "seed=1,2"], None)
+    told = shlex.quote(grant)
+    with pytest.raises(UserError, match=rf"its sweep.json has {re.escape(grant)}, .* add {re.escape(told)}$"):
+        resumed_arguments(["resume_sweep=sweep"])
+    again = resumed_arguments(["resume_sweep=sweep", grant])
+    assert again[:4] == ["--multirun", "eval.trusted_prefixes=[]", grant, "seed=1,2"]  # a job is known by this order
+    assert sweep.resume_command() == f"python -m selfdistill.train resume_sweep=sweep {told}"

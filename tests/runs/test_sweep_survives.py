@@ -102,7 +102,7 @@ def test_every_job_is_accounted_for(tmp_path: Path) -> None:
     assert counts["killed"] == 1
     assert counts["interrupted"] >= 2
     assert counts["finished"] == 12 - 4 - counts["interrupted"] - counts["waiting"]
-    assert "go on with: python -m selfdistill.train resume_sweep=sweep" in printed
+    assert "go on with: python -m selfdistill.train resume_sweep=sweep 'trusted_prefixes=[survival_reward]'" in printed
     broken = next(job for job in jobs.values() if job["status"] == "failed")
     assert "the reward broke" in broken["message"]
     assert "the reward broke" in printed
@@ -118,7 +118,7 @@ def test_every_job_is_accounted_for(tmp_path: Path) -> None:
 
     (tmp_path / "marks" / "mended").touch()
     before = len(lines(tmp_path))
-    sweep = start(tmp_path, "resume_sweep=sweep")
+    sweep = start(tmp_path, "resume_sweep=sweep", "trusted_prefixes=[survival_reward]")
     printed, _ = sweep.communicate(timeout=300)
     assert sweep.returncode == 0, printed
     jobs = latest(tmp_path)

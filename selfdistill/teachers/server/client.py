@@ -35,6 +35,7 @@ WARN_EVERY_S = 30.0
 # Servers close idle connections, the most common one (uvicorn) after 5 s; one that has been closed must not be reused.
 KEEPALIVE_S = 4.0
 PING_TIMEOUT_S = 5.0
+START_PATIENCE_S = 5.0
 # Of a reply, unpacked: far above every honest one but those of log-probabilities, whose askers say how long it may be.
 REPLY_BYTES = 1 << 26
 READ_BYTES = 1 << 18
@@ -121,6 +122,11 @@ class Client(AbstractContextManager["Client"]):
         self._lock = threading.Lock()
         self._portal: BlockingPortal | None = None
         self._warned_s = float("-inf")
+
+    @property
+    def start_patience_s(self) -> float:
+        """How long a server is waited for before anything has begun: it is there, or was not started."""
+        return min(START_PATIENCE_S, self.patience_s)
 
     @property
     def name(self) -> str:
@@ -381,11 +387,11 @@ class Client(AbstractContextManager["Client"]):
         wish = ""
         if server_pause_s:
             wish = f" It asks to wait {server_pause_s:.0f} s, {self.key_prefix}patience_s allows {self.patience_s:g}."
+        longer = f" Waiting longer: {self.key_prefix}patience_s=SECONDS." if self.patience_s != START_PATIENCE_S else ""
         return ServerUnavailable(
             f"No usable answer from {self.name} for {waited_s:.0f} s ({len(reasons)} attempts; the last one: {last})."
             f"{wish}\nIs the server running? To start one: vllm serve MODEL --served-model-name NAME --port PORT\n"
-            f"Another address: {self.key_prefix}base_url=http://HOST:PORT/v1. "
-            f"Waiting longer: {self.key_prefix}patience_s=SECONDS."
+            f"Another address: {self.key_prefix}base_url=http://HOST:PORT/v1.{longer}"
         )
 
     def _note_retry(self, server: Server, failure: _Failed) -> None:

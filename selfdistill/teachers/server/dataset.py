@@ -80,6 +80,12 @@ class DatasetSettings:
         """How responses are sampled."""
         return Sampling(**{field.name: getattr(self, field.name) for field in fields(Sampling)})
 
+    def source(self) -> PromptSource:
+        """Where prompts come from; files are read here."""
+        if self.prompts is not None:
+            return FilePrompts(self.prompts, self.system)
+        return TopicPrompts(self.topics, self.topic_template, self.prompts_per_request, self.system)
+
     def prompt_sampling(self) -> Sampling:
         """How prompts about topics are sampled: long and varied enough whatever the responses are."""
         longest = max(self.max_tokens, 1024)
@@ -90,17 +96,9 @@ class DatasetSettings:
 class Generation:
     """The rows found so far, and what was rejected."""
 
-    def __init__(self, settings: DatasetSettings, writer: Writer) -> None:
-        self.settings = settings
-        self.writer = writer
-        self.source: PromptSource
-        if settings.prompts is not None:
-            self.source = FilePrompts(settings.prompts, settings.system)
-        else:
-            asking = replace(writer, sampling=settings.prompt_sampling(), keep=None)
-            self.source = TopicPrompts(
-                settings.topics, asking, settings.topic_template, settings.prompts_per_request, settings.system
-            )
+    def __init__(self, settings: DatasetSettings, writer: Writer, source: PromptSource) -> None:
+        self.settings, self.writer, self.source = settings, writer, source
+        source.written_by(replace(writer, sampling=settings.prompt_sampling(), keep=None))
         self.rows: list[Candidate] = []
         self.rejected: list[dict[str, str]] = []
 
@@ -177,12 +175,14 @@ def generate(settings: DatasetSettings, keep: Callable[..., Any] | None = None) 
         ) as client,
         Progress(*columns, console=console) as progress,
     ):
-        served = client.run(find_model(client, settings.model))
+        asked = settings.source()  # a file that is not there is said before a server is waited for
+        with replace(client, patience_s=client.start_patience_s) as first:
+            served = first.run(find_model(first, settings.model))
         cache = ReplyCache(folder / "answers")
         writer = Writer(
             client, settings.model, settings.sampling(), cache, served.identity, keep, settings.keep_at_least
         )
-        generation = Generation(settings, writer)
+        generation = Generation(settings, writer, asked)
         try:
             client.run(generation.run(progress))
         except (KeyboardInterrupt, ServerUnavailable):

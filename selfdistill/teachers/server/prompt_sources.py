@@ -91,6 +91,9 @@ class PromptSource:
         self._left.append(candidate)
         return True
 
+    def written_by(self, writer: Writer) -> None:
+        """Gives the writer to a source that has its prompts written, once there is a server."""
+
     async def take(self, count: int) -> list[Candidate]:
         """The next prompts; none when there are no more."""
         taken, self._left = self._left[:count], self._left[count:]
@@ -163,7 +166,6 @@ class TopicPrompts(PromptSource):
 
     Args:
         topics: a file with one topic a line, or a list of topics.
-        writer: writes the prompts.
         template: how prompts are asked for, with {count} and {topic}; None for the default.
         per_request: prompts asked for at once, about each topic.
         system: a system message for every prompt.
@@ -172,11 +174,8 @@ class TopicPrompts(PromptSource):
         UserError: no topics, or a template without {count} or {topic}.
     """
 
-    def __init__(
-        self, topics: str | Sequence[str], writer: Writer, template: str | None, per_request: int, system: str | None
-    ) -> None:
+    def __init__(self, topics: str | Sequence[str], template: str | None, per_request: int, system: str | None) -> None:
         super().__init__()
-        self._writer = writer
         self._template = template if template is not None else TOPIC_TEMPLATE
         for name in ("{count}", "{topic}"):
             if name not in self._template:
@@ -184,6 +183,9 @@ class TopicPrompts(PromptSource):
         self._per_request = per_request
         self._system = system
         self._known: dict[str, list[str]] = {topic: [] for topic in _read_topics(topics)}
+
+    def written_by(self, writer: Writer) -> None:
+        self._writer = writer
 
     async def take(self, count: int) -> list[Candidate]:
         """The next prompts, newly written if need be; none when several rounds brought nothing new."""

@@ -28,7 +28,6 @@ from selfdistill.teachers.server.writing import Sampling, Writer, Written, show_
 
 T = TypeVar("T")
 
-START_PATIENCE_S = 5.0
 SAME_MODEL_NATS = 0.05
 
 
@@ -142,7 +141,7 @@ class ServerTeacher(BaseTeacher, AbstractContextManager["ServerTeacher"]):
             raise ValueError("the student's tokenizer is needed to check a teacher that scores")
         self.scorer.vocabulary_size = vocabulary_size
         lines, answers, down = [], [], []
-        for alone in self.client.each_alone(patience_s=min(START_PATIENCE_S, self.client.patience_s)):
+        for alone in self.client.each_alone(patience_s=self.client.start_patience_s):
             with alone:
                 try:
                     line, answer = alone.run(self._check_one(alone, tokenizer, longest_tokens))
@@ -167,7 +166,7 @@ class ServerTeacher(BaseTeacher, AbstractContextManager["ServerTeacher"]):
         if self.mode == "write":
             return []
         kwargs, found = self.template_kwargs(student.template_kwargs), super().compare(student)
-        for alone in self.client.each_alone(patience_s=min(START_PATIENCE_S, self.client.patience_s)):
+        for alone in self.client.each_alone(patience_s=self.client.start_patience_s):
             with alone:
                 found += alone.run(probe.compare(alone, self.model, student, kwargs))
         return list(dict.fromkeys(found))

@@ -153,7 +153,7 @@ def test_a_failed_export_harms_no_run_and_says_what_to_install(tmp_path):
     assert summary["status"] == "finished"
     assert summary["export"]["merged_16bit"] == {"folder": str(tmp_path / "run" / "export" / "merged_16bit")}
     assert "its converter" in summary["export"]["gguf"]["error"]
-    assert command(["resume=run", "max_steps=3"], tmp_path).code == 0
+    assert command(["resume=run", "max_steps=3", f"++export.llama_cpp={tmp_path}"], tmp_path).code == 0
     page = (tmp_path / "run" / "export" / "merged_16bit" / "README.md").read_text()
     assert "max_steps: 3" in page
 

@@ -22,11 +22,17 @@ CONFIG = OmegaConf.create(
     {
         "seed": 3,
         "beta": 0.04,
-        "teacher": {"name": "base", "api_key": "sk-something-secret"},
+        "teacher": {
+            "name": "base",
+            "api_key": "sk-something-secret",
+            "base_url": "http://me:open-sesame@teacher:8000/v1",
+        },
         "tags": ["a", "b"],
         "none": None,
     }
 )
+
+SECRETS = ["teacher.api_key=sk-something-secret", "teacher.base_url=http://me:open-sesame@teacher:8000/v1"]
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +74,7 @@ def head(path):
 
 
 def test_the_offline_file_holds_the_run(run, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train", "teacher.api_key=sk-something-secret"])
+    monkeypatch.setattr(sys, "argv", ["train", *SECRETS])
     logger = WandbLogger(project="p", group="g", tags=["t"])
     found = logged(logger, run, [1, 2], failed=True)
     assert logger.location.startswith("wandb sync ")
@@ -83,6 +89,7 @@ def test_the_offline_file_holds_the_run(run, monkeypatch):
     assert config["beta"] == 0.04
     assert config["teacher.name"] == "base"
     assert config["teacher.api_key"] == "***"
+    assert config["teacher.base_url"] == "http://***@teacher:8000/v1"
     assert config["tags"] == ["a", "b"]
 
     rows = wandb_records.history(found)
@@ -105,7 +112,10 @@ def test_the_offline_file_holds_the_run(run, monkeypatch):
     (report,) = [artifact for artifact in artifacts if artifact.type == "report"]
     assert [item.path for item in report.manifest.contents] == ["config.yaml"]
     assert wandb_records.exits(found)[0].exit_code == 1
-    assert all(b"sk-something-secret" not in path.read_bytes() for path in run.path.rglob("*") if path.is_file())
+    written = [path.read_bytes() for path in run.path.rglob("*") if path.is_file()]
+    assert written
+    for secret in (b"sk-something-secret", b"open-sesame"):
+        assert not any(secret in content for content in written)
 
 
 def test_a_resumed_run_is_the_same_run_and_each_step_is_in_it_once(run):
