@@ -4,7 +4,7 @@ The other processes have a record that does nothing, so that no other code has t
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,9 @@ class NoRecord:
         """Shows the configuration and the plan, and lists the rows of the data that were skipped."""
         self.begun = True
 
-    def callbacks(self, parts: Parts, tokens: GeneratedTokens, budget: Budget) -> list[TrainerCallback]:
+    def callbacks(
+        self, parts: Parts, tokens: GeneratedTokens, budget: Budget, interrupted: Callable[[], bool]
+    ) -> list[TrainerCallback]:
         """The callbacks that record the training."""
         return []
 
@@ -131,7 +133,9 @@ class Record(NoRecord):
                 f"{len(parts.data.bad_rows)} bad rows skipped, listed in {self.folder.path / 'bad_rows.jsonl'}"
             )
 
-    def callbacks(self, parts: Parts, tokens: GeneratedTokens, budget: Budget) -> list[TrainerCallback]:
+    def callbacks(
+        self, parts: Parts, tokens: GeneratedTokens, budget: Budget, interrupted: Callable[[], bool]
+    ) -> list[TrainerCallback]:
         self._recorder.tokens, self._recorder.budget, shown = tokens, budget, self.run.show
         table = StepTable(self.screen, lambda: tokens.count, shown.table_rows, budget)
         self._at_end.callback(table.close)
@@ -140,7 +144,8 @@ class Record(NoRecord):
             self._monitor = MonitorCallback(parts.monitors, self.folder, self.screen)
             callbacks.append(self._monitor)
         kept = shown.completions_every, shown.completions_kept, shown.completions_printed
-        return [*callbacks, CompletionsCallback(self._recorder, self.screen, lambda: self._rows, *kept)]
+        sampled = CompletionsCallback(self._recorder, self.screen, lambda: self._rows, *kept, interrupted=interrupted)
+        return [*callbacks, sampled]
 
     def busy(self, word: str) -> AbstractContextManager[object]:
         return self.screen.status(word) if self.screen.is_terminal else nullcontext()
