@@ -146,6 +146,12 @@ class RolloutTrainer(GRPOTrainer):
 
     # ---- completions ----
 
+    def _generate(self, prompts: list) -> Any:
+        """All turns, or those of the user's own rollout function: either knows what the student was asked first."""
+        generated = super()._generate(prompts)
+        self._rollouts.prompt_ids = generated[0]
+        return generated
+
     def _generate_single_turn(
         self, prompt_ids: list, images: Any, multimodal_fields: Any, num_generations: int, *args: Any, **kwargs: Any
     ) -> Any:
@@ -153,12 +159,11 @@ class RolloutTrainer(GRPOTrainer):
         asked: list[list[int]] = prompt_ids
         generating: AbstractContextManager[None] = nullcontext()
         demonstrated = [False] * len(prompt_ids)
-        if not rollouts.prompt_ids:  # later turns, after a tool was called, come with a part of the rows
-            rollouts.prompt_ids = prompt_ids
-            if training:
-                demonstrated = rollouts.demonstrated = self._demonstrated(len(prompt_ids), num_generations)
+        # Later turns, after a tool was called, come with a part of the rows; then all are the student's own.
+        if training and self.rollout.on_policy_fraction < 1:
+            demonstrated = rollouts.demonstrated = self._demonstrated(len(prompt_ids), num_generations)
         if training and self.rollout.from_teacher:
-            asked, generating = self._as_the_teacher_is_asked(rollouts), self._generating()
+            asked, generating = self._as_the_teacher_is_asked(rollouts, prompt_ids), self._generating()
         sampled = self._in_step([i for i, taken in enumerate(demonstrated) if not taken], len(prompt_ids))
         written: list[list[int]] = []
         logprobs = None
@@ -196,8 +201,6 @@ class RolloutTrainer(GRPOTrainer):
 
     def _demonstrated(self, count: int, num_generations: int) -> list[bool]:
         fraction, first = self.rollout.on_policy_fraction, self.accelerator.process_index * count
-        if fraction == 1:
-            return [False] * count
         groups = range(first // num_generations, (first + count - 1) // num_generations + 1)
         chosen = demonstrated_groups(fraction, groups, seed=self.args.seed, micro_batch=self._step)
         return [chosen[(first + i) // num_generations - groups.start] for i in range(count)]
@@ -213,12 +216,12 @@ class RolloutTrainer(GRPOTrainer):
     def _generating(self) -> AbstractContextManager[None]:
         return BaseTeacher().generating() if self.teacher is None else self.teacher.generating()
 
-    def _as_the_teacher_is_asked(self, rollouts: Rollouts) -> list[list[int]]:
+    def _as_the_teacher_is_asked(self, rollouts: Rollouts, prompt_ids: list[list[int]]) -> list[list[int]]:
         """The teacher's prompts as token ids; the student's own where the teacher is shown nothing."""
         assert self.teacher is not None
         prompts = self.teacher.prompts(rollouts, self._tokenizer)
         ids = self._teacher_prompt_ids(prompts)
-        return [own if p is None else i for own, p, i in zip(rollouts.prompt_ids, prompts, ids, strict=True)]
+        return [own if p is None else i for own, p, i in zip(prompt_ids, prompts, ids, strict=True)]
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any

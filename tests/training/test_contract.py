@@ -23,6 +23,7 @@ OVERRIDDEN = {
     "_generate_and_score_completions": ["self", "inputs"],
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     "_compute_loss": ["self", "model", "inputs"],
+    "_generate": ["self", "prompts"],
     "_generate_single_turn": ["self", "prompt_ids", "images", "multimodal_fields", "num_generations"],
     "_get_per_token_logps_and_entropies": ["self", "model"],
     "_get_train_sampler": ["self", "dataset"],
@@ -100,6 +101,7 @@ def test_the_student_is_sharded_before_its_checkpoint_is_loaded() -> None:
 ORDER = [
     "_prepare_inputs",
     "_generate_and_score_completions",
+    "_generate",
     "_tokenize_prompts",
     "_generate_single_turn",
     "_get_per_token_logps_and_entropies of the policy",
