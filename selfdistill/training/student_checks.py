@@ -26,9 +26,8 @@ if TYPE_CHECKING:
 
 WHOSE = "The student"
 NOT_ASKED = (
-    "No process has the whole of the weights (ZeRO-3), so that what the losses compute of the model could not be "
-    "compared with what it says itself. Where its architecture is not in docs/ARCHITECTURES.md, let one process compare "
-    "them first, without DeepSpeed: dry_run=true."
+    "The student was divided among the processes as it was loaded (ZeRO-3), so that what the losses compute of it could "
+    "not be compared with what it says itself. Load it before the GRPOConfig is made: then each process has it whole."
 )
 IMAGES = ("image", "images")
 
