@@ -73,8 +73,13 @@ class NoRecord:
     def evaluation(self, step: int, metrics: dict[str, float], items: Sequence[Item]) -> None:
         """Enters an evaluation, its metrics and its rows; later ones are compared with that of step 0."""
 
-    def kept(self, metric: str, step: int | None, value: float | None) -> None:
-        """Says which step's weights become the model, where the best ones by a metric were asked for."""
+    def kept(self, metric: str, step: int | None, value: float | None, damaged: str | None = None) -> None:
+        """Says which step's weights become the model, where the best ones by a metric were asked for.
+
+        Args:
+            step: None where it is the last one.
+            damaged: what is wrong with the best one's checkpoint, where that is the reason.
+        """
 
     def rollouts(self, parts: Parts, rollouts: Rollouts) -> None:
         """Keeps a step's completions, of all processes; the first ones are written to prompts.md."""
@@ -157,9 +162,10 @@ class Record(NoRecord):
             self.folder.update_summary(eval={"before": metrics}, step=0)
         self.screen.print_line(console.evaluation_line(step, metrics))
 
-    def kept(self, metric: str, step: int | None, value: float | None) -> None:
+    def kept(self, metric: str, step: int | None, value: float | None, damaged: str | None = None) -> None:
         if step is None or value is None:
-            self.screen.print(f"no step was better than the others by {metric}: model/ is that of the last one")
+            because = f"warning: the best by {metric}, {damaged}" if damaged else f"no step was better than the others by {metric}"
+            self.say([f"{because}: model/ is that of the last one"])
             return
         self.folder.update_summary(best={"metric": metric, "step": step, "value": value})
         self.screen.print(f"model/ is that of step {step}, the best by {metric}: {value:.3f}")

@@ -235,8 +235,8 @@ class Session:
         self.folder.check()
         best = None
         if self.run.keep_best is not None and not interrupted:
-            best = load_best(trainer, self.folder.path)
-            self.record.kept(self.run.keep_best, best, trainer.state.best_metric)
+            best, damaged = load_best(trainer, self.folder.path, self.processes)
+            self.record.kept(self.run.keep_best, best, trainer.state.best_metric, damaged)
         draft = self.processes.share(draft_of(self.folder.path / MODEL))
         trainer.save_model(str(draft))
         self.record.save_model(parts, draft)
