@@ -399,8 +399,9 @@ class RolloutTrainer(GRPOTrainer):
             checkpoints.remove(folder)  # half-written, or damaged
         self.accelerator.wait_for_everyone()
         try:
-            super()._save_checkpoint(model, trial)
-            checkpoints.save(folder, self)
+            with checkpoints.rotating_later(self):
+                super()._save_checkpoint(model, trial)
+                checkpoints.save(folder, self)
         except (OSError, RuntimeError, SafetensorError) as error:
             checkpoints.remove(folder)
             raise UserError(f"{folder.name} could not be written: {error}{disk_space(folder.parent)}") from error

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from selfdistill.runs.folder import RunFolder
 from selfdistill.runs.processes import Processes
 from selfdistill.training.checkpoints import mark
 from tests.command import command
+from tests.training.naive import by_length, make
 
 RUN = [
     "hardware=cpu", "logger=none", "completions_per_step=4", "num_generations=2", "rollout.max_completion_tokens=4",
@@ -70,13 +70,13 @@ def test_the_last_weights_stay_where_the_best_are_damaged(harm: str | None, tmp_
         (checkpoint / "model.safetensors").write_bytes(b"wei")
     if harm == "gone":
         shutil.rmtree(checkpoint)
-    trainer: Any = SimpleNamespace(
-        state=TrainerState(best_global_step=2, global_step=4), _load_best_model=lambda: loaded.append(1)
-    )
+    trainer, _ = make(tmp_path / "trainer", reward_funcs=by_length)
+    trainer.state.best_global_step, trainer.state.global_step = 2, 4
+    trainer._load_best_model = lambda: loaded.append(1)
     wrong = {"cut": "model.safetensors has 3 bytes instead of 7", "gone": "complete cannot be read"}
     expected = (None, f"checkpoint-2 is damaged: {wrong[harm]}") if harm else (2, None)
     assert load_best(trainer, tmp_path, Processes(cpu=True)) == expected
-    assert loaded == [] if harm else [1]
+    assert loaded == ([] if harm else [1])
 
 
 @pytest.mark.long
