@@ -62,6 +62,8 @@ class RolloutTrainer(GRPOTrainer):
     aux_loss_enabled: bool
     chat_template_kwargs: dict[str, Any]
     tools: list[Any]
+    _env_tools: dict[str | None, list[Any]]
+    _batch_environments: list[str | None]
     reward_funcs: list[Any]
     reward_func_names: list[str]
     reward_processing_classes: list[Any]
@@ -279,9 +281,13 @@ class RolloutTrainer(GRPOTrainer):
         return rewards
 
     def _tokenize_prompts(self, prompts: list) -> Any:
-        if self._is_vlm or self.environment_factories is not None:
+        if self._is_vlm:
             return super()._tokenize_prompts(prompts)
-        return self._encode(prompts, self.chat_template_kwargs), None, {}
+        if self.environment_factories is None:
+            return self._encode(prompts, self.chat_template_kwargs), None, {}
+        tools = [self._env_tools[name] or None for name in self._batch_environments]  # each has its own
+        asked = zip(prompts, tools, strict=True)
+        return [self._encode([p], {**self.chat_template_kwargs, "tools": t})[0] for p, t in asked], None, {}
 
     def _encode(self, prompts: Sequence[Prompt], template_kwargs: Mapping[str, Any]) -> list[list[int]]:
         # `or None`: some templates write about tools where there is an empty list of them.

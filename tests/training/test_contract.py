@@ -142,6 +142,12 @@ def test_trl_calls_the_hooks_in_this_order(tmp_path: Path, monkeypatch: pytest.M
     assert called[: len(ORDER)] == ORDER, f"trl {trl.__version__} calls the hooks in another order"
 
 
+def test_environments_state_is_read_where_it_was() -> None:
+    source = inspect.getsource(trl.GRPOTrainer._tokenize_prompts)
+    assert "self._env_tools[name] or None" in source
+    assert "zip(prompts, self._batch_environments, strict=True)" in source
+
+
 RUNS: dict[str, dict] = {
     "grpo": {"args": {"beta": 0.04, "learning_rate": 0.5}, "reward_funcs": by_length},
     "sdft": {"teacher": Teacher(Ema(), Hint()), "distillation": Distillation(alpha=0.0)},
