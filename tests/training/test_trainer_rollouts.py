@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -277,6 +278,27 @@ def test_off_policy_rows_beside_vllm(fraction: float, tmp_path: Path) -> None:
     trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, FakeVllm(), -1
     trainer.train()
     assert logged(trainer, "cross_entropy")[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("vllm", "processes", "own", "of_any", "sampled"),
+    [
+        (False, 2, [1, 3], 3, [1, 3]),
+        (False, 2, [], 3, [0]),  # this process has nothing to sample, and takes part
+        (False, 2, [], 0, []),
+        (True, 2, [1], 3, [0, 1, 2, 3]),  # vLLM wants as many rows from each
+        (True, 2, [], 3, [0, 1, 2, 3]),
+        (True, 2, [], 0, []),
+        (True, 1, [1], 1, [1]),
+    ],
+)
+def test_rows_are_sampled_wherever_another_process_samples(
+    vllm: bool, processes: int, own: list[int], of_any: int, sampled: list[int], tmp_path: Path
+) -> None:
+    trainer, _ = make(tmp_path, rollout=RolloutSource(on_policy_fraction=0.5, cross_entropy_weight=1.0))
+    trainer.use_vllm, trainer.most_of_any_process = vllm, lambda count: max(count, of_any)
+    trainer.accelerator = SimpleNamespace(num_processes=processes)
+    assert trainer._in_step(own, 4) == sampled
 
 
 def test_prompt_ids_are_those_of_the_first_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
