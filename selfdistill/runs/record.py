@@ -164,7 +164,11 @@ class Record(NoRecord):
 
     def kept(self, metric: str, step: int | None, value: float | None, damaged: str | None = None) -> None:
         if step is None or value is None:
-            because = f"warning: the best by {metric}, {damaged}" if damaged else f"no step was better than the others by {metric}"
+            because = (
+                f"warning: the best by {metric}, {damaged}"
+                if damaged
+                else f"no step was better than the others by {metric}"
+            )
             self.say([f"{because}: model/ is that of the last one"])
             return
         self.folder.update_summary(best={"metric": metric, "step": step, "value": value})

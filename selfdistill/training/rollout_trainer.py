@@ -63,7 +63,7 @@ class RolloutTrainer(GRPOTrainer):
     chat_template_kwargs: dict[str, Any]
     tools: list[Any]
     _env_tools: dict[str | None, list[Any]]
-    _batch_environments: list[str | None]
+    _batch_environments: list[Any]
     reward_funcs: list[Any]
     reward_func_names: list[str]
     reward_processing_classes: list[Any]

@@ -176,7 +176,9 @@ class Talkative(Room):
 
 @pytest.mark.usefixtures("_environments_may_be_tried")
 def test_what_an_environment_says_stays_in_the_users_turn_and_its_tools_are_offered(tmp_path: Path) -> None:
-    trainer, batches = make(tmp_path, args={"max_steps": 1}, environment_factory=Talkative, processing_class=with_tools())
+    trainer, batches = make(
+        tmp_path, args={"max_steps": 1}, environment_factory=Talkative, processing_class=with_tools()
+    )
     trainer.train()
     special = set(tiny_tokenizer().all_special_ids)
     for ids in batches[0].prompts:
