@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 WHOSE = "The student"
 NOT_ASKED = (
     "The student was divided among the processes as it was loaded (ZeRO-3), so that what the losses compute of it "
-    "could not be compared with what it says itself. Load it before the GRPOConfig is made: then each process has it whole."
+    "could not be compared with what it says itself. Load it before the GRPOConfig is made: then each has it whole."
 )
 IMAGES = ("image", "images")
 
