@@ -4,6 +4,7 @@ import io
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -18,6 +19,7 @@ from selfdistill.machine.hardware import Accelerator, Gpu
 from selfdistill.machine.packages import CONFLICTS, Facts, check_packages, known_conflicts, unmet_requirements
 from selfdistill.machine.served_teacher import check_server
 from selfdistill.models.loading import load_model
+from selfdistill.rewards import sandbox
 from selfdistill.runs.loggers import WandbLogger
 from selfdistill.teachers.server import ServerTeacher
 from tests.command import command, composed
@@ -283,6 +285,23 @@ def test_the_command_prints_the_table_and_says_by_its_code_whether_all_is_well(
     outcome = command(["hardware=gpu_24gb"], tmp_path, doctor)
     assert outcome.code == 1
     assert "1 error, " in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("found", "state", "said", "advice"),
+    [
+        ("bwrap: no permission", "warning", "bwrap: no permission", "install bubblewrap, or name a server"),
+        (SimpleNamespace(name="bubblewrap (/usr/bin/bwrap)"), "ok", "bubblewrap (/usr/bin/bwrap)", ""),
+    ],
+)
+def test_it_says_what_would_run_code(
+    found: Any, state: str, said: str, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox, "bubblewrap", lambda: found)
+    cfg = composed()
+    line = doctor.diagnose(cfg, config.check(cfg))[-1]
+    assert (line.what, line.state, line.found) == ("sandbox for code", state, said)
+    assert advice in line.advice
 
 
 def test_a_logger_that_is_derived_from_the_one_of_wandb_needs_its_login(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from selfdistill.models.loading import load_model
 from tests.reference import ROOT
 
 
@@ -26,6 +27,15 @@ def test_basic(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("basic_sdpo.py", "--steps", "2", "--output", str(tmp_path))
     assert (tmp_path / "model.safetensors").exists()
     assert str(tmp_path) in capsys.readouterr().out
+
+
+def test_basic_with_a_model_of_ones_own(run, tmp_path: Path) -> None:
+    """Where there is no GPU it trains on the CPU."""
+    model, tokenizer = load_model(name="embedded", tuning="full")
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "mine")
+    run("basic_sdpo.py", "--steps", "1", "--model", str(tmp_path / "mine"), "--output", str(tmp_path / "out"))
+    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_rich_feedback(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

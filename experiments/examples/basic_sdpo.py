@@ -12,6 +12,7 @@ import json
 from importlib import resources
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from trl import GRPOConfig
 
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--output", default="outputs/basic_sdpo")
     options = parser.parse_args()
-    embedded = options.model == "embedded"
+    embedded, cpu = options.model == "embedded", not torch.cuda.is_available()
     model, tokenizer = load_model(name=options.model, tuning="full")
     args = GRPOConfig(
         output_dir=options.output,
@@ -54,8 +55,8 @@ def main() -> None:
         learning_rate=3e-4 if embedded else 1e-5,
         lr_scheduler_type="constant",
         gradient_checkpointing=not embedded,
-        bf16=False if embedded else None,
-        use_cpu=embedded,
+        bf16=False if embedded or cpu else None,
+        use_cpu=embedded or cpu,
         logging_steps=5,
         save_strategy="no",
         report_to="none",

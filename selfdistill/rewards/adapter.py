@@ -60,8 +60,7 @@ class AsyncAdaptedReward(AdaptedReward):
 def _take_rollouts(columns: dict[str, Any]) -> Rollouts:
     """Takes the batch out of its column, and adds to the columns what is known of it beyond the dataset."""
     rollouts: Rollouts = columns.pop(ROLLOUTS)[0]
-    if rollouts.prompt_ids:  # unknown where the user's own rollout function made the batch
-        columns["prompt_ids"] = rollouts.prompt_ids
+    columns["prompt_ids"] = rollouts.prompt_ids
     if rollouts.policy_logps is not None:
         rows = zip(rollouts.policy_logps, rollouts.completion_ids, strict=True)
         columns["policy_logprobs"] = [logps[: len(ids)] for logps, ids in rows]

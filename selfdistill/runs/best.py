@@ -14,7 +14,8 @@ from selfdistill.errors import UserError
 from selfdistill.evaluation.monitors import standard_names
 from selfdistill.goals import is_more_better
 from selfdistill.runs.folder import RunFolder
-from selfdistill.training.checkpoints import CHECKPOINTS
+from selfdistill.runs.processes import Processes
+from selfdistill.training.checkpoints import CHECKPOINTS, damage
 from selfdistill.training.trainer import SelfDistillTrainer
 
 # A metric of every step is noisy: the mean of so many steps counts, and so many lie between two checkpoints.
@@ -70,20 +71,18 @@ class KeepBest(TrainerCallback):
             control.should_save = True
 
 
-def load_best(trainer: SelfDistillTrainer, run: Path) -> int | None:
+def load_best(trainer: SelfDistillTrainer, run: Path, processes: Processes) -> tuple[int | None, str | None]:
     """Puts the best checkpoint's weights into the model, unless they are there already.
 
     Returns:
-        its step; None where no step was better than others.
-
-    Raises:
-        UserError: the checkpoint is gone.
+        its step, None where the last weights stay; and what is wrong with its checkpoint, where that is the reason.
     """
     step = trainer.state.best_global_step
     if step and step != trainer.state.global_step:
         checkpoint = run / CHECKPOINTS / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        if not checkpoint.is_dir():
-            raise UserError(f"keep_best: the best checkpoint, {checkpoint}, is gone; model/ cannot be made of it.")
+        wrong = processes.share(damage(checkpoint) if processes.is_main else None)
+        if wrong is not None:  # a model that is not the best one is better than none, and than one of damaged weights
+            return None, f"{checkpoint.name} is damaged: {wrong}"
         trainer.state.best_model_checkpoint = str(checkpoint)
         trainer._load_best_model()
-    return step
+    return step, None

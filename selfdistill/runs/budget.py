@@ -48,6 +48,7 @@ class Budget(TrainerCallback, ExportableState):
         callbacks: Any = state.stateful_callbacks or {}
         kept = callbacks.get(type(self).__name__)
         self.spent_s = kept["attributes"]["spent_s"] if kept else 0.0
+        self._stop_if_spent(args, control)  # where it was killed before its end could be written, it takes no more step
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._began = time.monotonic()
@@ -55,6 +56,9 @@ class Budget(TrainerCallback, ExportableState):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self._began is not None:
             self.spent_s += time.monotonic() - self._began
+        self._stop_if_spent(args, control)
+
+    def _stop_if_spent(self, args: TrainingArguments, control: TrainerControl) -> None:
         # The clocks of several processes differ, and all must end at the same step.
         if self._limits() and greatest_of_all_processes(int(self.share >= 1), args):
             control.should_training_stop = True

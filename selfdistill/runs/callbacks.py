@@ -144,6 +144,7 @@ class CompletionsCallback(TrainerCallback):
         every_steps: steps between; 0: only the first and the last.
         keep: completions kept each time.
         show: completions printed each time.
+        interrupted: whether the training ends before its time.
     """
 
     def __init__(
@@ -154,9 +155,10 @@ class CompletionsCallback(TrainerCallback):
         every_steps: int = 20,
         keep: int = 16,
         show: int = 3,
+        interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
         self.record, self.console, self.rows = record, console, rows
-        self.every_steps, self.keep, self.show = every_steps, keep, show
+        self.every_steps, self.keep, self.show, self.interrupted = every_steps, keep, show, interrupted
         self._kept: int | None = None  # the step whose completions were kept last
         self._sampled_before: Rows = []  # by the process that a resumed run goes on from
 
@@ -190,7 +192,7 @@ class CompletionsCallback(TrainerCallback):
         return kept is None or bool(self.every_steps and step // self.every_steps > kept // self.every_steps)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step >= state.max_steps:  # an interrupted run is resumed, and then has what an unbroken one has
+        if not self.interrupted():  # such a run is resumed, and then has what an unbroken one has
             self._keep(state.global_step)
 
     def _keep(self, step: int) -> None:
@@ -301,4 +303,4 @@ class MainDecides(TrainerCallback):
             broadcast_object_list(decision)
         )
 
-    on_evaluate = on_log
+    on_train_begin = on_evaluate = on_log

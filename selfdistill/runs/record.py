@@ -4,7 +4,7 @@ The other processes have a record that does nothing, so that no other code has t
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,9 @@ class NoRecord:
         """Shows the configuration and the plan, and lists the rows of the data that were skipped."""
         self.begun = True
 
-    def callbacks(self, parts: Parts, tokens: GeneratedTokens, budget: Budget) -> list[TrainerCallback]:
+    def callbacks(
+        self, parts: Parts, tokens: GeneratedTokens, budget: Budget, interrupted: Callable[[], bool]
+    ) -> list[TrainerCallback]:
         """The callbacks that record the training."""
         return []
 
@@ -71,8 +73,13 @@ class NoRecord:
     def evaluation(self, step: int, metrics: dict[str, float], items: Sequence[Item]) -> None:
         """Enters an evaluation, its metrics and its rows; later ones are compared with that of step 0."""
 
-    def kept(self, metric: str, step: int | None, value: float | None) -> None:
-        """Says which step's weights become the model, where the best ones by a metric were asked for."""
+    def kept(self, metric: str, step: int | None, value: float | None, damaged: str | None = None) -> None:
+        """Says which step's weights become the model, where the best ones by a metric were asked for.
+
+        Args:
+            step: None where it is the last one.
+            damaged: what is wrong with the best one's checkpoint, where that is the reason.
+        """
 
     def rollouts(self, parts: Parts, rollouts: Rollouts) -> None:
         """Keeps a step's completions, of all processes; the first ones are written to prompts.md."""
@@ -131,7 +138,9 @@ class Record(NoRecord):
                 f"{len(parts.data.bad_rows)} bad rows skipped, listed in {self.folder.path / 'bad_rows.jsonl'}"
             )
 
-    def callbacks(self, parts: Parts, tokens: GeneratedTokens, budget: Budget) -> list[TrainerCallback]:
+    def callbacks(
+        self, parts: Parts, tokens: GeneratedTokens, budget: Budget, interrupted: Callable[[], bool]
+    ) -> list[TrainerCallback]:
         self._recorder.tokens, self._recorder.budget, shown = tokens, budget, self.run.show
         table = StepTable(self.screen, lambda: tokens.count, shown.table_rows, budget)
         self._at_end.callback(table.close)
@@ -140,7 +149,8 @@ class Record(NoRecord):
             self._monitor = MonitorCallback(parts.monitors, self.folder, self.screen)
             callbacks.append(self._monitor)
         kept = shown.completions_every, shown.completions_kept, shown.completions_printed
-        return [*callbacks, CompletionsCallback(self._recorder, self.screen, lambda: self._rows, *kept)]
+        sampled = CompletionsCallback(self._recorder, self.screen, lambda: self._rows, *kept, interrupted=interrupted)
+        return [*callbacks, sampled]
 
     def busy(self, word: str) -> AbstractContextManager[object]:
         return self.screen.status(word) if self.screen.is_terminal else nullcontext()
@@ -152,9 +162,14 @@ class Record(NoRecord):
             self.folder.update_summary(eval={"before": metrics}, step=0)
         self.screen.print_line(console.evaluation_line(step, metrics))
 
-    def kept(self, metric: str, step: int | None, value: float | None) -> None:
+    def kept(self, metric: str, step: int | None, value: float | None, damaged: str | None = None) -> None:
         if step is None or value is None:
-            self.screen.print(f"no step was better than the others by {metric}: model/ is that of the last one")
+            because = (
+                f"warning: the best by {metric}, {damaged}"
+                if damaged
+                else f"no step was better than the others by {metric}"
+            )
+            self.say([f"{because}: model/ is that of the last one"])
             return
         self.folder.update_summary(best={"metric": metric, "step": step, "value": value})
         self.screen.print(f"model/ is that of step {step}, the best by {metric}: {value:.3f}")

@@ -62,6 +62,7 @@ def resumed_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, c
                 f"{key} cannot be changed when a run is resumed: its configuration is in {cfg.resume}/config.yaml."
             )
     saved.resume, saved.check = cfg.resume, cfg.check
+    before = {key: saved.get(key) for key in LENGTH}
     longer = {key_of(override) for override in overrides}.intersection(LENGTH)
     if "max_steps" in longer:
         saved.max_steps, saved.epochs = cfg.max_steps, None
@@ -72,12 +73,12 @@ def resumed_config(cfg: DictConfig, overrides: list[str]) -> tuple[DictConfig, c
         checked = config.check(saved)
     except UserError as error:
         raise UserError(f"{cfg.resume}/config.yaml: {error}") from None
-    _check_unfinished(folder, checked, longer)
+    _check_unfinished(folder, checked, longer, before)
     return saved, checked
 
 
-def _check_unfinished(folder: RunFolder, run: config.Run, longer: Set[str]) -> None:
-    """A finished run is not trained any further, unless more steps are asked for."""
+def _check_unfinished(folder: RunFolder, run: config.Run, longer: Set[str], before: Mapping[str, Any]) -> None:
+    """A finished run is not trained any further, unless more is asked for than it had `before`."""
     status, step = folder.summary.get("status"), folder.summary.get("step") or 0
     if run.tasks and longer:
         raise UserError(f"{min(longer)} cannot be changed when a sequence of tasks goes on: it is that of every stage.")
@@ -95,16 +96,28 @@ def _check_unfinished(folder: RunFolder, run: config.Run, longer: Set[str]) -> N
             f"{folder.path} was stopped by a monitor at step {step}, and would be again. "
             "Start a new run with other monitors, for example monitors=default."
         )
-    if status == "finished" and (not longer or ("max_steps" in longer and run.max_steps == reached)):
+    if status == "finished" and not any(_is_more(key, run, before, reached) for key in longer):
+        unread = "max_steps" if before["epochs"] is not None else None
+        twice = [f"{key}={2 * limit}" for key, limit in before.items() if limit is not None and key != unread]
         raise UserError(
             f"{folder.path} is finished: all of its {step} steps are trained. To train more, ask for more in all: "
-            f"resume={folder.path} max_steps={2 * max(step, 1)}"
+            f"resume={folder.path} {' '.join(twice)}"
         )
     if status == "finished" and not checkpoints:
         raise UserError(
             f"{folder.path} is finished and kept no checkpoint to go on from (training.checkpoint_every=0). Start a "
             f"new run from its model: model.name={folder.path / MODEL}"
         )
+
+
+def _is_more(key: str, run: config.Run, before: Mapping[str, Any], reached: int) -> bool:
+    """Whether a finished run could train more with this key of LENGTH, which is given anew, than it did `before`."""
+    now, had = getattr(run, key), before[key]
+    if key == "max_steps":
+        had = max(reached, had or 0) if before["epochs"] is None else reached
+    if now is None or had is None:  # a budget that there was not before only takes away; epochs replace max_steps
+        return now is None or key == "epochs"
+    return bool(now > had)
 
 
 def whole_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
@@ -152,7 +165,10 @@ class Session:
         """Shows the plan, evaluates the start, and puts the callbacks in place."""
         trainer = parts.trainer
         self.record.begin(parts)
-        callbacks = [self._tokens, self._budget, *self.record.callbacks(parts, self._tokens, self._budget)]
+        recording = self.record.callbacks(
+            parts, self._tokens, self._budget, interrupted=lambda: self.interruption.requested
+        )
+        callbacks = [self._tokens, self._budget, *recording]
         if parts.evaluator is not None and self.run.eval is not None:
             self._evaluations = Evaluations(
                 parts.evaluator,
@@ -219,8 +235,8 @@ class Session:
         self.folder.check()
         best = None
         if self.run.keep_best is not None and not interrupted:
-            best = load_best(trainer, self.folder.path)
-            self.record.kept(self.run.keep_best, best, trainer.state.best_metric)
+            best, damaged = load_best(trainer, self.folder.path, self.processes)
+            self.record.kept(self.run.keep_best, best, trainer.state.best_metric, damaged)
         draft = self.processes.share(draft_of(self.folder.path / MODEL))
         trainer.save_model(str(draft))
         self.record.save_model(parts, draft)

@@ -9,7 +9,7 @@ import random
 import shutil
 import zlib
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl.trainer.utils import RepeatSampler
 
 from selfdistill.errors import UserError
@@ -223,6 +223,23 @@ def save(folder: Path, trainer: Any) -> None:
     tensors = {} if trainer.teacher is None else trainer.teacher.state_dict()
     if tensors and (accelerator.is_main_process or trainer.sharded):
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / _teacher_file(trainer))
+
+
+@contextmanager
+def rotating_later(trainer: Any) -> Iterator[None]:
+    """Lets transformers delete old checkpoints, as `save_total_limit` has it, once ours is written too.
+
+    It would do so before the teacher and the rollouts are in the new one, without which nothing can go on.
+    """
+    args, limit = trainer.args, trainer.args.save_total_limit
+    args.save_total_limit = None
+    try:
+        yield
+    finally:
+        args.save_total_limit = limit
+    trainer.accelerator.wait_for_everyone()
+    if args.should_save:
+        rotate_checkpoints(args.output_dir, limit, trainer.state.best_model_checkpoint, use_mtime=True)
 
 
 def restore(folder: Path, trainer: Any) -> None:

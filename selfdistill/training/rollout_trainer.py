@@ -62,6 +62,8 @@ class RolloutTrainer(GRPOTrainer):
     aux_loss_enabled: bool
     chat_template_kwargs: dict[str, Any]
     tools: list[Any]
+    _env_tools: dict[str | None, list[Any]]
+    _batch_environments: list[Any]
     reward_funcs: list[Any]
     reward_func_names: list[str]
     reward_processing_classes: list[Any]
@@ -146,6 +148,12 @@ class RolloutTrainer(GRPOTrainer):
 
     # ---- completions ----
 
+    def _generate(self, prompts: list) -> Any:
+        """All turns, or those of the user's own rollout function: either knows what the student was asked first."""
+        generated = super()._generate(prompts)
+        self._rollouts.prompt_ids = generated[0]
+        return generated
+
     def _generate_single_turn(
         self, prompt_ids: list, images: Any, multimodal_fields: Any, num_generations: int, *args: Any, **kwargs: Any
     ) -> Any:
@@ -153,12 +161,11 @@ class RolloutTrainer(GRPOTrainer):
         asked: list[list[int]] = prompt_ids
         generating: AbstractContextManager[None] = nullcontext()
         demonstrated = [False] * len(prompt_ids)
-        if not rollouts.prompt_ids:  # later turns, after a tool was called, come with a part of the rows
-            rollouts.prompt_ids = prompt_ids
-            if training:
-                demonstrated = rollouts.demonstrated = self._demonstrated(len(prompt_ids), num_generations)
+        # Later turns, after a tool was called, come with a part of the rows; then all are the student's own.
+        if training and self.rollout.on_policy_fraction < 1:
+            demonstrated = rollouts.demonstrated = self._demonstrated(len(prompt_ids), num_generations)
         if training and self.rollout.from_teacher:
-            asked, generating = self._as_the_teacher_is_asked(rollouts), self._generating()
+            asked, generating = self._as_the_teacher_is_asked(rollouts, prompt_ids), self._generating()
         sampled = self._in_step([i for i, taken in enumerate(demonstrated) if not taken], len(prompt_ids))
         written: list[list[int]] = []
         logprobs = None
@@ -196,8 +203,6 @@ class RolloutTrainer(GRPOTrainer):
 
     def _demonstrated(self, count: int, num_generations: int) -> list[bool]:
         fraction, first = self.rollout.on_policy_fraction, self.accelerator.process_index * count
-        if fraction == 1:
-            return [False] * count
         groups = range(first // num_generations, (first + count - 1) // num_generations + 1)
         chosen = demonstrated_groups(fraction, groups, seed=self.args.seed, micro_batch=self._step)
         return [chosen[(first + i) // num_generations - groups.start] for i in range(count)]
@@ -213,12 +218,12 @@ class RolloutTrainer(GRPOTrainer):
     def _generating(self) -> AbstractContextManager[None]:
         return BaseTeacher().generating() if self.teacher is None else self.teacher.generating()
 
-    def _as_the_teacher_is_asked(self, rollouts: Rollouts) -> list[list[int]]:
+    def _as_the_teacher_is_asked(self, rollouts: Rollouts, prompt_ids: list[list[int]]) -> list[list[int]]:
         """The teacher's prompts as token ids; the student's own where the teacher is shown nothing."""
         assert self.teacher is not None
         prompts = self.teacher.prompts(rollouts, self._tokenizer)
         ids = self._teacher_prompt_ids(prompts)
-        return [own if p is None else i for own, p, i in zip(rollouts.prompt_ids, prompts, ids, strict=True)]
+        return [own if p is None else i for own, p, i in zip(prompt_ids, prompts, ids, strict=True)]
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, *args: Any, **kwargs: Any
@@ -276,9 +281,13 @@ class RolloutTrainer(GRPOTrainer):
         return rewards
 
     def _tokenize_prompts(self, prompts: list) -> Any:
-        if self._is_vlm or self.environment_factories is not None:
+        if self._is_vlm:
             return super()._tokenize_prompts(prompts)
-        return self._encode(prompts, self.chat_template_kwargs), None, {}
+        if self.environment_factories is None:
+            return self._encode(prompts, self.chat_template_kwargs), None, {}
+        tools = [self._env_tools[name] or None for name in self._batch_environments]  # each has its own
+        asked = zip(prompts, tools, strict=True)
+        return [self._encode([p], {**self.chat_template_kwargs, "tools": t})[0] for p, t in asked], None, {}
 
     def _encode(self, prompts: Sequence[Prompt], template_kwargs: Mapping[str, Any]) -> list[list[int]]:
         # `or None`: some templates write about tools where there is an empty list of them.
@@ -396,8 +405,9 @@ class RolloutTrainer(GRPOTrainer):
             checkpoints.remove(folder)  # half-written, or damaged
         self.accelerator.wait_for_everyone()
         try:
-            super()._save_checkpoint(model, trial)
-            checkpoints.save(folder, self)
+            with checkpoints.rotating_later(self):
+                super()._save_checkpoint(model, trial)
+                checkpoints.save(folder, self)
         except (OSError, RuntimeError, SafetensorError) as error:
             checkpoints.remove(folder)
             raise UserError(f"{folder.name} could not be written: {error}{disk_space(folder.parent)}") from error

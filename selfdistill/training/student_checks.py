@@ -25,11 +25,18 @@ if TYPE_CHECKING:
     from selfdistill.training.trainer import SelfDistillTrainer
 
 WHOSE = "The student"
+NOT_ASKED = (
+    "The student was divided among the processes as it was loaded (ZeRO-3), so that what the losses compute of it "
+    "could not be compared with what it says itself. Load it before the GRPOConfig is made: then each has it whole."
+)
 IMAGES = ("image", "images")
 
 
-def check_student(trainer: "SelfDistillTrainer", student: nn.Module) -> None:
+def check_student(trainer: "SelfDistillTrainer", student: nn.Module) -> list[str]:
     """Asks the unwrapped student about a few tokens, in each way in which the training will ask it.
+
+    Returns:
+        what could not be found out.
 
     Raises:
         UserError: the losses would see something else than the model's own predictions.
@@ -37,18 +44,21 @@ def check_student(trainer: "SelfDistillTrainer", student: nn.Module) -> None:
     check_precision(student)
     _check_text(trainer)
     tokenizer = trainer._tokenizer
-    if can_be_asked(student):
+    asked = can_be_asked(student)
+    if asked:
         check_padding(student, tokenizer, WHOSE)
         if trainer.teacher is not None or trainer.rollout.cross_entropy_weight:
             check_head(student, tokenizer, WHOSE)
         if trainer.has_policy_term:
             check_log_probs(student, tokenizer, _trls_pass(trainer), trainer.temperature, WHOSE)
-    told = is_told_positions(student)
-    if trainer.accelerator.num_processes > 1 and any(gather_object([told])) and not told:
+    own = [(asked, is_told_positions(student))]
+    everyones = gather_object(own) if trainer.accelerator.num_processes > 1 else own
+    told = any(told for _, told in everyones)
+    if told and not is_told_positions(student):
         tell_positions(student)  # a process that is still to get its weights follows the others
-        told = True
     if told and trainer.ref_model is not None:
         tell_positions(trainer.ref_model)
+    return [] if any(asked for asked, _ in everyones) else [NOT_ASKED]
 
 
 def _trls_pass(trainer: "SelfDistillTrainer") -> LogProbs:

@@ -91,7 +91,8 @@ class SelfDistillTrainer(RolloutTrainer):
         on_rollouts: called after every generation with the rollouts of all processes and with this process's tensors.
 
     Attributes:
-        findings: how student and teacher are asked and end differently, each with what to set; also logged as warnings.
+        findings: how student and teacher are asked and end differently, each with what to set, and what could not be
+            found out; also logged as warnings.
 
     Raises:
         UserError: a combination that cannot work.
@@ -164,13 +165,13 @@ class SelfDistillTrainer(RolloutTrainer):
         restore_adapter(student, adapter)
         if self.ref_model is not None and (self.accelerator.is_fsdp2 or not self.sharded):
             copy_weights(student, self.accelerator.unwrap_model(self.ref_model))
-        check_student(self, student)
+        self.findings = check_student(self, student)
         for reward in self.rewards:
             if isinstance(reward, AdaptedReward):
                 most = self.most_of_any_process if self.sharded else None
                 reward.bind(PolicyScorer(student, self._tokenizer, most_of_any_process=most))
         speaker = self._student()
-        self.findings = own_findings(speaker)
+        self.findings += own_findings(speaker)
         self._stop_at(speaker.ends)
         if teacher is not None:
             self._attach(teacher, student)

@@ -50,6 +50,7 @@ class Architecture:
         padding: `right` as it is, `told` where it gets its positions from us, or `refused`.
         head: whether our logits are the model's: `right` or `refused`.
         hybrid: whether a step with policy gradient and divergence is what it should be: `right` or `refused`.
+        auto: transformers' class that makes it.
     """
 
     config: str
@@ -57,6 +58,7 @@ class Architecture:
     padding: str = RIGHT
     head: str = RIGHT
     hybrid: str = RIGHT
+    auto: str = "AutoModelForCausalLM"
 
     def model(self) -> Any:
         """A random model with lively predictions, in evaluation mode."""
@@ -67,7 +69,7 @@ class Architecture:
         for name in DROPOUT:
             if hasattr(config, name):
                 setattr(config, name, 0.0)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        model = getattr(transformers, self.auto).from_config(config, dtype=torch.float32).eval()
         with torch.no_grad():
             for p in model.parameters():
                 # Norms that are all ones would hide what depends on positions.
@@ -156,6 +158,21 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "Mistral": Architecture(**shaped("MistralConfig", **WINDOW)),
     "Mixtral": Architecture(**shaped("MixtralConfig", num_local_experts=4, num_experts_per_tok=2)),
+    "Muse Glimmer (image and text)": Architecture(
+        "MuseGlimmerConfig",
+        {
+            "text_config": {
+                **SHAPE, **WINDOW, "vocab_size": len(tiny_tokenizer()), "pad_token_id": 0, "eos_token_id": 2,
+                "bos_token_id": None, "output_multiplier": 0.5, "final_logit_softcapping": 2.0,
+            },
+            "vision_config": {
+                "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                "pos_emb_height": 2, "pos_emb_width": 2, "patch_size": 2,
+            },
+            "out_hidden_size": 16, "projector_hidden_size": 16,
+        },
+        auto="AutoModelForImageTextToText",
+    ),
     "nanochat": Architecture(**shaped("NanoChatConfig", *NO_HEAD_DIM)),
     "Nemotron": Architecture(**shaped("NemotronConfig")),
     "Nemotron-H": Architecture(
@@ -230,7 +247,8 @@ does not hold is refused with the reason. The table is what was found for tiny r
   TRL's log-probabilities are not its own; none of these is.)
 
 Learned prompts (prompt tuning and its kind) are right too. A vision-language model is trained on text; data with images
-is refused where a teacher, cross-entropy or a reward that asks the policy would look at the text alone.
+is refused where a teacher, cross-entropy or a reward that asks the policy would look at the text alone. One that
+`AutoModelForCausalLM` does not load, such as Muse Glimmer, is given from Python.
 
 | architecture | padding | head | hybrid |
 |---|---|---|---|

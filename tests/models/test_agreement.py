@@ -12,6 +12,7 @@ from selfdistill import Distillation, RolloutSource, Teacher, UserError
 from selfdistill.models.agreement import can_be_asked, check_head, check_log_probs, check_padding, is_told_positions
 from selfdistill.rewards import InverseLoss
 from selfdistill.teachers.weights import Model
+from selfdistill.training import student_checks
 from tests.models.architectures import ARCHITECTURES
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training.naive import (
@@ -106,10 +107,17 @@ def test_log_probabilities_at_another_temperature_are_noticed() -> None:
         check_log_probs(model, tiny_tokenizer(), trls, 1.0, "The student")
 
 
-def test_weights_that_are_elsewhere_cannot_be_asked() -> None:
+def test_weights_that_are_elsewhere_cannot_be_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.device("meta"):
         assert not can_be_asked(torch.nn.Linear(2, 2))
     assert can_be_asked(tiny_model())
+    monkeypatch.setattr(student_checks, "can_be_asked", lambda _: False)  # as ZeRO-3 leaves it
+    trainer, _ = make(tmp_path, lively(), reward_funcs=by_length)
+    assert "could not be compared with what it says itself" in trainer.findings[0]
+
+
+def test_a_student_that_was_asked_leaves_no_finding(tmp_path: Path) -> None:
+    assert make(tmp_path, lively(), reward_funcs=by_length)[0].findings == []
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported for parameter efficient tuning:UserWarning")

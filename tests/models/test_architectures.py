@@ -89,7 +89,7 @@ def test_head(name: str) -> None:
     assert ARCHITECTURES[name].head == RIGHT
     check_head(model, tiny_tokenizer(), "The teacher")
     text = model.config.get_text_config()
-    text.output_multiplier = 2.0 * getattr(text, "output_multiplier", 1.0)  # read by our head, and not by the model
+    text.logit_scale = 2.0 * getattr(text, "logit_scale", 1.0)  # read by our head, and by no model after it is made
     with pytest.raises(UserError, match=f"The teacher is a {type(model).__name__}: its logits are not the product"):
         check_head(model, tiny_tokenizer(), "The teacher")
 

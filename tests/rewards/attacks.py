@@ -96,7 +96,13 @@ PROCESS = {
         "open({folder!r} + '/stray')",
     ),
     "a program by the module below subprocess": trying(
-        "import subprocess, time\nsubprocess.run(['/bin/sh', '-c', 'echo x > {folder}/stray'])",
+        "import os, time\nfrom _posixsubprocess import fork_exec\nread, write = os.pipe()\n"
+        "fork_exec([b'sh', b'-c', b'echo x > {folder}/stray'], [b'/bin/sh'], True, (write,), None, None,\n"
+        "    -1, -1, -1, -1, -1, -1, read, write, False, False, -1, None, None, None, -1, None, False)\ntime.sleep(0.3)",
+        "open({folder!r} + '/stray')",
+    ),
+    "a program by subprocess": trying(
+        "import subprocess\nsubprocess.run(['/bin/sh', '-c', 'echo x > {folder}/stray'])",
         "open({folder!r} + '/stray')",
     ),
     "a program by os.system": trying("import os", "os.system('echo x > {folder}/stray') == 0"),

@@ -1,10 +1,15 @@
 """Reward functions as the trainer calls them."""
 
 from functools import partial
+from logging import getLogger
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from selfdistill.rewards.adapter import ROLLOUTS, adapt
 from selfdistill.rollout import Rollouts
+from tests.training.naive import make
 
 
 def brevity(completions: list, limit: int, **_: Any) -> list[float]:
@@ -20,3 +25,13 @@ def test_what_hydra_makes_of_a_function_keeps_its_name_and_its_feedback() -> Non
     rollouts = Rollouts.of_rows([{"prompt": "a"}, {"prompt": "b"}], 1)
     assert reward(prompts=["a", "b"], completions=["xx", "xxx"], **{ROLLOUTS: [rollouts] * 2}) == [1.0, 0.0]
     assert rollouts.feedback == [None, "Be shorter."]
+
+
+@pytest.mark.parametrize("filtered", [True, False])
+def test_trl_does_not_print_the_rows_to_which_no_reward_applies(
+    filtered: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not filtered:  # it would, in every step
+        monkeypatch.setattr(getLogger("trl.trainer.grpo_trainer"), "filters", [])
+    make(tmp_path, args={"max_steps": 1}, reward_funcs=lambda completions, **_: [None] * len(completions))[0].train()
+    assert ("All reward functions returned None" in caplog.text) == (not filtered)

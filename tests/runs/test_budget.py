@@ -1,6 +1,7 @@
 """A training that ends when its seconds or tokens are spent."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -75,6 +76,16 @@ def test_a_budget_may_decide_alone() -> None:
         check(composed(["max_steps=null", "budget_tokens=10", "training.lr_scheduler_type=cosine"]))
 
 
+def test_a_run_whose_budget_is_spent_takes_no_step_more(clock: list[float]) -> None:
+    budget, control, kept = Budget(10.0, None, lambda: 0), TrainerControl(), TrainerState(stateful_callbacks=[])
+    kept.stateful_callbacks = {"Budget": {"attributes": {"spent_s": 9.0}}}
+    budget.on_train_begin(ARGS, kept, control)
+    assert not control.should_training_stop
+    kept.stateful_callbacks = {"Budget": {"attributes": {"spent_s": 10.0}}}
+    budget.on_train_begin(ARGS, kept, control)
+    assert control.should_training_stop
+
+
 @pytest.mark.long
 def test_a_run_ends_regularly_when_its_tokens_are_spent_also_after_an_interruption(tmp_path: Path) -> None:
     short = ["max_steps=null", "completions_per_step=8", "rollout.max_completion_tokens=4", "hardware=cpu"]
@@ -93,3 +104,20 @@ def test_a_run_ends_regularly_when_its_tokens_are_spent_also_after_an_interrupti
     summary = json.loads((run / "summary.json").read_text())
     assert summary["status"] == "finished"
     assert "eval/accuracy" in summary["eval"]["after"]
+    assert _steps(whole, "completions")[-1] == _steps(whole, "metrics")[-1]
+
+    # As a kill in the final evaluation leaves it: the checkpoint of the last step is whole, and nothing came after it.
+    before, last = {"before": summary["eval"]["before"]}, json.loads((whole / "summary.json").read_text())
+    (whole / "summary.json").write_text(json.dumps({**last, "status": "running", "eval": before}))
+    shutil.rmtree(whole / "model")
+    steps = _steps(whole, "metrics"), _steps(whole, "completions")
+    assert command(["resume=run-90"], tmp_path).code == 0
+    assert (_steps(whole, "metrics"), _steps(whole, "completions")) == steps
+    assert (whole / "model").is_dir()
+    refused = command(["resume=run-90", "budget_tokens=90"], tmp_path)
+    assert refused.code == 2
+    assert "is finished: all of its" in refused.err and "resume=run-90 budget_tokens=180" in refused.err
+
+
+def _steps(run: Path, log: str) -> list[int]:
+    return [json.loads(line)["step"] for line in (run / f"{log}.jsonl").read_text().splitlines()]

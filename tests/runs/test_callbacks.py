@@ -155,6 +155,19 @@ def test_completions_now_and_then_and_at_the_end(run, tmp_path, console):
     assert printed(console).count("completions at step") == 4
 
 
+@pytest.mark.parametrize(("interrupted", "steps"), [(False, [1, 3]), (True, [1])])
+def test_the_last_completions_are_kept_where_a_budget_or_a_monitor_decides(interrupted, steps, run, tmp_path, console):
+    rows = [{"prompt": "p", "completion": "c", "reward": 1.0, "advantage": 0.0}]
+    record = recording(run, NoLogger())
+    callback = CompletionsCallback(record, console, lambda: rows, interrupted=lambda: interrupted)
+    loop = Loop(tmp_path, [record, callback], max_steps=10**9)
+    loop.begin()
+    for _ in range(3):
+        loop.step(reward=1.0)
+    loop.call("on_train_end")
+    assert [line["step"] for line in run.completions()] == steps
+
+
 def test_a_resumed_run_keeps_completions_when_an_unbroken_one_would(run, tmp_path, console):
     rows = [{"prompt": "p", "completion": "c", "reward": 1.0, "advantage": 0.0}]
 

@@ -80,7 +80,7 @@ def test_the_record_of_other_processes_writes_nothing(tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in run.path.iterdir()}
     record, parts = NoRecord(RunFolder.open(run.path, write=False)), object.__new__(Parts)
     record.begin(parts)
-    assert record.callbacks(parts, GeneratedTokens(), Budget(None, None, lambda: 0)) == []
+    assert record.callbacks(parts, GeneratedTokens(), Budget(None, None, lambda: 0), lambda: False) == []
     with record.busy("evaluating"):
         record.evaluation(0, {"eval/accuracy": 1.0}, [])
     record.rollouts(parts, Rollouts([], [], []))

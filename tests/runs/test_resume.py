@@ -271,6 +271,17 @@ def test_a_finished_run_is_refused_or_given_more_steps(copied: Any) -> None:
     assert set(samples) == {1, 11}  # as an unbroken run: the first step and the last
 
 
+@pytest.mark.long
+def test_a_run_that_has_made_all_its_epochs_is_refused_or_given_more(copied: Any) -> None:
+    run = copied("epochs_and_best")
+    with pytest.raises(UserError, match=r"is finished: all of its 10 steps are trained.* epochs=5.0$"):
+        here([f"resume={run}", GRANT, "epochs=2.5"])
+    with pytest.raises(UserError, match=r"is finished"):  # a budget only takes away
+        here([f"resume={run}", GRANT, "budget_s=1000"])
+    here([f"resume={run}", GRANT, "epochs=3"])
+    assert [line["step"] for line in numbers(run)][-1] == 12
+
+
 @pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth", "model.safetensors", "rollouts-0.pt", "complete"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     name: str, copied: Any, unbroken: Any, monkeypatch: pytest.MonkeyPatch

@@ -52,3 +52,14 @@ def test_without_an_evaluation_no_empty_table_ends_the_run(tmp_path: Path) -> No
     assert outcome.code == 0, outcome.err
     assert "before and after" not in outcome.out and "metric" not in outcome.out
     assert "where everything lies" in outcome.out
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("typed", [[], ["experiment=sdpo", "max_steps=30"]], ids=["the default", "make demo"])
+def test_what_the_readme_runs_first_learns(typed: list[str], tmp_path: Path) -> None:
+    """As measured there: from .310 of the held-out questions to .895, and to .855."""
+    outcome = command([*typed, "logger=none", "hydra.run.dir=run"], tmp_path)
+    assert outcome.code == 0, outcome.err
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["step"] == (30 if typed else 100)
+    assert summary["eval"]["after"]["eval/accuracy"] > summary["eval"]["before"]["eval/accuracy"] + 0.1

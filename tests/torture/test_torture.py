@@ -1,6 +1,7 @@
 """A few of the faults of `make torture`, one of each kind: the rest of them is on docs/ROBUSTNESS.md."""
 
 import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -57,9 +58,13 @@ def test_the_tables_stand_between_their_markers(tmp_path: Path, monkeypatch: pyt
         assert f"<!-- {name} -->" in text and f"<!-- /{name} -->" in text
 
 
-OURS = ("kills", "signals", "damage", "disk")
-
-
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", torture.TORTURES)
 def test_every_torture_has_its_function(name: str) -> None:
-    assert callable(importlib.import_module(torture.TORTURES[name][1]).rows)
+    inspect.signature(importlib.import_module(torture.TORTURES[name][1]).rows).bind()  # it is called without arguments
+
+
+@pytest.mark.parametrize("name", torture.TORTURES)
+def test_no_table_of_the_page_is_empty(name: str) -> None:
+    between = torture.PAGE.read_text().partition(f"<!-- {name} -->")[2].partition(f"<!-- /{name} -->")[0]
+    rows = [line for line in between.splitlines() if line.startswith("|")]
+    assert len(rows) > len(["the names of the columns", "the line below them"])

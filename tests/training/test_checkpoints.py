@@ -5,7 +5,11 @@ from pathlib import Path
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from selfdistill import Teacher
+from selfdistill.teachers.weights import Ema
+from selfdistill.training import checkpoints
 from selfdistill.training.checkpoints import CompleteCallback, damage, mark, newest_checkpoint, remove, rotate
+from tests.training.naive import Hint, make
 
 
 def checkpoint(run: Path, step: int) -> Path:
@@ -71,6 +75,25 @@ def test_the_marker_goes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("selfdistill.training.checkpoints.shutil.rmtree", lambda *_, **__: None)  # as if killed there
     remove(folder)
     assert newest_checkpoint(tmp_path) is None
+
+
+def test_transformers_own_limit_waits_for_the_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user's `save_total_limit`, from Python: the checkpoint before is there until the new one has everything."""
+    there = []
+    save = checkpoints.save
+    monkeypatch.setattr(checkpoints, "save", lambda *given: there.append(names(tmp_path)) or save(*given))
+    args = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    trainer, _ = make(tmp_path, args=args, teacher=Teacher(Ema(), Hint()))
+    trainer.train()
+    one, two, three = (f"checkpoint-{step}" for step in (1, 2, 3))
+    assert there == [[one], [one, two], [two, three]]
+    assert names(tmp_path) == [three]
+    assert (tmp_path / three / "teacher.safetensors").is_file()
+    assert trainer.args.save_total_limit == 1
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
 
 
 def test_the_new_one_is_whole_before_the_old_one_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

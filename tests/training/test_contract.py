@@ -23,6 +23,7 @@ OVERRIDDEN = {
     "_generate_and_score_completions": ["self", "inputs"],
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     "_compute_loss": ["self", "model", "inputs"],
+    "_generate": ["self", "prompts"],
     "_generate_single_turn": ["self", "prompt_ids", "images", "multimodal_fields", "num_generations"],
     "_get_per_token_logps_and_entropies": ["self", "model"],
     "_get_train_sampler": ["self", "dataset"],
@@ -100,6 +101,7 @@ def test_the_student_is_sharded_before_its_checkpoint_is_loaded() -> None:
 ORDER = [
     "_prepare_inputs",
     "_generate_and_score_completions",
+    "_generate",
     "_tokenize_prompts",
     "_generate_single_turn",
     "_get_per_token_logps_and_entropies of the policy",
@@ -138,6 +140,12 @@ def test_trl_calls_the_hooks_in_this_order(tmp_path: Path, monkeypatch: pytest.M
     trainer, _ = make(tmp_path, teacher=Teacher(Ema(), Hint()), reward_funcs=by_length, args=args)
     trainer.train()
     assert called[: len(ORDER)] == ORDER, f"trl {trl.__version__} calls the hooks in another order"
+
+
+def test_environments_state_is_read_where_it_was() -> None:
+    source = inspect.getsource(trl.GRPOTrainer._tokenize_prompts)
+    assert "self._env_tools[name] or None" in source
+    assert "zip(prompts, self._batch_environments, strict=True)" in source
 
 
 RUNS: dict[str, dict] = {

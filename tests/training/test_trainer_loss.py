@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from selfdistill import Distillation, Teacher
+from selfdistill.losses.head import Head
 from selfdistill.teachers.weights import Base, Copy, Ema, Live, Model, TrustRegion
 from tests.command import sampled
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -143,7 +144,11 @@ def test_rollouts_for_two_steps_are_normalised_over_each(tmp_path: Path) -> None
     assert sum(logged(trainer, "loss")) == pytest.approx(2 * whole.item(), rel=1e-4)
 
 
-def test_importance_weights_on_rollouts_used_twice(tmp_path: Path) -> None:
+def test_importance_weights_on_rollouts_used_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No gradient goes through the weights, so the head's, the largest product of all, is made as often as without."""
+    made: list[int] = []
+    add_gradient = Head.add_gradient
+    monkeypatch.setattr(Head, "add_gradient", lambda *given, **out: made.append(1) or add_gradient(*given, **out))
     start, settings = lively(), Distillation(alpha=1.0, is_clip=1.01)
     args = {"num_iterations": 2, "learning_rate": 2.0}
     trainer, batches = make(tmp_path, frozen(start), args, teacher=Teacher(context=Hint()), distillation=settings)
@@ -156,6 +161,10 @@ def test_importance_weights_on_rollouts_used_twice(tmp_path: Path) -> None:
     for _ in range(2):
         sgd(student, distillation_loss(student, of(start), batch, settings, old=old), 2.0)
     assert_same_parameters(trainer.model, student, start, rtol=1e-5)
+    with_weights = len(made)
+    without = Distillation(alpha=1.0, is_clip=None)
+    make(tmp_path, start, args, teacher=Teacher(context=Hint()), distillation=without)[0].train()
+    assert with_weights == len(made) - with_weights > 0
 
 
 def test_hybrid_is_the_sum_of_its_terms_in_one_pass(tmp_path: Path) -> None:

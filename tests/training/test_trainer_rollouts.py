@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,6 @@ import torch
 from trl import GRPOConfig
 
 from selfdistill import Distillation, RolloutSource, Teacher, UserError
-from selfdistill.rollout import Rollouts
 from selfdistill.teachers.context import Feedback
 from selfdistill.teachers.weights import Ema, Model, TrustRegion
 from tests.tiny import tiny_tokenizer
@@ -280,12 +280,56 @@ def test_off_policy_rows_beside_vllm(fraction: float, tmp_path: Path) -> None:
     assert logged(trainer, "cross_entropy")[0] > 0
 
 
-def test_prompt_ids_are_those_of_the_first_turn(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("vllm", "processes", "own", "of_any", "sampled"),
+    [
+        (False, 2, [1, 3], 3, [1, 3]),
+        (False, 2, [], 3, [0]),  # this process has nothing to sample, and takes part
+        (False, 2, [], 0, []),
+        (True, 2, [1], 3, [0, 1, 2, 3]),  # vLLM wants as many rows from each
+        (True, 2, [], 3, [0, 1, 2, 3]),
+        (True, 2, [], 0, []),
+        (True, 1, [1], 1, [1]),
+    ],
+)
+def test_rows_are_sampled_wherever_another_process_samples(
+    vllm: bool, processes: int, own: list[int], of_any: int, sampled: list[int], tmp_path: Path
+) -> None:
+    trainer, _ = make(tmp_path, rollout=RolloutSource(on_policy_fraction=0.5, cross_entropy_weight=1.0))
+    trainer.use_vllm, trainer.most_of_any_process = vllm, lambda count: max(count, of_any)
+    trainer.accelerator = SimpleNamespace(num_processes=processes)
+    assert trainer._in_step(own, 4) == sampled
+
+
+def test_prompt_ids_are_those_of_the_first_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a tool was called TRL samples again, for the rows that called it and with longer prompts."""
-    trainer, _ = make(tmp_path, reward_funcs=by_length)
-    trainer._rollouts = Rollouts.of_rows([{"prompt": "a"}] * 4, 4)
-    first = [[5, 6], [5, 6], [5, 6], [5, 6]]
-    trainer._generate_single_turn(first, None, {}, 4)
-    trainer._generate_single_turn([[5, 6, 7, 8, 9]], None, {}, 4)
-    assert trainer._rollouts.prompt_ids == first
-    assert trainer._rollouts.demonstrated == [False] * 4
+    reward = NeedsPolicy()
+    trainer, batches = make(tmp_path, args={"max_steps": 1}, reward_funcs=reward)
+
+    def one_calls_a_tool(_: Any, __: Any, ids: list, texts: list, logprobs: Any, *___: Any) -> tuple:
+        trainer._generate_single_turn([[5, 6, 7, 8, 9]], None, {}, 4)
+        return [[1] * len(row) for row in ids], texts, ids, logprobs, 1, 0, []
+
+    def tokenised(prompts: list) -> Any:
+        trainer.tools = [len]  # from here on: the embedded model's template knows of no tools
+        return trainer._encode(prompts, {"tools": None}), None, {}
+
+    monkeypatch.setattr(trainer, "_tokenize_prompts", tokenised)
+    monkeypatch.setattr(trainer, "_tool_call_loop", one_calls_a_tool)
+    trainer.train()
+    assert reward.prompts == [batches[0].prompts]
+    assert trainer._rollouts.demonstrated == [False] * 8
+
+
+def test_prompt_ids_are_those_that_a_rollout_function_says_it_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    reward, asked = NeedsPolicy(), [[5, 6]] * 4 + [[7]] * 4
+
+    def answered(prompts: list, _: Any) -> dict[str, list]:
+        return {"prompt_ids": asked, "completion_ids": [[9, 2]] * len(prompts), "logprobs": [[-1.0] * 2] * len(prompts)}
+
+    trainer, batches = make(tmp_path, args={"max_steps": 1}, reward_funcs=reward, rollout_func=answered)
+    trainer.train()
+    assert reward.prompts == [asked] == [batches[0].prompts]
