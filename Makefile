@@ -124,6 +124,9 @@ deepspeed: .venv-deepspeed/.installed
 
 .venv-deepspeed/.installed: $(BIN)/.installed
 	$(call on_top,.venv-deepspeed,deepspeed==0.19.8 ninja,DeepSpeed)
+	# a minute of compiling, which the first run in two processes would wait for
+	-PATH="$$PWD/.venv-deepspeed/bin:$$PATH" TORCH_EXTENSIONS_DIR=.venv-deepspeed/extensions DS_ACCELERATOR=cpu \
+	  .venv-deepspeed/bin/python -c "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
 
 clean:
 	rm -rf $(VENV) .venv-vllm .venv-unsloth .venv-gguf .venv-lm-eval .venv-deepspeed build dist *.egg-info outputs

@@ -1,5 +1,7 @@
 """ZeRO-2 and ZeRO-3 in two processes on a CPU, as accelerate starts them: the numbers of one process."""
 
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +21,8 @@ ROWS = ["completions_per_step=16", "hardware.per_device_batch_size=8", "logger=n
 def launch() -> Iterator[Launcher]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "extensions"))  # which `make deepspeed` compiled
+        patch.setenv("PATH", f"{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}")  # where ninja is
         launcher = Launcher()
         yield launcher
         launcher.close()
