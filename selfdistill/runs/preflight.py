@@ -39,8 +39,8 @@ def prepare_imports(cfg: DictConfig) -> None:
     if read("hardware.vllm.mode") == "colocate":
         for name, value in COLOCATED.items():
             os.environ.setdefault(name, value)
-    if read("hardware.vllm.standby"):
-        os.environ.setdefault("UNSLOTH_VLLM_STANDBY", "1")
+        if read("hardware.vllm.standby"):
+            os.environ.setdefault("UNSLOTH_VLLM_STANDBY", "1")
     if read("model.loader") == "unsloth":
         import_unsloth()
 
