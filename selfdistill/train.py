@@ -70,9 +70,18 @@ def run(cfg: DictConfig) -> float | None:
 
 
 def _train(
-    cfg: DictConfig, run: config.Run, hydra_config: Any, begun: Callable[[RunFolder], None] = lambda folder: None
+    cfg: DictConfig,
+    run: config.Run,
+    hydra_config: Any,
+    begun: Callable[[RunFolder], None] = lambda folder: None,
+    ready: Callable[[Any], None] = lambda parts: None,
 ) -> None:
-    """One run, from its folder to its export."""
+    """One run, from its folder to its export.
+
+    Args:
+        begun: is given the folder.
+        ready: is given the parts, before the training.
+    """
     from selfdistill.runs import cards, plan, session
     from selfdistill.training.build import build
 
@@ -80,6 +89,7 @@ def _train(
     with session.recorded(cfg, run, hydra_config) as this:
         begun(this.folder)
         parts = build(run, this.folder.path, this.at_end)
+        ready(parts)
         parts.trainer.card = cards.card_of(asdict(run), this.folder, len(parts.data.train))
         this.begin(parts)
         this.train(parts)

@@ -381,11 +381,24 @@ def _check_unsloth(run: Run) -> None:
         raise UserError("model.loader=unsloth needs a GPU: write model.loader=transformers, or choose a GPU.")
     if model.tuning == "full":
         raise UserError("model.loader=unsloth trains an adapter here: write model.tuning=lora.")
-    unread = {
+    if run.tasks:
+        raise UserError(
+            "tasks: model.loader=unsloth begins every stage with an adapter of its own, and what the stages before "
+            "learned would be lost. Write model.loader=transformers."
+        )
+    unread: dict[str, Any] = {
         "model.adapter_path": model.adapter_path,
         "model.attn_implementation": model.attn_implementation,
         "model.local_files_only": model.local_files_only,
     }
+    if vllm.mode == "colocate":  # unsloth starts that engine
+        if vllm.max_model_tokens != model.max_seq_tokens:
+            raise UserError(
+                f"hardware.vllm.max_model_tokens={vllm.max_model_tokens}: unsloth's engine takes as many tokens as the "
+                f"model. Write model.max_seq_tokens={vllm.max_model_tokens}, or model.loader=transformers."
+            )
+        several = vllm.tensor_parallel_size > 1 and vllm.tensor_parallel_size
+        unread |= {"model.revision": model.revision, "hardware.vllm.tensor_parallel_size": several}
     for key, value in unread.items():
         if value:
             raise UserError(f"{key}={quoted(value)}: unsloth does not read it. Write model.loader=transformers.")

@@ -51,12 +51,21 @@ def test_what_the_adapter_is_made_of() -> None:
     [
         (["model.tuning=full"], "model.tuning=lora"),
         (["model.adapter_path=x"], "model.adapter_path"),
+        (["sequence=skills"], "tasks: .*model.loader=transformers"),
+        (["model.revision=v2"], "model.revision='v2': unsloth does not read it"),
+        (["hardware.vllm.tensor_parallel_size=2"], "hardware.vllm.tensor_parallel_size=2: unsloth does not read it"),
+        (["hardware.vllm.max_model_tokens=3000"], "hardware.vllm.max_model_tokens=3000: .*model.max_seq_tokens=3000"),
         (["hardware.vllm.mode=server", "hardware.vllm.server_base_url=http://x"], "hardware.vllm.mode=colocate"),
     ],
 )
 def test_combinations_that_it_has_no_part_in(overrides: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):
         run(*overrides)
+
+
+def test_a_revision_is_loaded_where_no_engine_loads_the_weights() -> None:
+    alone = run("model.revision=v2", "hardware.vllm.mode=null")
+    assert unsloth.loading_arguments(alone)["revision"] == "v2"
 
 
 @pytest.mark.parametrize(
