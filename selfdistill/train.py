@@ -102,7 +102,8 @@ def main() -> None:
         sys.argv[1:] = sweep.command_line(sys.argv[1:])
     except UserError as error:
         raise SystemExit(fail(explain(error))) from None
-    doors.main(CONF / "train.yaml", run, __doc__, sweeps=True)
+    with sweep.searching():
+        doors.main(CONF / "train.yaml", run, __doc__, sweeps=True)
 
 
 if __name__ == "__main__":

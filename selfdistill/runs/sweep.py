@@ -6,7 +6,7 @@ import shlex
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +31,8 @@ from selfdistill.runs.sweep_table import table_of
 
 class CheckSweep(Callback):
     """Checks every job of a sweep before the first one starts, and shows at the end what came of them."""
+
+    started: DictConfig | None = None  # the sweep that is under way
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Keeps Hydra from making `hydra.run.dir` before anything is checked: the run makes its folder itself."""
@@ -79,6 +81,7 @@ class CheckSweep(Callback):
             raise SystemExit(0)
         if not resumes:
             folder.begin(sys.argv[1:], jobs)
+        CheckSweep.started = config
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Prints the table of the jobs and compares the runs; the exit code is 1 where one of them failed."""
@@ -88,6 +91,21 @@ class CheckSweep(Callback):
             _compare(folder, config.objective)
         if not went_well:
             raise SystemExit(1)
+
+
+@contextmanager
+def searching() -> Iterator[None]:
+    """A search is made herein: Optuna ends one without a single finished run by an error, before the table is shown."""
+    CheckSweep.started = None
+    try:
+        yield
+    except ValueError as error:
+        if CheckSweep.started is None or "No trials are completed yet" not in str(error):
+            raise
+        try:
+            CheckSweep().on_multirun_end(CheckSweep.started)
+        finally:
+            fail("no run of the search has ended well, so there is no best one: the table above says why.")
 
 
 def _only_this_process_resumes(config: DictConfig) -> None:
@@ -135,11 +153,19 @@ def check_jobs(config: DictConfig) -> list[list[str]]:
     for run in runs:
         look_for_files(run)
 
+    if use_unsloth(config, jobs):
+        return [list(job) for job in jobs]  # whose arguments each checks when it starts
     from selfdistill.training.arguments import ARGUMENTS  # imports torch and trl, which takes seconds
 
     for run in runs:
         check_targets(run, ARGUMENTS)
     return [list(job) for job in jobs]
+
+
+def use_unsloth(config: DictConfig, jobs: Iterable[Sequence[str]]) -> bool:
+    """Whether jobs use unsloth, by the command line: it comes before TRL, which this process then must not import."""
+    named = any(override.endswith("model.loader=unsloth") for job in jobs for override in job)
+    return named or OmegaConf.select(config, "model.loader") == "unsloth"
 
 
 class ThisJob:
