@@ -26,6 +26,7 @@ from selfdistill import config
 from selfdistill.config import doors
 from selfdistill.config.conf import CONF
 from selfdistill.config.messages import explain, fail
+from selfdistill.config.values import check_kind
 from selfdistill.errors import UserError
 from selfdistill.runs import preflight, provenance, sweep
 from selfdistill.runs.folder import RunFolder
@@ -38,6 +39,8 @@ def run(cfg: DictConfig) -> float | None:
     with sweep.job(cfg) as job:
         if job.is_over:
             return job.objective
+        for key in ("resume", "repeat"):  # read before the rest is checked
+            check_kind(key, cfg[key], str | None)
         if cfg.resume:
             stored = preflight.look_for_run(cfg.resume, hydra_config)
         elif cfg.repeat:

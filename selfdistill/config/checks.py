@@ -20,7 +20,7 @@ from selfdistill.config.overrides import key_of
 from selfdistill.config.schema import Run
 from selfdistill.config.targets import check_trust, declares, targets
 from selfdistill.config.trl_names import OUR_KEYS, instead_of
-from selfdistill.config.values import mismatch
+from selfdistill.config.values import check_kind, mismatch
 from selfdistill.errors import UserError, quoted, shortened
 from selfdistill.limits import check_limits
 from selfdistill.losses.divergence import Divergence
@@ -42,6 +42,7 @@ def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> Run:
     """
     typed = _typed(cfg)
     values = _resolved(typed, cfg)
+    _check_kinds(Run, values)
     _check_sources(values)
     for group, kind in get_type_hints(Run).items():
         if (
@@ -151,6 +152,15 @@ def _resolved(typed: DictConfig, cfg: DictConfig) -> dict[str, Any]:
         raise UserError(f"{key} was removed, but a run needs it{instead}.") from None
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from None
+
+
+def _check_kinds(kind: type, values: dict[str, Any], path: str = "") -> None:
+    """OmegaConf does not look at what a whole list or mapping refers to."""
+    for name, hint in get_type_hints(kind).items():
+        if is_dataclass(hint):
+            _check_kinds(cast(type, hint), values[name], f"{path}{name}.")
+        else:
+            check_kind(f"{path}{name}", values[name], hint)
 
 
 def _check_limits(cfg: DictConfig, kind: type, values: dict[str, Any], path: str = "") -> None:
