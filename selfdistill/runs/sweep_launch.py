@@ -331,7 +331,7 @@ def _in_their_own_sessions() -> Iterator[None]:
     from submitit.local import local
 
     process: Any = partial(subprocess.Popen, start_new_session=True)
-    local.subprocess = SimpleNamespace(Popen=process)
+    local.subprocess = SimpleNamespace(Popen=process)  # type: ignore[assignment]
     try:
         yield
     finally:
