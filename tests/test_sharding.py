@@ -28,8 +28,12 @@ def train(launch: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Train:
     return trained(launch, tmp_path_factory)
 
 
+# Under DDP in full: tests/test_processes.py.
+WITH_LORA = ("grpo with lora", "the start teaches an adapter", "sdpo_feedback with lora")
+
+
 @pytest.mark.parametrize(
-    ("case", "configuration"), [("the start teaches an adapter", "ddp"), *((case, "fsdp2") for case in CASES)]
+    ("case", "configuration"), [*((case, "ddp") for case in WITH_LORA), *((case, "fsdp2") for case in CASES)]
 )
 def test_two_processes_give_the_numbers_of_one(case: str, configuration: str, train: Train) -> None:
     assert_same_numbers(train, case, configuration)

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -26,12 +27,7 @@ NAMES = [f"{sweep.parents[2].relative_to(EXPERIMENTS)}/{sweep.stem}" for sweep i
 @pytest.fixture(scope="module")
 def page() -> ModuleType:
     """The script that writes the pages."""
-    spec = importlib.util.spec_from_file_location("page", EXPERIMENTS / "studies" / "page.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["page"] = module  # where dataclasses look for their module
-    spec.loader.exec_module(module)
-    return module
+    return script(EXPERIMENTS / "studies" / "page.py")
 
 
 @pytest.mark.parametrize("sweep", SWEEPS, ids=NAMES)
@@ -78,6 +74,46 @@ def test_the_marks_of_a_page_name_sweeps(file: Path, page: ModuleType) -> None:
     named = {path for mark in marks for path in mark.paths}
     of_commands = {"outputs/sdpo_grid"}  # whose command stands in experiments/comparison
     assert named <= {f"outputs/{name}" for name in NAMES} | of_commands
+
+
+@pytest.mark.parametrize("name", sorted(path.parents[1].name for path in EXPERIMENTS.glob("studies/*/conf/sweep")))
+def test_make_study_ends_with_the_page(name: str) -> None:
+    done = subprocess.run(["make", "-n", "study", f"NAME={name}"], cwd=ROOT, capture_output=True, text=True, check=True)
+    study = f"experiments/studies/{name}"
+    own = (ROOT / study / "summarise.py").is_file()
+    last = f"{study}/summarise.py outputs/studies/{name}" if own else f"page.py {study}/README.md"
+    assert done.stdout.rstrip().endswith(last)
+    assert f"folder=outputs/studies/{name}/$sweep" in done.stdout
+    assert own or EXPERIMENTS / "studies" / name / "README.md" in PAGES
+
+
+def script(file: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[file.stem] = module  # where dataclasses look for their module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_study_of_sequences_has_a_page_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    summarise = script(EXPERIMENTS / "studies" / "continual" / "summarise.py")
+    sweep = tmp_path / "outputs" / "continual"
+    write_sweep(sweep, [{"experiment": method} for method in summarise.METHODS], (1, 2))
+    report = {"tasks": ["a", "b"], "stages": ["start", "after a", "after b"], "accuracy": [[0.1, 0.2]] * 3}
+    for folder in {file.parent for file in sweep.rglob("summary.json")}:
+        (folder / "sequence.json").write_text(json.dumps(report))
+        summary = json.loads((folder / "summary.json").read_text())
+        summary["eval"]["after"] |= dict.fromkeys(summarise.MEASURES, 0.5)
+        (folder / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "README.md").write_text(f"Before. {summarise.BEGIN} old {summarise.END} After.")
+    monkeypatch.setattr(summarise, "HERE", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["summarise.py", str(tmp_path / "outputs")])
+    summarise.main()
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("Before.") and text.endswith("After.") and f"{summarise.BEGIN} old" not in text
+    assert all(f"| {name} | 1 2 | " in text for name in summarise.METHODS.values())
+    assert (tmp_path / "matrices.png").is_file() and (tmp_path / "results.csv").is_file()
 
 
 def written(page: ModuleType, folder: Path, words: str) -> str:

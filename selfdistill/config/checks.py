@@ -20,7 +20,7 @@ from selfdistill.config.overrides import key_of
 from selfdistill.config.schema import Run
 from selfdistill.config.targets import check_trust, declares, targets
 from selfdistill.config.trl_names import OUR_KEYS, instead_of
-from selfdistill.config.values import mismatch
+from selfdistill.config.values import check_kind, mismatch
 from selfdistill.errors import UserError, quoted, shortened
 from selfdistill.limits import check_limits
 from selfdistill.losses.divergence import Divergence
@@ -42,6 +42,7 @@ def check(cfg: DictConfig, overrides: Iterable[str] = ()) -> Run:
     """
     typed = _typed(cfg)
     values = _resolved(typed, cfg)
+    _check_kinds(Run, values)
     _check_sources(values)
     for group, kind in get_type_hints(Run).items():
         if (
@@ -151,6 +152,15 @@ def _resolved(typed: DictConfig, cfg: DictConfig) -> dict[str, Any]:
         raise UserError(f"{key} was removed, but a run needs it{instead}.") from None
     except OmegaConfBaseException as error:
         raise UserError(explain(error)) from None
+
+
+def _check_kinds(kind: type, values: dict[str, Any], path: str = "") -> None:
+    """OmegaConf does not look at what a whole list or mapping refers to."""
+    for name, hint in get_type_hints(kind).items():
+        if is_dataclass(hint):
+            _check_kinds(cast(type, hint), values[name], f"{path}{name}.")
+        else:
+            check_kind(f"{path}{name}", values[name], hint)
 
 
 def _check_limits(cfg: DictConfig, kind: type, values: dict[str, Any], path: str = "") -> None:
@@ -381,11 +391,24 @@ def _check_unsloth(run: Run) -> None:
         raise UserError("model.loader=unsloth needs a GPU: write model.loader=transformers, or choose a GPU.")
     if model.tuning == "full":
         raise UserError("model.loader=unsloth trains an adapter here: write model.tuning=lora.")
-    unread = {
+    if run.tasks:
+        raise UserError(
+            "tasks: model.loader=unsloth begins every stage with an adapter of its own, and what the stages before "
+            "learned would be lost. Write model.loader=transformers."
+        )
+    unread: dict[str, Any] = {
         "model.adapter_path": model.adapter_path,
         "model.attn_implementation": model.attn_implementation,
         "model.local_files_only": model.local_files_only,
     }
+    if vllm.mode == "colocate":  # unsloth starts that engine
+        if vllm.max_model_tokens != model.max_seq_tokens:
+            raise UserError(
+                f"hardware.vllm.max_model_tokens={vllm.max_model_tokens}: unsloth's engine takes as many tokens as the "
+                f"model. Write model.max_seq_tokens={vllm.max_model_tokens}, or model.loader=transformers."
+            )
+        several = vllm.tensor_parallel_size > 1 and vllm.tensor_parallel_size
+        unread |= {"model.revision": model.revision, "hardware.vllm.tensor_parallel_size": several}
     for key, value in unread.items():
         if value:
             raise UserError(f"{key}={quoted(value)}: unsloth does not read it. Write model.loader=transformers.")

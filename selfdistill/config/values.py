@@ -4,6 +4,8 @@ import types
 import typing
 from typing import Any, get_args, get_origin
 
+from selfdistill.errors import UserError, quoted
+
 INSTEAD = {
     int: "a whole number",
     float: "a number",
@@ -42,6 +44,12 @@ def mismatch(value: Any, hint: Any) -> str | None:
             return None
         wanted.append(write)
     return " or ".join(wanted)
+
+
+def check_kind(key: str, value: Any, hint: Any) -> None:
+    """Raises UserError where an annotation does not take a key's value."""
+    if wanted := mismatch(value, hint):
+        raise UserError(f"{key}={quoted(value)}: write {wanted}.")
 
 
 def as_hinted(value: Any, hint: Any) -> Any:

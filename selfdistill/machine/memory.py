@@ -8,6 +8,8 @@ from pathlib import Path
 from types import ModuleType
 
 _GIB = 1024**3
+# Of vLLM's build for a CPU: the variable that says how many GiB it reserves for keys and values, and what we set.
+CACHE_ON_CPU, CACHE_ON_CPU_GIB = "VLLM_CPU_KVCACHE_SPACE", "1"
 
 
 def reset_peak_memory() -> None:

@@ -1,6 +1,7 @@
 """How much memory a run will need, before anything is loaded."""
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -12,7 +13,7 @@ from selfdistill.config.batch import batch_of
 from selfdistill.config.schema import Run, Student
 from selfdistill.config.targets import declares
 from selfdistill.errors import UserError
-from selfdistill.machine.memory import machine_memory_gib
+from selfdistill.machine.memory import CACHE_ON_CPU, CACHE_ON_CPU_GIB, machine_memory_gib
 from selfdistill.models.location import parameters
 
 if TYPE_CHECKING:
@@ -110,15 +111,20 @@ def _kept(run: Run | DictConfig, weights: float, trained: int, trained_bytes: fl
     if other := _other_model(run):
         parts["teacher's model"] = other
     gib = {name: size / GIB for name, size in parts.items() if size}
-    if not vllm.standby and (reserved := _vllm_gib(run)):
+    if not vllm.standby and (reserved := _vllm_gib(run, weights)):
         gib["vLLM"] = reserved
     return gib
 
 
-def _vllm_gib(run: Run | DictConfig) -> float:
-    """What vLLM reserves on the GPU for its weights and its KV cache."""
-    vllm, memory_gib = run.hardware.vllm, run.hardware.memory_gib or 0.0
-    return float(memory_gib * vllm.gpu_memory_utilization) if vllm.mode == "colocate" else 0.0
+def _vllm_gib(run: Run | DictConfig, weights: float) -> float:
+    """What vLLM reserves for its weights and its KV cache: a share of the GPU; on a CPU as much as they take."""
+    hardware = run.hardware
+    if hardware.vllm.mode != "colocate":
+        return 0.0
+    card = machine_memory_gib(gpu=True)
+    if hardware.device == "cpu" or (hardware.device == "auto" and card is None):
+        return weights / GIB + float(os.environ.get(CACHE_ON_CPU) or CACHE_ON_CPU_GIB)
+    return float((hardware.memory_gib or card or 0.0) * hardware.vllm.gpu_memory_utilization)
 
 
 def _other_model(run: Run | DictConfig) -> float:
@@ -148,10 +154,13 @@ def forecast(run: Run, lengths: Lengths, *, on_gpu: bool) -> Forecast:
         on_gpu: whether the run is going to be on a GPU.
     """
     limit, whose = memory_limit(run, on_gpu)
-    recipe = _recipe(run, on_gpu)
-    if recipe is None:
+    try:
+        passes = _passes_of(run, on_gpu)
+    except Exception as error:  # whatever an architecture raises that cannot be built without numbers
+        log.debug("no model without numbers: %s", error)
+        passes = None
+    if passes is None:
         return Forecast(estimate(run), {}, limit, whose)
-    passes = _passes(_Key(run.model.name, recipe))
     whole = passes.whole
     kept = {"program": PROGRAM_GPU_GIB if on_gpu else PROGRAM_CPU_GIB}
     kept |= _kept(run, whole.weight_bytes, whole.trained, whole.trained_bytes)
@@ -168,22 +177,24 @@ def _phases(run: Run, lengths: Lengths, passes: "Passes", on_gpu: bool) -> Itera
     batch, whole = batch_of(run), passes.whole
     gradients, several = whole.trained_bytes, batch.accumulation_steps > 1
     rows, length = batch.per_device, lengths.prompt + lengths.completion
-    if run.hardware.vllm.standby:
-        yield "writing completions", _vllm_gib(run) * GIB
-    elif not run.hardware.vllm.mode:
+    vllm, weights = run.hardware.vllm, (run.teacher or {}).get("weights") or {}
+    if vllm.mode == "colocate" and vllm.standby:
+        yield "writing completions", _vllm_gib(run, whole.weight_bytes) * GIB
+    elif not vllm.mode and run.rollout.on_policy_fraction > 0:
         together = rows * batch.accumulation_steps
         yield "writing completions", passes.writing(together, lengths.prompt, lengths.completion)
+    asked = (_passes_of(_of_teacher(run, weights), on_gpu) if "name" in weights else None) or passes
     if run.teacher is not None and not declares("teacher", run.teacher, "served"):
-        read = passes.reading(rows, lengths.teacher_prompt + lengths.completion)
+        read = asked.reading(rows, lengths.teacher_prompt + lengths.completion)
         yield "asking the teacher", read + (gradients if several else 0)
-    scores = bool(run.beta or (run.reward is not None and run.policy_weight))
+    scores = bool(run.beta or (run.reward is not None and run.policy_weight) or run.distillation.signal == "advantage")
     found = passes.learning(rows, length, scores=scores, beside=several)
     most = float(found.most)
     if run.teacher is not None or run.rollout.cross_entropy_weight:
         vocabulary, hidden = whole.head.shape
         # Both sides' hidden states of all tokens, and the gradient of the student's.
         tokens = rows * lengths.completion
-        said = 3 * tokens * hidden * FLOAT32
+        said = tokens * (2 * hidden + asked.whole.head.shape[1]) * FLOAT32
         # The gradient of the head is made in the forward pass, beside everything that is held for the backward pass.
         of_head = vocabulary * hidden * FLOAT32 if whole.head.requires_grad else 0
         most = max(most + said, found.held + said + _chunk_bytes(tokens, vocabulary, on_gpu) + of_head)
@@ -222,6 +233,18 @@ class _Key:
         recipe = self.recipe
         kind = (recipe.dtype, recipe.autocast, recipe.load_in_4bit, recipe.gradient_checkpointing)
         return (self.name, recipe.config.to_json_string(), *kind, str(recipe.adapter))
+
+
+def _passes_of(run: Run, on_gpu: bool) -> "Passes | None":
+    """Of the student; None where its config.json is not on this machine."""
+    recipe = _recipe(run, on_gpu)
+    return None if recipe is None else _passes(_Key(run.model.name, recipe))
+
+
+def _of_teacher(run: Run, weights: Mapping[str, Any]) -> Run:
+    """The run as if its student were the model that teaches it."""
+    other = {"name": weights["name"], "revision": weights.get("revision"), "dtype": weights.get("dtype", "auto")}
+    return replace(run, model=replace(run.model, tuning="full", load_in_4bit=False, **other))
 
 
 @lru_cache(maxsize=8)

@@ -5,6 +5,7 @@ architecture takes a second and no memory, from its config.json alone, and the s
 """
 
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from trl.trainer import utils as trl_utils
 
 from selfdistill.models.structure import inner_model, limited_logits
 
+# What a pass raises is caught; torch logs it with its traceback as well.
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 # Of a weight in nf4 with its scales quantised too: half a byte, and 0.127 bits for the scales.
 BYTES_OF_4_BIT = 0.516
 # From models of so many layers those of more are extrapolated.
@@ -170,9 +173,10 @@ class SimulatedModel:
 
     def are_layers_alike(self) -> bool:
         """Whether each layer is like the others, so that a pass takes as much more with each."""
-        stacks = [m for m in self.model.modules() if isinstance(m, nn.ModuleList)]
-        stack = next((m for m in stacks if len(m) == self.recipe.config.num_hidden_layers), None)
-        kinds = getattr(self.recipe.config, "layer_types", None) or [""]
+        text = self.recipe.config.get_text_config()
+        stacks = [m for m in inner_model(self.model).get_decoder().modules() if isinstance(m, nn.ModuleList)]
+        stack = next((m for m in stacks if len(m) == text.num_hidden_layers), None)
+        kinds = getattr(text, "layer_types", None) or [""]
         if stack is None or len(set(kinds)) > 1:
             return False
         return len({(type(layer), tuple(p.shape for p in layer.parameters())) for layer in stack}) == 1
@@ -266,7 +270,7 @@ class Passes:
 
     def __init__(self, recipe: Recipe) -> None:
         self.whole = SimulatedModel(recipe)
-        self._layers = recipe.config.num_hidden_layers
+        self._layers = recipe.config.get_text_config().num_hidden_layers  # of one that sees, too
         self._small = (
             [SimulatedModel(_with_layers(recipe, count)) for count in FEW_LAYERS]
             if self._layers > FEW_LAYERS[1] and self.whole.are_layers_alike()
@@ -296,7 +300,8 @@ class Passes:
 
 def _with_layers(recipe: Recipe, count: int) -> Recipe:
     config = copy.deepcopy(recipe.config)
-    config.num_hidden_layers = count
-    if kinds := getattr(config, "layer_types", None):
-        config.layer_types = kinds[:count]
+    text = config.get_text_config()
+    text.num_hidden_layers = count
+    if kinds := getattr(text, "layer_types", None):
+        text.layer_types = kinds[:count]
     return replace(recipe, config=config)

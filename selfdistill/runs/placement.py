@@ -16,6 +16,7 @@ from selfdistill.runs.folder import RunFolder
 from selfdistill.runs.labels import labels_of
 from selfdistill.runs.provenance import provenance_files
 from selfdistill.runs.sweep import overrides_of
+from selfdistill.runs.sweep_folder import SweepFolder
 
 
 def new_run(cfg: DictConfig, run: Run, hydra_config: DictConfig) -> RunFolder:
@@ -62,4 +63,11 @@ def destination(cfg: DictConfig, hydra_config: DictConfig) -> tuple[Path, Path |
         folder = hydra_config.run.get("folder")
         return Path(cfg.output_dir), Path(folder) if folder else None
     sweep = hydra_config.sweep
-    return Path(sweep.dir), None if sweep.subdir == "." else Path(sweep.dir, str(sweep.subdir))
+    if sweep.subdir == ".":
+        return Path(sweep.dir), None
+    path = first = Path(sweep.dir, str(sweep.subdir))
+    before, count = SweepFolder(sweep.dir).jobs().get(int(hydra_config.job.num)), 1
+    while before is not None and before.run is not None and path.exists() and any(path.iterdir()):
+        count += 1  # a job that failed is repeated, and what it left stays
+        path = first.with_name(f"{first.name}-{count}")
+    return Path(sweep.dir), path

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from selfdistill.config import Run
+from selfdistill.config.values import check_kind
 from selfdistill.data.sources import EMBEDDED_PREFIX, open_source
 from selfdistill.errors import UserError
 from selfdistill.models.location import look_for_model
@@ -39,8 +40,8 @@ def prepare_imports(cfg: DictConfig) -> None:
     if read("hardware.vllm.mode") == "colocate":
         for name, value in COLOCATED.items():
             os.environ.setdefault(name, value)
-    if read("hardware.vllm.standby"):
-        os.environ.setdefault("UNSLOTH_VLLM_STANDBY", "1")
+        if read("hardware.vllm.standby"):
+            os.environ.setdefault("UNSLOTH_VLLM_STANDBY", "1")
     if read("model.loader") == "unsloth":
         import_unsloth()
 
@@ -68,6 +69,8 @@ def look_for_files(run: Run) -> None:
 def _look_for_data(at: str, data: dict[str, Any]) -> None:
     from selfdistill.data.sources import EXTENSIONS
 
+    for key in ("path", "eval_path", "format"):
+        check_kind(f"{at}.{key}", data.get(key), str | None)  # the other arguments wait for an import
     for key in ("path", "eval_path"):
         if path := data.get(key):
             known = key == "eval_path" and Path(path).suffix.lower() in EXTENSIONS

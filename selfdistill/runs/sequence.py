@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -33,8 +34,11 @@ from selfdistill.runs.record import MODEL, short_names
 from selfdistill.runs.screen import LOG, Screen
 from selfdistill.runs.sequence_report import REPORT, matrix_table, write_report
 
+if TYPE_CHECKING:
+    from selfdistill.training.build import Parts
+
 Metrics = dict[str, float]
-OneRun = Callable[[DictConfig, Run, DictConfig], None]
+OneRun = Callable[..., None]
 DONE = ("finished", "stopped")
 
 
@@ -44,7 +48,7 @@ def train(
     """Trains the tasks of a sequence, or what is left of them.
 
     Args:
-        one_run: trains a stage, as any run is trained.
+        one_run: trains a stage, as any run is trained; `ready` is given what it is made of before the training.
         begun: is given the sequence's folder.
 
     Raises:
@@ -62,7 +66,7 @@ def train(
     try:
         for number in range(len(sequence.tasks)):
             if sequence.status(number) not in DONE:
-                one_run(*sequence.stage(number))
+                one_run(*sequence.stage(number), ready=partial(sequence.check_judged, number))
                 gc.collect()  # a trainer and its callbacks refer to each other
             sequence.note(number)
             if sequence.status(number) == "stopped":
@@ -157,6 +161,20 @@ class Sequence:
             found[side] = {name: value for name, value in (metrics | own).items() if name != "eval/forgetting"}
         return found, summary
 
+    def check_judged(self, number: int, parts: "Parts") -> None:
+        """Whether every task will have an accuracy, before a stage is trained.
+
+        Raises:
+            UserError: one will not.
+        """
+        asked = {group.metric for group in parts.evaluator.groups} if parts.evaluator is not None else set()
+        for place, task in enumerate(self.tasks):
+            if ("eval/accuracy" if place == number else f"{PROBE}{task}") not in asked:
+                raise UserError(
+                    f"tasks.{task}: none of its evaluation rows can be judged, so it has no accuracy. Give them an "
+                    "answer, or write reward@eval.scorer= with a reward that needs none."
+                )
+
     def rows(self) -> Iterator[tuple[Metrics, dict[str, Any]]]:
         """Metrics at the start and after each stage that is done, with the stage's summary."""
         for number in range(len(self.tasks)):
@@ -170,9 +188,6 @@ class Sequence:
     def matrix(self) -> AccuracyMatrix:
         """The accuracies so far."""
         found = [metrics for metrics, _ in self.rows()]
-        for task in self.tasks:
-            if f"{PROBE}{task}" not in found[0]:
-                raise UserError(f"tasks.{task}: none of its evaluation rows can be judged, so it has no accuracy.")
         return AccuracyMatrix(self.tasks, [{task: m[f"{PROBE}{task}"] for task in self.tasks} for m in found])
 
     def note(self, number: int) -> None:

@@ -5,7 +5,7 @@ import os
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +32,8 @@ from selfdistill.runs.sweep_table import table_of
 
 class CheckSweep(Callback):
     """Checks every job of a sweep before the first one starts, and shows at the end what came of them."""
+
+    started: DictConfig | None = None  # the sweep that is under way
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Keeps Hydra from making `hydra.run.dir` before anything is checked: the run makes its folder itself."""
@@ -81,6 +83,7 @@ class CheckSweep(Callback):
             raise SystemExit(0)
         if not resumes:
             folder.begin(sys.argv[1:], jobs)
+        CheckSweep.started = config
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Prints the table of the jobs and compares the runs; the exit code is 1 where one of them failed."""
@@ -90,6 +93,21 @@ class CheckSweep(Callback):
             _compare(folder, config.objective)
         if not went_well:
             raise SystemExit(1)
+
+
+@contextmanager
+def searching() -> Iterator[None]:
+    """A search is made herein: Optuna ends one without a single finished run by an error, before the table is shown."""
+    CheckSweep.started = None
+    try:
+        yield
+    except ValueError as error:
+        if CheckSweep.started is None or "No trials are completed yet" not in str(error):
+            raise
+        try:
+            CheckSweep().on_multirun_end(CheckSweep.started)
+        finally:
+            fail("no run of the search has ended well, so there is no best one: the table above says why.")
 
 
 def _only_this_process_resumes(config: DictConfig) -> None:
@@ -140,6 +158,8 @@ def check_jobs(config: DictConfig) -> list[list[str]]:
     for run in runs:
         look_for_files(run)
 
+    if use_unsloth(config, jobs):
+        return [list(job) for job in jobs]  # whose arguments each checks when it starts
     from selfdistill.training.arguments import ARGUMENTS  # imports torch and trl, which takes seconds
 
     for run in runs:
@@ -147,6 +167,7 @@ def check_jobs(config: DictConfig) -> list[list[str]]:
     return [list(job) for job in jobs]
 
 
+<<<<<<< HEAD
 def _check_granted(cfg: DictConfig, config: DictConfig) -> None:
     """Raises UserError where a sweep that goes on gets leave to run code from a file, which may have come with it.
 
@@ -156,6 +177,12 @@ def _check_granted(cfg: DictConfig, config: DictConfig) -> None:
         typed = {key_of(override) for override in overrides_of(config.hydra)}
         wanted = {key: value for key, value in asked_for(cfg).items() if key not in typed}
         check_granted(wanted, {}, f"resume_sweep={folder}", "the configuration of one of its jobs")
+=======
+def use_unsloth(config: DictConfig, jobs: Iterable[Sequence[str]]) -> bool:
+    """Whether jobs use unsloth, by the command line: it comes before TRL, which this process then must not import."""
+    named = any(override.endswith("model.loader=unsloth") for job in jobs for override in job)
+    return named or OmegaConf.select(config, "model.loader") == "unsloth"
+>>>>>>> V
 
 
 class ThisJob:

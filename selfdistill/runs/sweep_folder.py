@@ -9,8 +9,12 @@ report/        the runs compared
 import fcntl
 import json
 import os
+<<<<<<< HEAD
 import shlex
 from collections.abc import Sequence
+=======
+from collections.abc import Iterable, Sequence
+>>>>>>> V
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -138,6 +142,13 @@ class SweepFolder:
             values["number"] = values.pop("job")
             found[values["number"]] = Job(**{name: value for name, value in values.items() if name in names})
         return dict(sorted(found.items()))
+
+    def left(self, numbers: Iterable[int]) -> list[int]:
+        """Those of these jobs that a sweep that goes on has to start."""
+        # A search has gone on from what failed: it would now propose others, were the failed jobs repeated.
+        over = (*GOOD, "failed", "refused") if self.plan()["adaptive"] else GOOD
+        jobs = self.settled()
+        return [number for number in numbers if number not in jobs or jobs[number].status not in over]
 
     def settled(self) -> dict[int, Job]:
         """Every job, those whose process is gone with what their runs' folders say."""

@@ -1,7 +1,8 @@
 """The jobs of a sweep in processes of their own: a queue over the GPUs there are, or over shares of the CPU.
 
 The program has imported torch and what else a job needs when it has checked the jobs; each job is a fork of it, which
-spares the import. It has not touched a GPU by then, and has started no thread.
+spares the import. It has not touched a GPU by then, and has started no thread. Where jobs use unsloth, which comes
+before the rest, each imports all of it itself.
 """
 
 import ctypes
@@ -12,11 +13,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any, Protocol, runtime_checkable
 
 from hydra.core.singleton import Singleton
@@ -83,10 +85,12 @@ def launch_forked(
         n_jobs: jobs at once; None takes one for each GPU, or one on the CPU.
     """
     setup_globals()
-    # Imported once, before the forks.
-    from selfdistill.runs import cards, plan, sequence, session  # noqa: F401
-    from selfdistill.runs.sweep import overrides_of
-    from selfdistill.training import build  # noqa: F401
+    from selfdistill.runs.sweep import overrides_of, use_unsloth
+
+    if not use_unsloth(config, job_overrides):
+        # Imported once, before the forks.
+        from selfdistill.runs import cards, plan, sequence, session  # noqa: F401
+        from selfdistill.training import build  # noqa: F401
 
     gpus = visible_gpus()
     at_once = n_jobs or len(gpus) or 1
@@ -196,10 +200,7 @@ def follow(
     for number, overrides in numbered.items():
         if number not in known:
             folder.note(Job(number, without_secrets(overrides)))
-    adaptive = folder.plan()["adaptive"]
-    # A search has gone on from what failed: it would now propose others, were the failed jobs repeated.
-    done = [n for n, job in known.items() if job.is_done or (adaptive and job.status in ("failed", "refused"))]
-    waiting = [number for number in numbered if number not in done]
+    waiting = folder.left(numbered)
     running: dict[int, Handle] = {}
     with _Interrupts(running) as interrupts, LiveTable(f"sweep in {folder.path}") as table:
         shown = float("-inf")
@@ -296,7 +297,45 @@ class Submitted:
         return Path(self.job.paths.stderr)
 
     def stop(self) -> None:
-        self.job.cancel(check=False)
+        self.job.cancel(check=False)  # of SLURM, which gives a job some seconds (KillWait) after its SIGTERM
+
+
+class SubmittedHere(Submitted):
+    """A job in a process of this machine. submitit's own way to end it leaves it one second to save a checkpoint.
+
+    Args:
+        begun: whether the run has begun. Before, submitit makes nothing of a SIGTERM, so that it is sent again.
+    """
+
+    def __init__(self, job: Any, begun: Callable[[], bool]) -> None:
+        super().__init__(job)
+        self.begun, self._asked, self._heard = begun, 0, False
+
+    def exit_code(self) -> int | None:
+        if self._asked and not self.job.done() and not self._heard:
+            self._heard = self.begun()
+            os.kill(int(self.job.job_id), signal.SIGTERM)  # submitit's controller passes it on
+        if self._asked and self.job.done() and not self.job.paths.result_pickle.exists():
+            return OVER  # submitit would wait for a result
+        return super().exit_code()
+
+    def stop(self) -> None:
+        self._asked += 1
+        if self._asked > 1:
+            super().stop()
+
+
+@contextmanager
+def _in_their_own_sessions() -> Iterator[None]:
+    """The processes that submitit starts herein get no Ctrl-C of the terminal: the sweep passes it on."""
+    from submitit.local import local
+
+    process: Any = partial(subprocess.Popen, start_new_session=True)
+    local.subprocess = SimpleNamespace(Popen=process)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        local.subprocess = subprocess
 
 
 def launch_submitted(launcher: Any, executor: Any, job_overrides: Sequence[Sequence[str]], first: int) -> list[Any]:
@@ -306,6 +345,8 @@ def launch_submitted(launcher: Any, executor: Any, job_overrides: Sequence[Seque
         launcher: what submitit calls in each job; a launcher of hydra-submitit-launcher.
         executor: of submitit, with the resources that a job asks for.
     """
+    import submitit
+
     from selfdistill.runs.sweep import overrides_of
 
     folder = SweepFolder(launcher.config.hydra.sweep.dir)
@@ -318,16 +359,18 @@ def launch_submitted(launcher: Any, executor: Any, job_overrides: Sequence[Seque
 
     def start(number: int, overrides: Sequence[str]) -> Submitted:
         if not handles:
-            done = [n for n, job in folder.settled().items() if job.is_done]
-            sent = [n for n in range(first, first + len(job_overrides)) if n not in done]
-            with executor.batch():
+            sent = folder.left(range(first, first + len(job_overrides)))
+            with _in_their_own_sessions(), executor.batch():
                 jobs = {
                     n: executor.submit(
                         launcher, list(job_overrides[n - first]), "hydra.sweep.dir", n, f"job {n}", state
                     )
                     for n in sent
                 }
-            handles.update({n: Submitted(job) for n, job in jobs.items()})
+            for n, job in jobs.items():
+                here = isinstance(job, submitit.LocalJob)
+                begun = partial(lambda n: folder.jobs()[n].status == "running", n)
+                handles[n] = SubmittedHere(job, begun) if here else Submitted(job)
         return handles[number]
 
     def ended(handle: Handle) -> None:

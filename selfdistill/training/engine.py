@@ -8,6 +8,7 @@ from typing import Any
 
 from selfdistill.config.schema import Vllm
 from selfdistill.errors import UserError, shortened
+from selfdistill.machine.memory import CACHE_ON_CPU, CACHE_ON_CPU_GIB
 
 # The environment of an engine in this process, read when vLLM is imported or started. Engine and trainer share the
 # process, so that weights are copied within it. The last two are for vLLM's build for a CPU: memory for keys and
@@ -15,7 +16,7 @@ from selfdistill.errors import UserError, shortened
 COLOCATED = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
+    CACHE_ON_CPU: CACHE_ON_CPU_GIB,
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 _OTHERWISE = "or write hardware.vllm.mode=null to generate with transformers."

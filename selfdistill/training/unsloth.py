@@ -35,6 +35,11 @@ def import_unsloth() -> None:
     if not torch.cuda.is_available():
         raise UserError(f"model.loader=unsloth needs a GPU, and torch sees none here. Choose one, {_OTHERWISE}")
     check_versions(Facts(installed(), gpu=True))
+    if "trl" in sys.modules and "unsloth" not in sys.modules:
+        raise UserError(
+            "model.loader=unsloth: it has to be imported before TRL, which this process has imported. In a sweep write "
+            f"model.loader=unsloth for all runs, on the command line, {_OTHERWISE}"
+        )
     try:
         importlib.import_module("unsloth")
     except (ImportError, NotImplementedError, RuntimeError) as error:

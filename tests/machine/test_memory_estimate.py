@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import Qwen3Config
+from transformers import Gemma3Config, Qwen3Config
 
 from selfdistill import UserError, config
 from selfdistill.config.schema import Run
@@ -14,9 +14,15 @@ from selfdistill.machine import memory_estimate
 from selfdistill.machine.memory_estimate import GIB, Forecast, Lengths, check_fits, estimate, forecast
 from selfdistill.machine.simulated_passes import Passes, Recipe, SimulatedModel, _Alive
 from tests.command import command, composed
-from tests.models.architectures import ARCHITECTURES
+from tests.models.architectures import ARCHITECTURES, SHAPE
 from tests.tiny import tiny_model
 
+# Forecast without activations: a pass chooses experts by numbers, or writes with a cache or positions of its own kind.
+WITHOUT_PASSES = {
+    "DeepSeek-V3", "GPT-OSS", "Granite 4 (hybrid MoE)", "Jamba", "MiniMax", "Mixtral", "OLMoE", "Qwen2-MoE",
+    "Qwen3-MoE", "Qwen3-Next",
+    "BioGPT", "Falcon Mamba", "Mamba", "Mamba-2", "OPT", "RecurrentGemma", "RWKV", "xLSTM", "XGLM",
+}  # fmt: skip
 LENGTHS = Lengths(prompt=40, teacher_prompt=60, completion=24)
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -73,13 +79,48 @@ def test_checkpointing_and_fewer_rows_take_less() -> None:
     assert full.learning(4, 64, scores=False, beside=False).held == pytest.approx(held[0] / 2, rel=0.1)
 
 
+@pytest.fixture(scope="module")
+def any_run() -> Run:
+    return checked("eval=none")
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # GPT-BigCode
 @pytest.mark.long
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_architecture_is_forecast(name: str) -> None:
-    """Those whose experts are chosen by numbers are forecast without activations."""
-    model = SimulatedModel(Recipe(ARCHITECTURES[name].model().config, torch.float32))
-    assert model.parameters == sum(p.numel() for p in ARCHITECTURES[name].model().parameters())
+def test_every_architecture_is_forecast(
+    name: str, any_run: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = ARCHITECTURES[name].model()
+    model.config.save_pretrained(tmp_path)
+    run = replace(any_run, model=replace(any_run.model, name=str(tmp_path)))
+    found = forecast(run, LENGTHS, on_gpu=False)
+    assert found.kept["weights"] * GIB == 4 * sum(p.numel() for p in model.parameters())
+    assert (not found.phases) == (name in WITHOUT_PASSES)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def seeing() -> Gemma3Config:
+    """A model that sees as well: its layers are told by the configuration of its part for text."""
+    text = SHAPE | {"vocab_size": 100, "num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}
+    sight = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
+    return Gemma3Config(text_config=text, vision_config=sight | {"image_size": 28, "patch_size": 14})
+
+
+def test_a_model_that_sees_is_forecast(any_run: Run, tmp_path: Path) -> None:
+    seeing().save_pretrained(tmp_path)
+    run = replace(any_run, model=replace(any_run.model, name=str(tmp_path)))
+    found = forecast(run, LENGTHS, on_gpu=False)
+    assert found.phases["learning"] > found.phases["updating the weights"] > 0
+
+
+def test_a_model_that_cannot_be_built_without_numbers_is_estimated(
+    any_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(run: Run, on_gpu: bool) -> None:
+        raise AttributeError("num_hidden_layers")
+
+    monkeypatch.setattr(memory_estimate, "_passes_of", refusing)
+    assert forecast(any_run, LENGTHS, on_gpu=False).kept == estimate(any_run)
 
 
 @pytest.mark.long
@@ -110,6 +151,51 @@ def test_vllm_that_sleeps_is_in_memory_while_it_writes_alone() -> None:
     assert "vLLM" not in estimate(asleep) and estimate(awake)["vLLM"] == 12
     assert forecast(asleep, LENGTHS, on_gpu=True).phases["writing completions"] == 12
     assert "writing completions" not in forecast(awake, LENGTHS, on_gpu=True).phases
+
+
+@pytest.mark.parametrize("mode", ["null", "server"])
+def test_an_engine_that_is_not_here_does_not_sleep_here(mode: str, any_run: Run) -> None:
+    vllm = replace(any_run.hardware.vllm, mode=None if mode == "null" else mode, server_base_url="http://x")
+    asleep, awake = (
+        replace(any_run, hardware=replace(any_run.hardware, vllm=replace(vllm, standby=standby)))
+        for standby in (True, False)
+    )
+    found = forecast(asleep, LENGTHS, on_gpu=False).phases
+    assert found == forecast(awake, LENGTHS, on_gpu=False).phases
+    assert found.get("writing completions", 0) > 0 or mode == "server" and "writing completions" not in found
+
+
+@pytest.mark.parametrize(
+    ("device", "card", "memory_gib", "reserved"),
+    [("auto", 40.0, None, 20), ("cuda", 40.0, 24.0, 12), ("auto", None, None, 3), ("cpu", 40.0, None, 3)],
+)
+def test_vllms_share_is_that_of_the_card_or_what_it_takes_on_a_cpu(
+    device: str, card: float | None, memory_gib: float | None, reserved: float, any_run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(memory_estimate, "machine_memory_gib", lambda gpu: card)
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    vllm = replace(any_run.hardware.vllm, mode="colocate", gpu_memory_utilization=0.5)
+    hardware = replace(any_run.hardware, device=device, memory_gib=memory_gib, vllm=vllm)
+    two_gib = replace(any_run.model, parameters_billion=0.5 * GIB / 1e9)
+    assert estimate(replace(any_run, hardware=hardware, model=two_gib))["vLLM"] == pytest.approx(reserved)
+
+
+def test_what_a_run_does_not_do_is_not_forecast(any_run: Run) -> None:
+    rollout = replace(any_run.rollout, on_policy_fraction=0.0, cross_entropy_weight=1.0)
+    assert "writing completions" not in forecast(replace(any_run, rollout=rollout), LENGTHS, on_gpu=False).phases
+
+
+def test_a_teacher_of_its_own_is_forecast_in_its_own_size(tmp_path: Path) -> None:
+    large = tiny_model().config
+    large.update({"hidden_size": 16 * large.hidden_size, "num_hidden_layers": 2, "layer_types": None})
+    large.save_pretrained(tmp_path)
+    taught = ["reward=none", "teacher=model", "eval=none", "alpha=0"]
+    own, other = (
+        forecast(checked(*taught, f"teacher.weights.name={name}"), LENGTHS, on_gpu=False).phases["asking the teacher"]
+        for name in ("embedded", tmp_path)
+    )
+    assert other > 1.3 * own
 
 
 @pytest.mark.long

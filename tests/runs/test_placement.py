@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from selfdistill.comparison import charts
+from selfdistill.runs.placement import destination
 from selfdistill.runs.sweep import CheckSweep
+from selfdistill.runs.sweep_folder import Job, SweepFolder
 from tests.command import Outcome, command
 
 FAST = ["debug=fast", "eval=none", "logger=none", "hardware=cpu", "hardware.per_device_batch_size=8"]
@@ -103,6 +106,25 @@ def test_a_subdir_names_the_runs_of_a_sweep(tmp_path: Path, monkeypatch: pytest.
     assert outcome.code == 1
     assert (tmp_path / "mine/runs/0/summary.json").is_file()
     assert not (tmp_path / "mine/runs/1").exists()
+
+
+def test_a_job_that_is_repeated_has_a_folder_beside_that_of_the_failed_run(tmp_path: Path) -> None:
+    failed = tmp_path / "runs" / "1"
+    failed.mkdir(parents=True)
+    (failed / "config.yaml").touch()
+    SweepFolder(tmp_path).note(Job(1, [], "failed", run=str(failed)))
+
+    def placed(number: int) -> Path | None:
+        sweep = {"dir": str(tmp_path), "subdir": "runs/1"}
+        return destination(
+            OmegaConf.create({}), OmegaConf.create({"mode": RunMode.MULTIRUN, "sweep": sweep, "job": {"num": number}})
+        )[1]
+
+    assert placed(1) == tmp_path / "runs" / "1-2"
+    (tmp_path / "runs" / "1-2").mkdir()
+    (tmp_path / "runs" / "1-2" / "config.yaml").touch()
+    assert placed(1) == tmp_path / "runs" / "1-3"
+    assert placed(2) == failed, "two jobs that share a name are refused"
 
 
 @pytest.mark.long

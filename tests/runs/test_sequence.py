@@ -90,6 +90,15 @@ def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
     assert outcome.left == set()
 
 
+def test_a_task_that_cannot_be_judged_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "bare.jsonl").write_text("".join(f'{{"prompt": "{n}"}}\n' for n in range(16)))
+    tasks = ["+data@tasks.mine=jsonl", "tasks.mine.path=bare.jsonl", "+data@tasks.near=near"]
+    outcome = command([*SHORT[1:], *tasks, "max_steps=1", "reward=inverse_loss"], tmp_path)
+    assert outcome.code == 2, outcome.err
+    assert "tasks.mine: none of its evaluation rows can be judged" in outcome.err
+    assert not any(left.startswith("outputs/") for left in outcome.left), outcome.left
+
+
 def test_the_report_draws_the_matrix(tmp_path: Path) -> None:
     rows = [dict.fromkeys(TASKS, 0.1), dict.fromkeys(TASKS, 0.6)]
     write_report(tmp_path, AccuracyMatrix(TASKS, rows))

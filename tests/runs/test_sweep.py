@@ -131,6 +131,15 @@ def test_optuna_names_the_job_with_the_highest_accuracy(tmp_path: Path) -> None:
     assert results.best_value == max(accuracies)
 
 
+def test_a_search_all_of_whose_runs_fail_ends_with_the_table(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    short = ["sweep=search", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2", "hydra.sweep.dir=study"]
+    outcome = command([*short, "data=jsonl", "data.path=absent.jsonl"], tmp_path)
+    assert outcome.code == 1
+    assert "2 jobs, written to study" in outcome.out and outcome.out.count(" failed ") >= 2
+    assert outcome.err.count("no run of the search has ended well") == 1 and "Traceback" not in outcome.err
+
+
 def test_what_the_search_calls_is_trusted_first(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     line = ["--multirun", "hydra/sweeper=optuna", "hydra.sweeper.custom_search_space=os.system", "seed=0,1"]

@@ -4,8 +4,12 @@ import io
 import os
 import signal
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
@@ -14,8 +18,10 @@ from selfdistill.runs import sweep_launch
 from selfdistill.runs.folder import RunFolder
 from selfdistill.runs.screen import Screen
 from selfdistill.runs.sweep_folder import Job, SweepFolder
-from selfdistill.runs.sweep_launch import follow, visible_gpus
+from selfdistill.runs.sweep_launch import Submitted, SubmittedHere, follow, launch_submitted, visible_gpus
 from selfdistill.runs.sweep_table import LiveTable, Progress, progress_of, table_of
+from tests.reference import ROOT
+from tests.runs import saving_job
 
 GRID = [[f"seed={seed}"] for seed in range(4)]
 
@@ -84,6 +90,71 @@ def test_a_search_does_not_repeat_what_failed(tmp_path: Path) -> None:
     folder.begin(["--multirun"], None)
     folder.note(Job(0, ["alpha=0.1"], "failed"))
     follow(folder, [["alpha=0.1"]], 0, lambda number, overrides: pytest.fail("started again"), poll_s=0.0)
+
+
+class Executor:
+    """Of submitit, whose jobs finish at once."""
+
+    def __init__(self, folder: SweepFolder) -> None:
+        self.sweep, self.folder, self.sent = folder, folder.path / "logs" / "%j", []
+
+    def batch(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def submit(self, launcher: object, overrides: list[str], key: str, number: int, *_: object) -> Any:
+        self.sent.append(number)
+        self.sweep.note(Job(number, overrides, "finished", objective=1.0))
+        files = dict.fromkeys(("stderr", "submitted_pickle", "result_pickle"), self.sweep.path / "none")
+        return SimpleNamespace(done=lambda: True, results=list, job_id="0", paths=SimpleNamespace(**files))
+
+
+@pytest.mark.parametrize(("adaptive", "sent"), [(True, [2, 3]), (False, [0, 2, 3])])
+def test_what_is_sent_off_is_what_is_followed(adaptive: bool, sent: list[int], tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    folder = SweepFolder(tmp_path)
+    folder.begin(["--multirun"], None if adaptive else GRID)
+    folder.note(Job(0, GRID[0], "failed"))
+    folder.note(Job(1, GRID[1], "finished"))
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}, "overrides": {"task": []}}})
+    executor = Executor(folder)
+    launch_submitted(SimpleNamespace(config=config), executor, GRID, 0)
+    assert executor.sent == sent
+
+
+@pytest.mark.parametrize(("when", "saves"), [("early", False), ("once", True), ("twice", False)])
+def test_a_job_of_submitit_has_time_to_save(
+    when: str, saves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """submitit itself kills it after a second; asked again, it ends at once."""
+    submitit = pytest.importorskip("submitit")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    executor = submitit.LocalExecutor(folder=tmp_path / "logs")
+    with sweep_launch._in_their_own_sessions():
+        submitted = executor.submit(saving_job.job, tmp_path)
+    assert os.getsid(int(submitted.job_id)) != os.getsid(0)  # a Ctrl-C of the terminal does not reach it
+    job = SubmittedHere(submitted, (tmp_path / "begun").exists)
+
+    def wait_for(what: Callable[[], bool]) -> None:
+        until = time.monotonic() + 60
+        while not what():
+            assert time.monotonic() < until
+            time.sleep(0.1)
+
+    if when != "early":
+        wait_for((tmp_path / "started").exists)  # it does not listen yet
+    job.stop()
+    if when == "twice":
+        wait_for(lambda: job.exit_code() is None and (tmp_path / "asked").exists())
+        job.stop()
+    wait_for(lambda: job.exit_code() is not None)
+    assert job.exit_code() == 130
+    assert (tmp_path / "saved").exists() == saves
+
+
+def test_a_job_on_a_cluster_is_cancelled_there() -> None:
+    cancelled: list[bool] = []
+    Submitted(SimpleNamespace(cancel=lambda check: cancelled.append(check))).stop()
+    assert cancelled == [False]
 
 
 def test_ctrl_c_ends_what_runs_and_starts_nothing(

@@ -1,9 +1,11 @@
 """Unsloth as a loader, as far as it can be told without unsloth; tests/unsloth holds it against the real one."""
 
 import importlib
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -51,12 +53,21 @@ def test_what_the_adapter_is_made_of() -> None:
     [
         (["model.tuning=full"], "model.tuning=lora"),
         (["model.adapter_path=x"], "model.adapter_path"),
+        (["sequence=skills"], "tasks: .*model.loader=transformers"),
+        (["model.revision=v2"], "model.revision='v2': unsloth does not read it"),
+        (["hardware.vllm.tensor_parallel_size=2"], "hardware.vllm.tensor_parallel_size=2: unsloth does not read it"),
+        (["hardware.vllm.max_model_tokens=3000"], "hardware.vllm.max_model_tokens=3000: .*model.max_seq_tokens=3000"),
         (["hardware.vllm.mode=server", "hardware.vllm.server_base_url=http://x"], "hardware.vllm.mode=colocate"),
     ],
 )
 def test_combinations_that_it_has_no_part_in(overrides: list[str], words: str) -> None:
     with pytest.raises(UserError, match=words):
         run(*overrides)
+
+
+def test_a_revision_is_loaded_where_no_engine_loads_the_weights() -> None:
+    alone = run("model.revision=v2", "hardware.vllm.mode=null")
+    assert unsloth.loading_arguments(alone)["revision"] == "v2"
 
 
 @pytest.mark.parametrize(
@@ -96,6 +107,37 @@ def test_nothing_that_it_changes_is_imported_before_it() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_nothing_that_it_changes_is_imported_before_it_in_the_jobs_of_a_sweep(tmp_path: Path) -> None:
+    """They are forks of the process that has checked them."""
+    program = """
+import sys
+from selfdistill import UserError, train
+from selfdistill.runs import preflight
+
+def seen():
+    raise UserError(f"before it: {sorted({'trl', 'transformers', 'peft'} & sys.modules.keys())}")
+
+preflight.import_unsloth = seen
+train.main()
+"""
+    keys = ["model.loader=unsloth", "model.tuning=lora", "experiment=sdpo", "hydra.sweep.dir=sweep", "seed=0,1"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--multirun", *keys],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    jobs = [json.loads(line) for line in (tmp_path / "sweep" / "jobs.jsonl").read_text().splitlines()]
+    assert [job["message"] for job in jobs if job["status"] == "failed"] == ["before it: []"] * 2, jobs
+
+
+def test_it_is_not_imported_after_trl(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unsloth, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(unsloth, "check_versions", lambda facts: None)
+    with pytest.raises(UserError, match="before TRL.*on the command line"):
+        unsloth.import_unsloth()
 
 
 def test_trls_own_trainer_stands_beneath_ours(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """What the study's sweep found: results.csv, matrices.png, and the tables and sentences of the page.
 
-    python experiments/studies/continual/summarise.py outputs/continual
+    python experiments/studies/continual/summarise.py outputs/studies/continual
+
+`make study NAME=continual` does so at its end.
 
 Of sequences that a sweep has not finished nothing is taken.
 """

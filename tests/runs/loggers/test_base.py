@@ -31,7 +31,7 @@ def test_columns():
 
 
 def test_trackio(tmp_path):
-    pytest.importorskip("trackio")
+    pytest.importorskip("trackio", reason="NO TRACKIO HERE: `make trackio` makes an environment with it.")
     program = """
 import sys
 from pathlib import Path
