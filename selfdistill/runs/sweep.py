@@ -167,7 +167,6 @@ def check_jobs(config: DictConfig) -> list[list[str]]:
     return [list(job) for job in jobs]
 
 
-<<<<<<< HEAD
 def _check_granted(cfg: DictConfig, config: DictConfig) -> None:
     """Raises UserError where a sweep that goes on gets leave to run code from a file, which may have come with it.
 
@@ -177,12 +176,12 @@ def _check_granted(cfg: DictConfig, config: DictConfig) -> None:
         typed = {key_of(override) for override in overrides_of(config.hydra)}
         wanted = {key: value for key, value in asked_for(cfg).items() if key not in typed}
         check_granted(wanted, {}, f"resume_sweep={folder}", "the configuration of one of its jobs")
-=======
+
+
 def use_unsloth(config: DictConfig, jobs: Iterable[Sequence[str]]) -> bool:
     """Whether jobs use unsloth, by the command line: it comes before TRL, which this process then must not import."""
     named = any(override.endswith("model.loader=unsloth") for job in jobs for override in job)
     return named or OmegaConf.select(config, "model.loader") == "unsloth"
->>>>>>> V
 
 
 class ThisJob:

@@ -9,12 +9,8 @@ report/        the runs compared
 import fcntl
 import json
 import os
-<<<<<<< HEAD
 import shlex
-from collections.abc import Sequence
-=======
 from collections.abc import Iterable, Sequence
->>>>>>> V
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
