@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from selfdistill.config.settings import RolloutSource
@@ -337,8 +338,7 @@ class RolloutTrainer(GRPOTrainer):
     @property
     def sharded(self) -> bool:
         """Whether FSDP or ZeRO-3 divides the student's parameters among the processes."""
-        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
-        return self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3)
+        return self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """FSDP2 shards the student here, and a checkpoint of it is loaded here."""

@@ -1,9 +1,11 @@
 """Whether the student can be trained as it was asked for, found out once the trainer is made."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from selfdistill.errors import UserError
 from selfdistill.models.agreement import (
@@ -49,7 +51,9 @@ def check_student(trainer: "SelfDistillTrainer", student: nn.Module) -> list[str
         check_padding(student, tokenizer, WHOSE)
         if trainer.teacher is not None or trainer.rollout.cross_entropy_weight:
             check_head(student, tokenizer, WHOSE)
-        if trainer.has_policy_term:
+        if (
+            trainer.has_policy_term and not is_deepspeed_zero3_enabled()
+        ):  # there TRL wants divided weights
             check_log_probs(student, tokenizer, _trls_pass(trainer), trainer.temperature, WHOSE)
     own = [(asked, is_told_positions(student))]
     everyones = gather_object(own) if trainer.accelerator.num_processes > 1 else own
@@ -59,6 +63,22 @@ def check_student(trainer: "SelfDistillTrainer", student: nn.Module) -> list[str
     if told and trainer.ref_model is not None:
         tell_positions(trainer.ref_model)
     return [] if any(asked for asked, _ in everyones) else [NOT_ASKED]
+
+
+def check_zero3(used: Mapping[str, bool]) -> None:
+    """Refuses under ZeRO-3 what would read weights of which each process has a piece alone.
+
+    Args:
+        used: whether the run has what reads them, by the name under which it is set.
+
+    Raises:
+        UserError: one of these is used.
+    """
+    for name in [name for name, is_used in used.items() if is_used] if is_deepspeed_zero3_enabled() else []:
+        raise UserError(
+            f"{name} reads the model's weights outside of its passes, and ZeRO-3 leaves each process a piece of them. "
+            "Train with FSDP2 (conf/accelerate/fsdp2.yaml), data parallelism or ZeRO-2."
+        )
 
 
 def _trls_pass(trainer: "SelfDistillTrainer") -> LogProbs:

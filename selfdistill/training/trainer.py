@@ -47,7 +47,7 @@ from selfdistill.training.metrics import Means
 from selfdistill.training.micro_batches import sorted_by_length
 from selfdistill.training.reporting import use_standard_names
 from selfdistill.training.rollout_trainer import RolloutTrainer, no_reward
-from selfdistill.training.student_checks import check_student
+from selfdistill.training.student_checks import check_student, check_zero3
 from selfdistill.training.token_weights import (
     demonstration_weights,
     distillation_weights,
@@ -137,6 +137,16 @@ class SelfDistillTrainer(RolloutTrainer):
         self._check_rollout(kwargs)
         _check_columns(teacher, train_dataset)
         adapter = adapter_weights(model)
+        check_zero3(
+            {
+                "teacher": teacher is not None,
+                "cross_entropy_weight": bool(self.rollout.cross_entropy_weight),
+                "beta, with a model that is trained in full,": args is not None
+                and args.beta != 0
+                and not adapter
+                and kwargs.get("peft_config") is None,
+            }
+        )
         with loadable(model, needed=args is not None and args.beta != 0 and kwargs.get("peft_config") is None):
             super().__init__(
                 model=model, reward_funcs=self.rewards or [no_reward], args=args, train_dataset=train_dataset, **kwargs
