@@ -13,7 +13,7 @@ from tests.command import composed, groups, options
 from tests.fuzz.forks import Row, Trial, counted, empty_folder, forked, prepare, table
 
 COUNT, SEED = 930, 0
-LIMIT_S = 60.0
+LIMIT_S = 180.0
 LONGEST_LINE = 4100  # of a message, its prefix included
 # Small and quick, for what is not refused and trains.
 FAST = ("debug=fast", "eval=none", "logger=none", "hardware=cpu", "completions_per_step=8")
