@@ -51,9 +51,7 @@ def check_student(trainer: "SelfDistillTrainer", student: nn.Module) -> list[str
         check_padding(student, tokenizer, WHOSE)
         if trainer.teacher is not None or trainer.rollout.cross_entropy_weight:
             check_head(student, tokenizer, WHOSE)
-        if (
-            trainer.has_policy_term and not is_deepspeed_zero3_enabled()
-        ):  # there TRL wants divided weights
+        if trainer.has_policy_term and not is_deepspeed_zero3_enabled():  # there TRL wants divided weights
             check_log_probs(student, tokenizer, _trls_pass(trainer), trainer.temperature, WHOSE)
     own = [(asked, is_told_positions(student))]
     everyones = gather_object(own) if trainer.accelerator.num_processes > 1 else own
