@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-# What a further pass costs, in tokens that might as well be padding. Both are estimates; on a GPU it is the time of
-# starting the kernels of a model's layers. experiments/benchmarks/padding.py measures it.
+# What a further pass costs, in tokens that might as well be padding. On a CPU experiments/benchmarks/padding.py found 75
+# for a small model; on a GPU it is the time of starting the kernels of a model's layers, and this is an estimate.
 PASS_TOKENS_CPU, PASS_TOKENS_GPU = 128, 1024
 # Where a pass is a collective call, every process makes as many as it must, whatever they cost.
 NEVER_FURTHER = 10**12
