@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-# What a further pass costs, in tokens that might as well be padding. On a CPU experiments/benchmarks/padding.py found 75
-# for a small model; on a GPU it is the time of starting the kernels of a model's layers, and this is an estimate.
+# What a further pass costs, in tokens that might as well be padding: on a CPU 75 for a small model, as measured by
+# experiments/benchmarks/padding.py; on a GPU, where it is the time of starting a model's kernels, an estimate.
 PASS_TOKENS_CPU, PASS_TOKENS_GPU = 128, 1024
 # Where a pass is a collective call, every process makes as many as it must, whatever they cost.
 NEVER_FURTHER = 10**12
