@@ -58,6 +58,10 @@ def run(folder: Path, *overrides: str) -> tuple[list[dict[str, Any]], Trial]:
 
 def steps(folder: Path) -> list[dict[str, Any]]:
     (metrics,) = (folder / "outputs").glob("*/metrics.jsonl")
+    return logged(metrics)
+
+
+def logged(metrics: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     return [line for line in lines if "loss" in line]
 
@@ -70,6 +74,19 @@ def test_every_experiment_takes_two_steps(experiment: str, tmp_path: Path) -> No
     assert len(two) == 2
     assert all(math.isfinite(step["loss"]) and step["monitor/grad_norm"] > 0 for step in two)
     assert all(step["monitor/sampler_gap"] < ROUNDING for step in two)
+
+
+def test_each_task_of_a_sequence_has_an_engine(tmp_path: Path) -> None:
+    """Two steps of each task, one after the other in one process; an engine has the weights of the tasks before."""
+    without = [override for override in COLOCATED if override != "eval=none"]
+    few = ["eval.max_rows=4", "eval.max_rows_per_suite=1"]
+    run(tmp_path, *without, *few, "experiment=continual", "max_steps=2")
+    stages = sorted((tmp_path / "outputs").glob("*/*/metrics.jsonl"))
+    assert len(stages) == 3
+    for stage in stages:
+        two = logged(stage)
+        assert len(two) == 2
+        assert all(step["monitor/sampler_gap"] < ROUNDING for step in two)
 
 
 def test_the_experiment_with_a_served_teacher_takes_two_steps(server: VllmServer, tmp_path: Path) -> None:
