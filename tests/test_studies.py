@@ -78,7 +78,8 @@ def test_the_marks_of_a_page_name_sweeps(file: Path, page: ModuleType) -> None:
 
 @pytest.mark.parametrize("name", sorted(path.parents[1].name for path in EXPERIMENTS.glob("studies/*/conf/sweep")))
 def test_make_study_ends_with_the_page(name: str) -> None:
-    done = subprocess.run(["make", "-n", "study", f"NAME={name}"], cwd=ROOT, capture_output=True, text=True, check=True)
+    command = ["make", "--no-print-directory", "-n", "study", f"NAME={name}"]  # `make test` would have it print more
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     study = f"experiments/studies/{name}"
     own = (ROOT / study / "summarise.py").is_file()
     last = f"{study}/summarise.py outputs/studies/{name}" if own else f"page.py {study}/README.md"
