@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,6 @@ GATHERED = (
     "distill/active_fraction", "monitor/repetition", "monitor/distinct_2", "monitor/length_tokens",
     "monitor/reward_spread",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def launch() -> Iterator[Launcher]:
-    launcher = Launcher()
-    yield launcher
-    launcher.close()
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """A model whose parameters FSDP2 divides among two processes: the numbers of one process, whoever teaches."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,6 @@ from tests.sharded import CASES, WEIGHTS, Train, assert_same_numbers, trained
 from tests.test_processes import COMMON, gathered, only_run, summary
 
 pytestmark = pytest.mark.long
-
-
-@pytest.fixture(scope="module")
-def launch() -> Iterator[Launcher]:
-    launcher = Launcher()
-    yield launcher
-    launcher.close()
 
 
 @pytest.fixture(scope="module")

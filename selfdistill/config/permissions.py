@@ -78,10 +78,15 @@ def check_granted(
     for key, value in wanted.items():
         if not _within(value, allowed.get(key)):
             grant = shortened(_grant(key, value))
-            raise UserError(
-                f"{command}: {where} has {grant.lstrip('+')}, which lets it run code that is not ours. If "
-                f"you know where the folder comes from, add {grant}"
-            )
+            raise not_granted(command, where, grant.lstrip("+"), grant)
+
+
+def not_granted(command: str, where: str, found: str, grant: str) -> UserError:
+    """What to say of something `where` that runs code of others: what it is, and what allows it."""
+    return UserError(
+        f"{command}: {where} has {found}, which lets it run code that is not ours. If you know where the folder comes "
+        f"from, add {grant}"
+    )
 
 
 def granting(arguments: Iterable[str]) -> list[str]:

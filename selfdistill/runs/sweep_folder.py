@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from selfdistill.config.overrides import key_of
-from selfdistill.config.permissions import NAMES, granting
+from selfdistill.config.permissions import NAMES, granting, not_granted
 from selfdistill.config.secrets import without_secrets
 from selfdistill.errors import MASK, UserError, shortened, without_passwords
 from selfdistill.files import write_atomically
@@ -202,10 +202,7 @@ def resumed_arguments(arguments: Sequence[str]) -> list[str]:
             f"{named[-1]}: {missing[0]} is secret and was not recorded; give it again: {named[-1]} '{missing[0]}=…'."
         )
     if missing := [a for a in _granting(recorded) if key_of(a) not in given]:
-        raise UserError(
-            f"{named[-1]}: its {PLAN} has {missing[0]}, which lets it run code that is not ours. If you know where the "
-            f"folder comes from, add {shlex.quote(missing[0])}"
-        )
+        raise not_granted(named[-1], f"its {PLAN}", missing[0], shlex.quote(missing[0]))
     others = [
         a for a in recorded if key_of(a) != "hydra.sweep.dir" and not ("hydra/launcher" in given and _of_launcher(a))
     ]

@@ -43,8 +43,8 @@ class Teacher(BaseTeacher):
     def attach(self, student: nn.Module, tokenizer: PreTrainedTokenizerBase, *, sharded: bool) -> None:
         if sharded and self.weights.keeps_copy and not isinstance(student, FSDPModule):
             raise UserError(
-                f"teacher.weights={type(self.weights).__name__} keeps a copy of the trained parameters, and FSDP1 and "
-                "ZeRO-3 hold them in buffers of their own, where they cannot be exchanged. Train with FSDP2 "
+                f"teacher.weights={type(self.weights).__name__} keeps a copy of the trained parameters, and FSDP1 "
+                "holds them in buffers of its own, where they cannot be exchanged. Train with FSDP2 "
                 "(fsdp_version: 2), data parallelism or ZeRO-2, or take teacher/weights=live, model or a server."
             )
         self.weights.attach(student)

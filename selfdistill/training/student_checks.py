@@ -72,10 +72,11 @@ def check_zero3(used: Mapping[str, bool]) -> None:
     Raises:
         UserError: one of these is used.
     """
-    for name in [name for name, is_used in used.items() if is_used] if is_deepspeed_zero3_enabled() else []:
+    names = [name for name, is_used in used.items() if is_used]
+    if names and is_deepspeed_zero3_enabled():
         raise UserError(
-            f"{name} reads the model's weights outside of its passes, and ZeRO-3 leaves each process a piece of them. "
-            "Train with FSDP2 (conf/accelerate/fsdp2.yaml), data parallelism or ZeRO-2."
+            f"{names[0]} reads the model's weights outside of its passes, and ZeRO-3 leaves each process a piece of "
+            "them. Train with FSDP2 (conf/accelerate/fsdp2.yaml), data parallelism or ZeRO-2."
         )
 
 

@@ -137,17 +137,15 @@ class SelfDistillTrainer(RolloutTrainer):
         self._check_rollout(kwargs)
         _check_columns(teacher, train_dataset)
         adapter = adapter_weights(model)
+        has_reference = args is not None and args.beta != 0 and kwargs.get("peft_config") is None
         check_zero3(
             {
                 "teacher": teacher is not None,
                 "cross_entropy_weight": bool(self.rollout.cross_entropy_weight),
-                "beta, with a model that is trained in full,": args is not None
-                and args.beta != 0
-                and not adapter
-                and kwargs.get("peft_config") is None,
+                "beta, with a model that is trained in full,": has_reference and not adapter,
             }
         )
-        with loadable(model, needed=args is not None and args.beta != 0 and kwargs.get("peft_config") is None):
+        with loadable(model, needed=has_reference):
             super().__init__(
                 model=model, reward_funcs=self.rewards or [no_reward], args=args, train_dataset=train_dataset, **kwargs
             )

@@ -5,11 +5,8 @@
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-import pytest
-
-from tests.engines import items_below, say_loudly
+from tests.engines import hooks
 
 HERE = find_spec("deepspeed") is not None
 MISSING = (
@@ -17,14 +14,6 @@ MISSING = (
     "-m pytest tests/deepspeed"
 )
 
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items_below(Path(__file__).parent, items):
-        item.add_marker(pytest.mark.long)
-        if not HERE:
-            item.add_marker(pytest.mark.skip(reason=MISSING))
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if not HERE:
-        say_loudly(terminalreporter, "DeepSpeed", MISSING)
+pytest_collection_modifyitems, pytest_terminal_summary = hooks(
+    Path(__file__).parent, "DeepSpeed", None if HERE else MISSING, long=True
+)

@@ -17,15 +17,13 @@ POLICY_GRADIENT = ["grpo in full, without a reference", "grpo with lora"]
 ROWS = ["completions_per_step=16", "hardware.per_device_batch_size=8", "logger=none"]
 
 
-@pytest.fixture(scope="module")
-def launch() -> Iterator[Launcher]:
+@pytest.fixture(scope="module", autouse=True)
+def _on_a_cpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")
         patch.setenv("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "extensions"))  # which `make deepspeed` compiled
         patch.setenv("PATH", f"{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}")  # where ninja is
-        launcher = Launcher()
-        yield launcher
-        launcher.close()
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,9 @@
 
 import os
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 from selfdistill.models.export.llama_cpp import find
-from tests.engines import items_below, say_loudly
+from tests.engines import hooks
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path(os.environ.get("SELFDISTILL_GGUF", ROOT / ".venv-gguf"))
@@ -20,14 +17,6 @@ MISSING = (
     "to a folder that has it."
 )
 
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items_below(Path(__file__).parent, items):
-        item.add_marker(pytest.mark.long)
-        if LACKS:
-            item.add_marker(pytest.mark.skip(reason=MISSING))
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if LACKS:
-        say_loudly(terminalreporter, "llama.cpp", MISSING)
+pytest_collection_modifyitems, pytest_terminal_summary = hooks(
+    Path(__file__).parent, "llama.cpp", MISSING if LACKS else None, long=True
+)

@@ -5,11 +5,8 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
-import pytest
-
-from tests.engines import items_below, say_loudly
+from tests.engines import hooks
 from tests.reference import ROOT
 
 PYTHON = Path(os.environ.get("SELFDISTILL_LM_EVAL", ROOT / ".venv-lm-eval")) / "bin" / "python"
@@ -18,14 +15,6 @@ MISSING = (
     "set SELFDISTILL_LM_EVAL to the folder of one."
 )
 
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items_below(Path(__file__).parent, items):
-        item.add_marker(pytest.mark.long)
-        if not PYTHON.is_file():
-            item.add_marker(pytest.mark.skip(reason=MISSING))
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if not PYTHON.is_file():
-        say_loudly(terminalreporter, "lm-eval", MISSING)
+pytest_collection_modifyitems, pytest_terminal_summary = hooks(
+    Path(__file__).parent, "lm-eval", None if PYTHON.is_file() else MISSING, long=True
+)

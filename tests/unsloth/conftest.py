@@ -8,11 +8,8 @@ import os
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-import pytest
-
-from tests.engines import items_below, say_loudly
+from tests.engines import hooks
 
 os.environ["UNSLOTH_ALLOW_CPU"] = "1"
 os.environ["UNSLOTH_COMPILE_LOCATION"] = tempfile.mkdtemp(prefix="unsloth-")  # what it writes is not for this folder
@@ -22,13 +19,6 @@ MISSING = (
     ".venv-unsloth/bin/python -m pytest tests/unsloth"
 )
 
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items_below(Path(__file__).parent, items):
-        if not HERE:
-            item.add_marker(pytest.mark.skip(reason=MISSING))
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    if not HERE:
-        say_loudly(terminalreporter, "unsloth", MISSING)
+pytest_collection_modifyitems, pytest_terminal_summary = hooks(
+    Path(__file__).parent, "unsloth", None if HERE else MISSING
+)
